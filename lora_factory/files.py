@@ -1,0 +1,169 @@
+"""Files and folders that are either whole or not there: temporary sibling, fsync, rename.
+
+A crash can leave siblings named ".tmp-*". They are never read, `safe_name` keeps them from being taken for real
+things, and deleting them is always safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_factory.errors import LoraFactoryError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def safe_name(name: str) -> str:
+    """Check a name that comes from outside and becomes a file or folder name.
+
+    Returns:
+        The name itself.
+
+    Raises:
+        LoraFactoryError: unless it is 1 to 100 letters, digits, ".", "_" or "-", starts with a letter or digit and
+            holds no "..".
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise LoraFactoryError(
+            f"{name!r} cannot be a file name; use 1 to 100 letters, digits, '.', '_' or '-', "
+            "start with a letter or digit and avoid '..'"
+        )
+    return name
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced."""
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(path)
+    try:
+        with temporary.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:  # noqa: ANN401
+    """Write a JSON file atomically, indented, keys in their given order.
+
+    Raises:
+        LoraFactoryError: if the value holds NaN, infinity or something that JSON does not know.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LoraFactoryError(
+            f"{path} was not written: {error}; pass only JSON values, and None in place of NaN or infinity"
+        ) from error
+    write_text(path, text + "\n")
+
+
+def read_json(path: str | Path) -> Any:  # noqa: ANN401
+    """Read a JSON file.
+
+    Raises:
+        LoraFactoryError: if the file is missing, or is no JSON, for example because it was cut short.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoraFactoryError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise LoraFactoryError(
+            f"{path} is no valid JSON ({error}); it was cut short or altered; restore it or make it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` when the block ends well and is removed when it fails.
+
+    Args:
+        path: the folder to be; its parents are made.
+        overwrite: whether a folder that is already there is replaced, as a whole, instead of refused.
+
+    Yields:
+        The empty temporary folder, named ".tmp-...", to be filled.
+
+    Raises:
+        LoraFactoryError: if `path` is there and is not to be replaced, or is no folder.
+    """
+    path = Path(path).absolute()
+    _refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        _refuse_existing(path, overwrite)
+        _put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _fsync(path.parent)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name[:100]}-{secrets.token_hex(6)}")
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if not path.name:
+        raise LoraFactoryError(f"{path} cannot be replaced; name a folder in it")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise LoraFactoryError(f"{path} is there and is not a folder; choose another path or remove it")
+    if path.exists() and not overwrite:
+        raise LoraFactoryError(f"{path} is already there; choose another path, remove it or pass overwrite=True")
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; what was there is renamed aside first and comes back if that fails."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    aside = _temporary_sibling(path)
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    """Make a file's or folder's content durable; a folder cannot be opened for that on Windows."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

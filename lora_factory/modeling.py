@@ -1,0 +1,388 @@
+"""The generator: a Transformers model that writes LoRA adapters from a task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from lora_factory import __version__
+from lora_factory.adapters import attach_adapter
+from lora_factory.base_models import load_base_model, quiet_transformers
+from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.encoders import TextEncoder
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.layout import AdapterLayout
+from lora_factory.model_card import adapter_card
+from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE, spread_over_weights
+
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is reported, not printed
+
+
+@dataclass
+class GeneratorOutput(ModelOutput):
+    """What :meth:`CVAELoRAGenerator.forward` returns.
+
+    Attributes:
+        loss: The objective to minimise.
+        reconstruction: Mean squared error of the standardised weights; 1 is what the bias adapter alone would reach.
+        kl: KL(posterior, prior) in nats an adapter, batch mean.
+        active_latents: How many latents carry more than 0.01 nats.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    active_latents: torch.Tensor | None = None
+
+
+class CVAELoRAGenerator(PreTrainedModel):
+    """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
+
+    The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one
+    floored standard deviation a token. Train one with :func:`lora_factory.train_generator`; load a published one with
+    ``CVAELoRAGenerator.from_pretrained("user/generator")``.
+    """
+
+    config_class = CVAELoRAConfig
+    base_model_prefix = "generator"
+    main_input_name = "adapters"
+    token_scale: torch.Tensor
+
+    def __init__(self, config: CVAELoRAConfig) -> None:
+        super().__init__(config)
+        if config.layout is None or not config.modalities:
+            raise LoraFactoryError(
+                "a generator's config needs layout and modalities; train_generator(zoo, output_dir) writes both"
+            )
+        self.layout = AdapterLayout.from_dict(config.layout)
+        widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
+        self.standardiser = ConditionStandardiser(widths)
+        self.network: TokenCVAE | ConvCVAE
+        if config.decoder == "conv1d":
+            self.network = ConvCVAE(
+                self.layout, widths, channels=tuple(config.channels), latent_size=config.latent_size
+            )
+        else:
+            self.network = TokenCVAE(
+                self.layout, widths, width=config.width, depth=config.depth, latent_size=config.latent_size
+            )
+        self.bias = nn.Parameter(torch.zeros(self.layout.size), requires_grad=False)
+        self.register_buffer("token_scale", torch.ones(self.layout.num_tokens))
+        tasks = max(1, len(config.tasks or []))
+        for name, width in widths.items():
+            self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
+        self._text_encoder: TextEncoder | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's own initialisation stands: ``from_pretrained`` below refuses files that leave a weight out."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # transformers lists every option; they pass through here
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Load a generator from a folder or the Hub, strictly: every weight must be there, with its shape, and finite.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *args: As in transformers.
+            **kwargs: As in transformers: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``dtype``, …
+
+        Raises:
+            LoraFactoryError: When the folder is damaged, incomplete, or not a generator's.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = str(pretrained_model_name_or_path)
+        fix = "download it again, or train it again with train_generator"
+        try:
+            with quiet_transformers(keep_bars=not Path(source).is_dir()):
+                loaded: Any = super().from_pretrained(source, *args, **(kwargs | REPORT))
+        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            if isinstance(error, LoraFactoryError):
+                raise
+            raise LoraFactoryError(f"cannot load a generator from {source!r}: {error}; {fix}") from error
+        model, info = loaded
+        bad = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+        if bad:
+            raise LoraFactoryError(f"the weights in {source!r} do not fit its config ({bad}); {fix}")
+        for name, tensor in model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise LoraFactoryError(f"{name} in {source!r} holds NaN or infinite values; {fix}")
+        return (model, info) if wants_info else model
+
+    def forward(
+        self,
+        adapters: torch.Tensor,
+        conditions: Mapping[str, torch.Tensor],
+        *,
+        kl_factor: float = 1.0,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+    ) -> GeneratorOutput:
+        """The training objective (Eq. 8) on a batch of adapters.
+
+        Args:
+            adapters: Weights of shape ``(batch, D)``.
+            conditions: Task vectors ``(batch, width)`` for any subset of the config's modalities.
+            kl_factor: Warm-up factor of the KL term.
+            generator: Source of the latent noise; PyTorch's global one by default.
+            return_loss: Transformers' ``Trainer`` asks for it; the loss is always there.
+        """
+        weights, condition = self.encode_inputs(adapters, conditions)
+        posterior, prior = self.network.posterior(weights, condition), self.network.prior(condition)
+        kl = posterior.kl(prior)
+        if isinstance(self.network, ConvCVAE):
+            mean, _ = self.network.decode(posterior.sample(generator=generator), condition)
+            reconstruction = (mean - weights).square().mean()
+            loss = reconstruction + self.config.kl_weight * kl_factor * kl.sum(-1).mean()
+        else:
+            loss, reconstruction = self._token_loss(weights, condition, posterior, prior, kl, kl_factor, generator)
+        active = (kl.mean(0) > 0.01).sum()
+        return GeneratorOutput(loss=loss, reconstruction=reconstruction, kl=kl.sum(-1).mean(), active_latents=active)
+
+    def encode_inputs(
+        self, adapters: torch.Tensor, conditions: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardised weights ``(batch, D)`` and the embedded condition ``(batch, width)`` of a training batch."""
+        weights = (adapters - self.bias) / spread_over_weights(self.layout, self.token_scale)
+        return weights, self.network.embed_condition(self._standard_conditions(conditions), len(adapters))
+
+    def _token_loss(
+        self,
+        weights: torch.Tensor,
+        condition: torch.Tensor,
+        posterior: Gaussian,
+        prior: Gaussian,
+        kl: torch.Tensor,
+        kl_factor: float,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Half squared error and KL an element; every other row is decoded from the prior's mean.
+
+        That is the latent which generation at temperature 0 uses, so the decoder learns to do well on it.
+        """
+        even = torch.arange(len(weights), device=weights.device)[:, None] % 2 == 0
+        latent = torch.where(even, prior.mean, posterior.sample(generator=generator))
+        mean, _ = self.network.decode(latent, condition)
+        errors = (mean - weights).square().mean(-1)
+        charged = kl.mean(0).clamp_min(self.config.free_bits).sum()
+        penalty = self.config.kl_weight * kl_factor * charged / self.layout.size
+        return 0.5 * errors.mean() + penalty, errors[::2].mean()
+
+    def generate_vector(
+        self, conditions: Mapping[str, torch.Tensor], *, seed: int = 0, temperature: float = 0.0
+    ) -> torch.Tensor:
+        """Adapter weights of shape ``(batch, D)`` for task vectors of shape ``(batch, width)``.
+
+        At temperature 0 the prior's mean is decoded, whatever the seed; above, z and the predicted spread are sampled
+        with their standard deviations times ``temperature`` (Eq. 9). The convolutional decoder, whose prior knows
+        nothing of the condition, decodes its mean or a sample in the same way. Differentiable.
+        """
+        batch = len(next(iter(conditions.values())))
+        generator = torch.Generator().manual_seed(seed)
+        condition = self.network.embed_condition(self._standard_conditions(conditions), batch)
+        latent = self.network.prior(condition).sample(temperature, generator)
+        mean, log_std = self.network.decode(latent, condition)
+        if temperature > 0:
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            mean = mean + temperature * torch.exp(log_std) * noise
+        return self.bias + mean * spread_over_weights(self.layout, self.token_scale)
+
+    @torch.no_grad()
+    def generate_state_dict(
+        self,
+        text: str | None = None,
+        *,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+    ) -> dict[str, torch.Tensor]:
+        """Write one adapter as a PEFT state dict; the base model is not needed.
+
+        Args:
+            text: What the adapter is for.
+            conditions: Task vectors of shape ``(width,)`` by modality, instead of or beside ``text``.
+            seed: Seed of the sample; of no effect at temperature 0.
+            temperature: 0 (default) writes the most likely adapter; 1 samples with the spread of real checkpoints.
+
+        Returns:
+            Float32 tensors on the CPU under PEFT's names.
+
+        Raises:
+            LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
+        """
+        rows = {name: vector[None].to(self.bias) for name, vector in self.conditions(text, conditions).items()}
+        training = self.training
+        self.eval()
+        vector = self.generate_vector(rows, seed=seed, temperature=temperature)[0]
+        self.train(training)
+        state_dict = self.layout.unflatten(vector.float().cpu())
+        self.layout.check(state_dict)
+        return state_dict
+
+    def conditions(
+        self, text: str | None = None, conditions: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Task vectors of shape ``(width,)`` by modality, checked against the config."""
+        vectors = dict(conditions or {})
+        if text is not None:
+            vectors["text"] = self.text_encoder.encode([text])[0]
+        if not vectors:
+            raise LoraFactoryError('nothing to condition on; pass a text: generate_adapter("Legal notices")')
+        for name, vector in vectors.items():
+            width = self.config.modalities.get(name)
+            if width is None or vector.shape != (width,):
+                raise LoraFactoryError(
+                    f"condition {name!r} has shape {tuple(vector.shape)}; this generator takes "
+                    f"{self.config.modalities}"
+                )
+        return vectors
+
+    def generate_adapter(
+        self,
+        text: str | None = None,
+        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
+        *,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        adapter_name: str = "default",
+    ) -> PeftModel:
+        """Write an adapter and attach it to the base model.
+
+        Args:
+            text: What the adapter is for.
+            base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
+                A ``PeftModel`` gets one more adapter (or has the one of this name overwritten).
+            conditions: Task vectors by modality, instead of or beside ``text``.
+            seed: Seed of the sample; of no effect at temperature 0.
+            temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
+            adapter_name: The adapter's name in the returned model.
+
+        Returns:
+            A ``peft.PeftModel`` in evaluation mode with the adapter active.
+
+        Raises:
+            LoraFactoryError: When the text is empty, or the base model has not the modules or sizes of the layout.
+        """
+        state_dict = self.generate_state_dict(text, conditions=conditions, seed=seed, temperature=temperature)
+        model = base_model
+        if model is None or isinstance(model, str | Path):
+            model, _ = load_base_model(
+                model or self.layout.base_model, revision=None if model else self.layout.base_revision
+            )
+        return attach_adapter(model, self.layout, state_dict, adapter_name)
+
+    def save_adapter(
+        self,
+        text: str | None,
+        save_directory: str | Path,
+        *,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write an adapter as a plain PEFT folder, without loading the base model.
+
+        The folder appears by one rename and holds ``adapter_config.json``, ``adapter_model.safetensors``,
+        ``generation.json`` (condition, seed, generator, version) and a model card.
+
+        Args:
+            text: What the adapter is for.
+            save_directory: The folder to make.
+            conditions: Task vectors by modality, instead of or beside ``text``.
+            seed: Seed of the sample; of no effect at temperature 0.
+            temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
+            overwrite: Whether an existing folder is replaced.
+
+        Returns:
+            The folder.
+        """
+        vectors = self.conditions(text, conditions)
+        state_dict = self.generate_state_dict(conditions=vectors, seed=seed, temperature=temperature)
+        with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
+            self.layout.peft_config().save_pretrained(str(folder))
+            save_file(state_dict, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            generation = {
+                "text": text,
+                "seed": seed,
+                "temperature": temperature,
+                "nearest_tasks": self.nearest_tasks(vectors),
+                "generator": self.config._name_or_path or None,
+                "generator_commit": getattr(self.config, "_commit_hash", None),
+                "base_model": self.layout.base_model,
+                "base_revision": self.layout.base_revision,
+                "lora_factory": __version__,
+            }
+            write_json(folder / "generation.json", generation)
+            write_text(folder / "README.md", adapter_card(generation, Path(save_directory).name))
+        return Path(save_directory)
+
+    def nearest_tasks(self, vectors: Mapping[str, torch.Tensor], count: int = 3) -> list[dict[str, Any]]:
+        """The zoo's tasks whose vectors are nearest by cosine similarity, best first: ``{"task", "similarity"}``."""
+        names = [task["name"] for task in self.config.tasks or []]
+        similarities = [
+            nn.functional.cosine_similarity(self.get_buffer(f"{name}_task_vectors"), vector[None].to(self.bias))
+            for name, vector in vectors.items()
+        ]
+        values, indices = torch.stack(similarities).mean(0).topk(min(count, len(names)))
+        return [
+            {"task": names[index], "similarity": round(value, 4)}
+            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        ]
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The sentence encoder that the config names, loaded on first use."""
+        if self._text_encoder is None:
+            if self.config.text_encoder is None:
+                raise LoraFactoryError("this generator was trained without texts; pass conditions= instead of text")
+            self._text_encoder = TextEncoder(self.config.text_encoder)
+        return self._text_encoder
+
+    @torch.no_grad()
+    def fit_statistics(
+        self, weights: Mapping[str, torch.Tensor], features: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Set bias adapter, token scales, task vectors and their standardisation from a zoo.
+
+        Args:
+            weights: Snapshots ``(n, D)`` of every task.
+            features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
+        """
+        means = torch.stack([snapshots.mean(0) for snapshots in weights.values()])
+        self.bias.copy_(means.mean(0))
+        total = sum(len(snapshots) for snapshots in weights.values())
+        bias = self.bias.cpu()
+        variance = torch.stack([(rows - bias).square().sum(0) for rows in weights.values()]).sum(0) / total
+        tokens = self.layout.to_tokens(variance)
+        scales = [rows.mean(-1).sqrt() for rows in tokens.values()]
+        floored = [torch.maximum(scale, 0.05 * scale.mean()).clamp_min(1e-8) for scale in scales]
+        self.token_scale.copy_(torch.cat(floored))
+        vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
+        self.standardiser.fit(vectors)
+        for name, rows in vectors.items():
+            self.get_buffer(f"{name}_task_vectors").copy_(rows)
+
+    def _standard_conditions(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.standardiser(name, vector) for name, vector in conditions.items()}
+
+
+AutoConfig.register("cvae_lora", CVAELoRAConfig)
+AutoModel.register(CVAELoRAConfig, CVAELoRAGenerator)

@@ -1,0 +1,271 @@
+"""The networks of the conditional VAE: the token CVAE (default) and the paper's 1-D convolutional one.
+
+Both map between standardised weights, shape ``(batch, D)``, and a Gaussian latent of shape ``(batch, latent)``, given
+a condition, and have the same four methods: ``embed_condition``, ``posterior``, ``prior`` and ``decode``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lora_factory.layout import AdapterLayout, TokenGroup
+
+
+@dataclass
+class Gaussian:
+    """A diagonal Gaussian; both tensors have the shape ``(batch, size)``."""
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw one sample a row by reparameterisation (Eq. 4); ``temperature`` scales the standard deviation."""
+        if temperature == 0:
+            return self.mean
+        device = generator.device if generator is not None else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + temperature * torch.exp(0.5 * self.log_variance) * noise.to(self.mean.device)
+
+    def kl(self, other: Gaussian) -> torch.Tensor:
+        """KL divergence from ``other`` in nats for every latent, shape ``(batch, size)``."""
+        log_ratio = self.log_variance - other.log_variance
+        distance = (self.mean - other.mean) ** 2 * torch.exp(-other.log_variance)
+        return 0.5 * (torch.exp(log_ratio) + distance - 1 - log_ratio)
+
+
+class ConditionStandardiser(nn.Module):
+    """Task vectors on a common scale: minus the zoo's mean, over its root mean square deviation, a modality each.
+
+    The statistics are persistent buffers, so that a downloaded generator has them.
+    """
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        for name, width in self.widths.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_scale", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, features: Mapping[str, torch.Tensor]) -> None:
+        """Set the statistics from one row a task, shape ``(tasks, width)`` for every modality."""
+        for name, rows in features.items():
+            mean = rows.mean(0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_scale").copy_((rows - mean).square().mean().sqrt().clamp_min(1e-6))
+
+    def forward(self, name: str, vector: torch.Tensor) -> torch.Tensor:
+        """Standardise vectors of one modality, shape ``(batch, width)``."""
+        return (vector - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_scale")
+
+
+class ConditionEncoder(nn.Module):
+    """Standardised task vectors of any subset of the modalities to one condition of shape ``(batch, width)``."""
+
+    def __init__(self, widths: Mapping[str, int], width: int) -> None:
+        super().__init__()
+        self.projections = nn.ModuleDict({name: nn.Linear(size, width) for name, size in widths.items()})
+        self.absent = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in widths})
+        self.mix = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """Modalities that ``vectors`` lacks are replaced by a learned vector."""
+        total = sum(
+            projection(vectors[name]) if name in vectors else self.absent[name].expand(batch, -1)
+            for name, projection in self.projections.items()
+        )
+        return total + self.mix(total)
+
+
+class FiLMBlock(nn.Module):
+    """Residual MLP block whose normalised input is scaled and shifted by the condition (adaptive LayerNorm)."""
+
+    def __init__(self, width: int, condition_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(condition_width, 2 * width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.contract = nn.Linear(2 * width, width)
+
+    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """``hidden`` has shape ``(batch, tokens, width)``, ``condition`` ``(batch, condition width)``."""
+        scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        modulated = self.norm(hidden) * (1 + scale) + shift
+        return hidden + self.contract(functional.gelu(self.expand(modulated)))
+
+
+class TokenIdentity(nn.Module):
+    """Which token this is: embeddings of its group (module kind and factor), its layer and its rank slice."""
+
+    def __init__(self, layout: AdapterLayout, width: int) -> None:
+        super().__init__()
+        groups = layout.groups
+        self.group = nn.Embedding(len(groups), width)
+        self.layer = nn.Embedding(1 + max(max(group.layers) for group in groups), width)
+        self.rank = nn.Embedding(1 + max(max(group.ranks) for group in groups), width)
+        self.group_layer = nn.Linear(width, width, bias=False)
+
+    def forward(self, index: int, group: TokenGroup) -> torch.Tensor:
+        """Embeddings of one group's tokens, shape ``(tokens, width)``."""
+        device = self.group.weight.device
+        layers = self.layer(torch.tensor(group.layers, device=device))
+        ranks = self.rank(torch.tensor(group.ranks, device=device))
+        kind = self.group.weight[index]
+        return kind + layers + ranks + self.group_layer(kind * layers) + self.group_layer(layers * ranks)
+
+
+class TokenCVAE(nn.Module):
+    """CVAE over adapter tokens (method, section 2-4): shared blocks, one linear head a token group, learned prior.
+
+    ``log_std`` is the log standard deviation of every token's weights around the decoded mean, in standardised units
+    (the variance of Eq. 6): fitted to the spread of real checkpoints after training.
+
+    Args:
+        layout: The adapters' layout.
+        widths: Width of every condition modality.
+        width: Hidden size.
+        depth: Residual blocks of the decoder.
+        latent_size: Size of z.
+    """
+
+    log_std: torch.Tensor
+
+    def __init__(
+        self, layout: AdapterLayout, widths: Mapping[str, int], *, width: int, depth: int, latent_size: int
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        groups = layout.groups
+        self.condition = ConditionEncoder(widths, width)
+        self.prior_head = _gaussian_head(width, latent_size)
+        self.identity = TokenIdentity(layout, width)
+        self.inputs = nn.ModuleList(nn.Linear(group.length, width) for group in groups)
+        self.encoder = FiLMBlock(width, width)
+        self.posterior_head = _gaussian_head(2 * width, latent_size)
+        self.latent = nn.Linear(latent_size, width)
+        self.blocks = nn.ModuleList(FiLMBlock(width, 2 * width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.outputs = nn.ModuleList(nn.Linear(width, group.length) for group in groups)
+        self.register_buffer("log_std", torch.full((layout.num_tokens,), -10.0))
+        # The latent starts without influence and at no cost: it is used once it explains what the condition does not.
+        for layer in (self.latent, self.prior_head[-1], self.posterior_head[-1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def embed_condition(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """Condition of shape ``(batch, width)`` from standardised task vectors."""
+        return self.condition(vectors, batch)
+
+    def prior(self, condition: torch.Tensor) -> Gaussian:
+        """The learned conditional prior p(z | c)."""
+        return _gaussian(self.prior_head(condition))
+
+    def posterior(self, weights: torch.Tensor, condition: torch.Tensor) -> Gaussian:
+        """q(z | weights, c) from standardised weights of shape ``(batch, D)`` (Eq. 3)."""
+        tokens = self.layout.to_tokens(weights)
+        embedded = [
+            layer(tokens[group.name]) + self.identity(index, group)
+            for index, (layer, group) in enumerate(zip(self.inputs, self.layout.groups, strict=True))
+        ]
+        pooled = self.encoder(torch.cat(embedded, dim=1), condition).mean(dim=1)
+        return _gaussian(self.posterior_head(torch.cat([pooled, condition], dim=-1)))
+
+    def decode(self, latent: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation of the standardised weights (Eq. 6), each ``(batch, D)``."""
+        heads = zip(self.layout.groups, self.features(latent, condition), self.outputs, strict=True)
+        mean = self.layout.from_tokens({group.name: output(part) for group, part, output in heads})
+        return mean, spread_over_weights(self.layout, self.log_std).expand_as(mean)
+
+    def features(self, latent: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the linear heads read: one tensor ``(batch, tokens, width)`` a token group."""
+        signal = torch.cat([self.latent(latent), condition], dim=-1)
+        identities = [self.identity(index, group) for index, group in enumerate(self.layout.groups)]
+        hidden = torch.cat(identities).expand(len(latent), -1, -1)
+        for block in self.blocks:
+            hidden = block(hidden, signal)
+        return self.norm(hidden).split([len(identity) for identity in identities], dim=1)
+
+
+class ConvCVAE(nn.Module):
+    """The paper's CVAE: 1-D convolutions over ``[l; v]`` (Eq. 2), back from ``[z; v]`` (Eq. 5), prior N(0, I) (Eq. 7).
+
+    Kernel 7, stride 2, batch normalisation; the number of channels is the number of layers, 12 in the paper.
+
+    Args:
+        layout: The adapters' layout.
+        widths: Width of every condition modality; their vectors are concatenated to v.
+        channels: Output channels of the encoder's layers; the decoder mirrors them.
+        latent_size: Size of z, 256 in the paper.
+    """
+
+    def __init__(
+        self, layout: AdapterLayout, widths: Mapping[str, int], *, channels: Sequence[int], latent_size: int
+    ) -> None:
+        super().__init__()
+        self.size, self.widths = layout.size, dict(widths)
+        condition = sum(self.widths.values())
+        length = self.size + condition
+        pairs = list(zip([1, *channels[:-1]], channels, strict=True))
+        for _ in pairs:
+            length = math.ceil(length / 2)
+        self.start = (channels[-1], length)
+        self.encoder = nn.Sequential(*(_convolution(nn.Conv1d(i, o, 7, stride=2, padding=3), o) for i, o in pairs))
+        self.posterior_head = nn.Linear(channels[-1] * length, 2 * latent_size)
+        self.latent = nn.Linear(latent_size + condition, channels[-1] * length)
+        inner = [
+            _convolution(nn.ConvTranspose1d(o, i, 7, stride=2, padding=3, output_padding=1), i)
+            for i, o in reversed(pairs[1:])
+        ]
+        last = nn.ConvTranspose1d(channels[0], 1, 7, stride=2, padding=3, output_padding=1)
+        self.decoder = nn.Sequential(*inner, last)
+        self.latent_size = latent_size
+
+    def embed_condition(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """The task vector v: all modalities side by side, a missing one as zeros (the zoo's mean)."""
+        reference = self.latent.weight
+        absent = {name: reference.new_zeros(batch, width) for name, width in self.widths.items()}
+        return torch.cat([vectors.get(name, absent[name]) for name in self.widths], dim=-1)
+
+    def prior(self, condition: torch.Tensor) -> Gaussian:
+        """N(0, I), whatever the condition (Eq. 7)."""
+        zeros = condition.new_zeros(len(condition), self.latent_size)
+        return Gaussian(zeros, zeros)
+
+    def posterior(self, weights: torch.Tensor, condition: torch.Tensor) -> Gaussian:
+        """q(z | l, v) from ``[l; v]`` (Eq. 2 and 3)."""
+        hidden = self.encoder(torch.cat([weights, condition], dim=-1)[:, None])
+        return _gaussian(self.posterior_head(hidden.flatten(1)))
+
+    def decode(self, latent: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and (zero-noise) log standard deviation of the standardised weights, each ``(batch, D)``."""
+        hidden = self.latent(torch.cat([latent, condition], dim=-1)).view(len(latent), *self.start)
+        mean = self.decoder(hidden)[:, 0, : self.size]
+        return mean, torch.full_like(mean, -math.inf)
+
+
+def spread_over_weights(layout: AdapterLayout, per_token: torch.Tensor) -> torch.Tensor:
+    """One number a token, shape ``(tokens,)`` in the order of the groups, as one a weight, shape ``(D,)``."""
+    parts = per_token.split([len(group.layers) for group in layout.groups])
+    return layout.from_tokens(
+        {group.name: part[:, None].expand(-1, group.length) for group, part in zip(layout.groups, parts, strict=True)}
+    )
+
+
+def _convolution(layer: nn.Module, channels: int) -> nn.Sequential:
+    return nn.Sequential(layer, nn.BatchNorm1d(channels), nn.LeakyReLU())
+
+
+def _gaussian_head(width: int, latent_size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2 * latent_size))
+
+
+def _gaussian(parameters: torch.Tensor) -> Gaussian:
+    """Split into mean and log-variance; the latter is kept within e^±10, where half precision still holds it."""
+    mean, log_variance = parameters.chunk(2, dim=-1)
+    return Gaussian(mean, log_variance.clamp(-10, 10))

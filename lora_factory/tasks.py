@@ -1,0 +1,275 @@
+"""Tasks: a name, descriptions in natural language and a data set, read from YAML or JSON task files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example, Split, load_examples, with_text
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import safe_name, write_json, write_text
+
+__all__ = ["SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
+
+_TASK_FILE_ENDINGS = (".yaml", ".yml", ".json")
+_TASK_FILE_EXAMPLE = """\
+tasks:
+  - name: poems
+    descriptions: [Continue a rhymed poem about nature.]
+    data: {path: poems.jsonl, text_column: text}"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that an adapter learns.
+
+    Attributes:
+        name: Short name, also the name of the task's folder in a zoo.
+        descriptions: What the task is, in natural language; at least one, better several paraphrases.
+        data: Where the examples come from; None when they were given to `from_examples`.
+        license: Licence of the data, if known.
+    """
+
+    name: str
+    descriptions: tuple[str, ...]
+    data: DataSource | None
+    license: str | None = None
+    _examples: dict[Split, list[Example]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every value at birth; a single description may come as a text."""
+        if not isinstance(self.name, str):
+            raise LoraFactoryError(f"name={self.name!r} of a task must be a text; put it in quotes")
+        safe_name(self.name)
+        given = (self.descriptions,) if isinstance(self.descriptions, str) else self.descriptions
+        if not given:
+            raise LoraFactoryError(
+                f"task {self.name!r} has no descriptions; say in a sentence or more what its text is, for example"
+                " descriptions: [Continue a rhymed poem about nature.]"
+            )
+        if not isinstance(given, Sequence) or not all(isinstance(text, str) and text.strip() for text in given):
+            raise LoraFactoryError(f"task {self.name!r}: descriptions={given!r} must be texts that are not empty")
+        if not isinstance(self.license, str | None):
+            raise LoraFactoryError(f"task {self.name!r}: license={self.license!r} must be a text; put it in quotes")
+        object.__setattr__(self, "descriptions", tuple(text.strip() for text in given))
+
+    @classmethod
+    def from_examples(
+        cls,
+        name: str,
+        descriptions: tuple[str, ...] | list[str],
+        train: Sequence[Example | str],
+        validation: Sequence[Example | str] = (),
+        test: Sequence[Example | str] = (),
+        *,
+        license: str | None = None,
+    ) -> Task:
+        """A task whose examples are already in memory; texts become examples with an empty prompt.
+
+        Args:
+            name: Short name.
+            descriptions: What the task is; at least one sentence.
+            train: Examples to learn from.
+            validation: Examples for choosing; carved out of `train` when empty.
+            test: Examples for the final evaluation; carved out of `train` when empty.
+            license: Licence of the data, if known.
+
+        Raises:
+            LoraFactoryError: No description, a bad name, or no example with text.
+        """
+        task = cls(name, tuple(descriptions), None, license)
+        given = dict(zip(SPLITS, (train, validation, test), strict=True))
+        found = {split: with_text(map(_as_example, examples)) for split, examples in given.items() if len(examples)}
+        task._examples.update(_complete(found, name))
+        return task
+
+    def examples(self, split: Split) -> list[Example]:
+        """The examples of one split, loaded on first use and kept; rows without text are left out.
+
+        A missing validation or test split is carved out of train, a tenth of its rows each, always the same ones;
+        equal rows stay on one side.
+
+        Args:
+            split: "train", "validation" or "test".
+
+        Raises:
+            LoraFactoryError: The data cannot be found or read, a column is missing, or a split has no text.
+        """
+        if split not in SPLITS:
+            raise LoraFactoryError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+        if not self._examples and self.data is not None:
+            self._examples.update(_complete(load_examples(self.data, self.name), self.name))
+        return self._examples[split]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all examples of all splits: equal exactly when the data is."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            digest.update(json.dumps([split, self.examples(split)], ensure_ascii=True).encode())
+        return digest.hexdigest()
+
+
+def load_tasks(path: str | Path) -> list[Task]:
+    """Read tasks from a YAML or JSON file, or from every such file of a folder; data is loaded later, on first use.
+
+    A task file holds `tasks:`, a list of mappings with the fields of `Task`; `data` is a mapping with the fields of
+    `DataSource`, or just its path. Local paths are relative to the task file.
+
+    Args:
+        path: The task file, or a folder whose .yaml, .yml and .json files are all read, in the order of their names.
+
+    Raises:
+        LoraFactoryError: No such file, nothing in it, or a task that is incomplete; the message says what to write.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _TASK_FILE_ENDINGS and file.is_file())
+        if not files:
+            raise LoraFactoryError(
+                f"folder {path} has no task file (.yaml, .yml or .json); write one:\n{_TASK_FILE_EXAMPLE}"
+            )
+    elif path.is_file():
+        files = [path]
+    else:
+        raise LoraFactoryError(
+            f"no task file {path}; give an existing .yaml or .json file, for example:\n{_TASK_FILE_EXAMPLE}"
+        )
+    tasks = [task for file in files for task in _read_task_file(file)]
+    names = [task.name for task in tasks]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise LoraFactoryError(
+            f"task name {duplicates[0]!r} is used more than once in {path}; give each task its own name"
+        )
+    return tasks
+
+
+def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
+    """Write a task file that `load_tasks` reads.
+
+    Examples that live in memory are written next to it, as `<task>/<split>.jsonl`. Local files beside or below the
+    task file are named relative to it, so that the folder can move.
+
+    Args:
+        tasks: The tasks, in order.
+        path: The file to write, .yaml, .yml or .json.
+
+    Raises:
+        LoraFactoryError: Another file ending.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in _TASK_FILE_ENDINGS:
+        raise LoraFactoryError(f"task file {path} must end in {', '.join(_TASK_FILE_ENDINGS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"tasks": [_task_to_dict(task, path.parent) for task in tasks]}
+    if path.suffix.lower() == ".json":
+        write_json(path, content)
+    else:
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _read_task_file(path: Path) -> list[Task]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix.lower() == ".json" and text.strip() else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise LoraFactoryError(f"task file {path} is not valid YAML or JSON: {error}") from error
+    if not content:
+        raise LoraFactoryError(
+            f"task file {path} is empty; write at least one task, for example:\n{_TASK_FILE_EXAMPLE}"
+        )
+    if not isinstance(content, Mapping) or set(content) != {"tasks"} or not isinstance(content["tasks"], list):
+        raise LoraFactoryError(f"task file {path} must hold one list called tasks, for example:\n{_TASK_FILE_EXAMPLE}")
+    if not content["tasks"]:
+        raise LoraFactoryError(
+            f"task file {path} lists no tasks; write at least one, for example:\n{_TASK_FILE_EXAMPLE}"
+        )
+    return [_task_from_dict(entry, path, number) for number, entry in enumerate(content["tasks"], 1)]
+
+
+def _task_from_dict(entry: object, path: Path, number: int) -> Task:
+    where = f"task file {path}, task {number}"
+    known = ("name", "descriptions", "data", "license")
+    values = _checked(entry, known, where)
+    if missing := [key for key in ("name", "data") if key not in values]:
+        raise LoraFactoryError(
+            f"{where} has no {missing[0]}; a task needs name, descriptions and data:\n{_TASK_FILE_EXAMPLE}"
+        )
+    source = {"path": values["data"]} if isinstance(values["data"], str) else values["data"]
+    options = _checked(source, tuple(f.name for f in fields(DataSource)), f"data of {where}")
+    if "path" not in options:
+        raise LoraFactoryError(f"data of {where} has no path; give a Hub id, a local file, or json with data_files")
+    try:
+        data = DataSource(**options).relative_to(path.resolve().parent)
+        return Task(values["name"], values.get("descriptions", ()), data, values.get("license"))
+    except LoraFactoryError as error:
+        raise LoraFactoryError(f"{where}: {error}") from error
+
+
+def _checked(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise LoraFactoryError(f"{where} is {value!r}; it must be a mapping with the keys {', '.join(known)}")
+    if unknown := sorted(str(key) for key in value if key not in known):
+        raise LoraFactoryError(f"{where} has the unknown key {unknown[0]!r}; the known ones are {', '.join(known)}")
+    return dict(value)
+
+
+def _task_to_dict(task: Task, folder: Path) -> dict[str, Any]:
+    data = task.data
+    if data is None:
+        data = DataSource("json", data_files={split: [str(folder / task.name / f"{split}.jsonl")] for split in SPLITS})
+        if any(example.prompt for split in SPLITS for example in task.examples(split)):
+            data = replace(data, text_column=None, prompt_column="prompt", completion_column="completion")
+        for split in SPLITS:
+            _write_examples(folder / task.name / f"{split}.jsonl", task.examples(split), data)
+    source: dict[str, Any] = {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name)}
+    if data.path in LOCAL_FORMATS and data.data_files:
+        files = data.data_files.items()
+        source["data_files"] = {split: [_relative(name, folder) for name in names] for split, names in files}
+    else:
+        source["path"] = _relative(data.path, folder)
+    content = {"name": task.name, "descriptions": list(task.descriptions), "license": task.license, "data": source}
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _write_examples(path: Path, examples: Sequence[Example], data: DataSource) -> None:
+    path.parent.mkdir(exist_ok=True)
+    rows = ({"text": e.completion} if data.text_column else e._asdict() for e in examples)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _relative(name: str, folder: Path) -> str:
+    file, folder = Path(name).resolve(), folder.resolve()
+    return file.relative_to(folder).as_posix() if file.exists() and file.is_relative_to(folder) else name
+
+
+def _as_example(value: Example | str) -> Example:
+    return Example("", value) if isinstance(value, str) else Example(*value)
+
+
+def _complete(found: Mapping[Split, list[Example]], task: str) -> dict[Split, list[Example]]:
+    """All three splits: those found, the missing ones carved out of train."""
+    complete = {split: found[split] for split in SPLITS if found.get(split)}
+    missing = [split for split in SPLITS if split not in complete]
+    if "train" in missing:
+        raise LoraFactoryError(f"task {task!r} has no training text; give at least one example that is not empty")
+    distinct = list(dict.fromkeys(complete["train"]))
+    if missing and len(distinct) < len(missing) + 1:
+        raise LoraFactoryError(
+            f"task {task!r} has {len(distinct)} different training rows, too few to carve out {' and '.join(missing)};"
+            " give these splits, or more rows"
+        )
+    random.Random(0).shuffle(distinct)
+    share = max(1, len(distinct) // 10)
+    for number, split in enumerate(missing):
+        carved = set(distinct[number * share : (number + 1) * share])
+        complete[split] = [example for example in complete["train"] if example in carved]
+    held_out = {example for split in missing for example in complete[split]}
+    complete["train"] = [example for example in complete["train"] if example not in held_out]
+    return complete

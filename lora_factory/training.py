@@ -1,0 +1,294 @@
+"""Train a generator on a zoo: stage 1, the evidence lower bound over checkpoints, in episodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from lora_factory.arguments import TrainArguments
+from lora_factory.base_models import load_base_model
+from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.encoders import HiddenStateEncoder, TextEncoder
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.model_card import generator_card
+from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.networks import TokenCVAE, spread_over_weights
+from lora_factory.tasks import Task
+from lora_factory.zoo import AdapterZoo
+
+CONDITION_NOISE = 0.2  # standard deviations added to a task vector, so that paraphrases land on their task
+MAX_SUPPORT = 32  # examples in the largest support set
+HIDDEN_EXAMPLES = 64  # examples a task whose hidden states are computed
+HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
+SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
+HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
+KL_WARMUP = 0.3  # share of the steps over which the KL term rises to its weight
+
+
+def train_generator(
+    zoo: AdapterZoo | str | Path,
+    output_dir: str | Path,
+    arguments: TrainArguments | None = None,
+    *,
+    tasks: Sequence[Task] | None = None,
+    base_model: str | Path | None = None,
+) -> CVAELoRAGenerator:
+    """Train a generator on the adapters of a zoo and save it.
+
+    Args:
+        zoo: A zoo or its folder, with two tasks or more.
+        output_dir: Folder of the generator, replaced when it is there; it appears complete or not at all.
+        arguments: Decoder, steps, learning rate, seed and text encoder.
+        tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts.
+        base_model: Base model for these hidden states (Eq. 1); default: the one that the zoo names.
+
+    Returns:
+        The trained generator, on the CPU, in evaluation mode.
+
+    Raises:
+        LoraFactoryError: When the zoo has fewer than two tasks, or the loss is not finite.
+    """
+    arguments = arguments or TrainArguments()
+    zoo = zoo if isinstance(zoo, AdapterZoo) else AdapterZoo(zoo)
+    if len(zoo.tasks) < 2:
+        raise LoraFactoryError(
+            f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
+            "collect more with collect_adapters"
+        )
+    accelerator = Accelerator()
+    encoder = TextEncoder(arguments.text_encoder)
+    weights = {task: zoo.snapshots(task).float() for task in zoo.tasks}
+    features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
+    if tasks is not None:
+        features["hidden"] = _hidden_states(zoo, tasks, base_model, accelerator)
+    widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
+    generator = build_generator(zoo, arguments, widths)
+    generator.fit_statistics(weights, features)
+    history = fit(generator, weights, features, arguments, accelerator)
+    generator = generator.cpu().eval()
+    if accelerator.is_main_process:
+        save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
+    accelerator.wait_for_everyone()
+    return generator
+
+
+def build_generator(zoo: AdapterZoo, arguments: TrainArguments, modalities: dict[str, int]) -> CVAELoRAGenerator:
+    """A generator of the zoo's layout with weights initialised from ``arguments.seed``."""
+    paper: dict[str, Any] = {"kl_weight": 0.005, "latent_size": 256} if arguments.decoder == "conv1d" else {}
+    tasks = []
+    for task in zoo.tasks:
+        record = zoo.record(task, zoo.runs(task)[0])
+        tasks.append({"name": task, "descriptions": list(record.descriptions), "license": record.license})
+    config = CVAELoRAConfig(
+        layout=zoo.layout.to_dict(),
+        modalities=modalities,
+        text_encoder=arguments.text_encoder,
+        tasks=tasks,
+        zoo_fingerprint=zoo.fingerprint(),
+        decoder=arguments.decoder,
+        **paper,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(arguments.seed)
+        return CVAELoRAGenerator(config)
+
+
+def fit(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, torch.Tensor],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    arguments: TrainArguments,
+    accelerator: Accelerator,
+) -> list[dict[str, float]]:
+    """Stage 1: minimise the negative evidence lower bound (Eq. 8) over (snapshot, description) pairs.
+
+    Args:
+        generator: Its statistics must be fitted.
+        weights: Snapshots ``(n, D)`` of every task.
+        features: For every modality the rows ``(n, width)`` of every task.
+        arguments: Steps, batch size, learning rate and seed.
+        accelerator: Device and progress bar.
+
+    Returns:
+        One record about every fiftieth step: loss, reconstruction, KL and active latents.
+    """
+    generator.to(accelerator.device).train()
+    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
+    warmup = math.ceil(arguments.steps * arguments.warmup_ratio)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
+    source = torch.Generator().manual_seed(arguments.seed)
+    history = []
+    solve_heads(generator, weights, features, arguments.batch_size, source)
+    bar = tqdm(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
+    for step in range(arguments.steps):
+        adapters, conditions = sample_episode(generator, weights, features, arguments.batch_size, source)
+        kl_factor = min(1.0, (step + 1) / (KL_WARMUP * arguments.steps))
+        output = generator(adapters, conditions, kl_factor=kl_factor, generator=source)
+        if not torch.isfinite(output.loss):
+            raise LoraFactoryError(
+                f"the generator's loss is {output.loss.item()} at step {step}; lower learning_rate "
+                f"(now {arguments.learning_rate})"
+            )
+        accelerator.backward(output.loss)
+        accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.update()
+        if step % 50 == 0 or step == arguments.steps - 1:
+            record = {name: round(value.item(), 6) for name, value in output.items()}
+            history.append({"step": step, **record})
+            bar.set_postfix(error=f"{record['reconstruction']:.4f}", kl=f"{record['kl']:.1f}")
+    bar.close()
+    solve_heads(generator, weights, features, arguments.batch_size, source)
+    calibrate_spread(generator.eval(), weights, features)
+    return history
+
+
+@torch.no_grad()
+def solve_heads(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, torch.Tensor],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    batch_size: int,
+    source: torch.Generator,
+) -> None:
+    """Set the token decoder's linear heads to the ridge solution for the features that its blocks give them now.
+
+    The mean squared error is quadratic in the heads, so its minimum is a linear system of ``width + 1`` unknowns a
+    token group: under a second for what gradient descent needs hundreds of steps to approach. Before training it is
+    a warm start, after training it removes the error that the heads have left.
+    """
+    network = generator.network
+    if not isinstance(network, TokenCVAE):
+        return
+    groups = network.layout.groups
+    heads = [head for head in network.outputs if isinstance(head, nn.Linear)]
+    sizes = [head.in_features + 1 for head in heads]
+    like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
+    grams = [torch.zeros(size, size, **like) for size in sizes]
+    products = [torch.zeros(size, head.out_features, **like) for size, head in zip(sizes, heads, strict=True)]
+    for episode in range(HEAD_EPISODES):
+        adapters, conditions = sample_episode(generator, weights, features, batch_size, source)
+        standard, condition = generator.encode_inputs(adapters, conditions)
+        prior = network.prior(condition)
+        latent = network.posterior(standard, condition).sample(generator=source) if episode % 2 else prior.mean
+        tokens = network.layout.to_tokens(standard)
+        for index, (group, hidden) in enumerate(zip(groups, network.features(latent, condition), strict=True)):
+            rows = functional.pad(hidden, (0, 1), value=1.0).flatten(0, 1).double()
+            grams[index] += rows.T @ rows
+            products[index] += rows.T @ tokens[group.name].flatten(0, 1).double()
+    for head, gram, product in zip(heads, grams, products, strict=True):
+        ridge = HEAD_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        solution = torch.linalg.solve(gram + ridge, product).to(head.weight.dtype)
+        head.weight.copy_(solution[:-1].T)
+        head.bias.copy_(solution[-1])
+
+
+@torch.no_grad()
+def calibrate_spread(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, torch.Tensor],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
+    """Set the token decoder's ``log_std`` so that samples at temperature 1 spread as real checkpoints of a task do.
+
+    What a token's weights vary within a task, less what they vary already by sampling z, is left to independent noise.
+    """
+    network = generator.network
+    if not isinstance(network, TokenCVAE):
+        return
+    missing = torch.zeros(network.layout.size)
+    network.log_std.fill_(-math.inf)
+    for task, snapshots in weights.items():
+        name, rows = next((name, tasks[task]) for name, tasks in features.items())
+        conditions = {name: rows.mean(0, keepdim=True).expand(SPREAD_SAMPLES, -1).to(generator.device)}
+        sampled = generator.generate_vector(conditions, temperature=1.0).cpu()
+        missing += (snapshots.var(0, correction=0) - sampled.var(0)) / len(weights)
+    scale = spread_over_weights(network.layout, generator.token_scale).cpu()
+    per_token = [rows.mean(-1) for rows in network.layout.to_tokens(missing / scale.square()).values()]
+    network.log_std.copy_(0.5 * torch.cat(per_token).clamp_min(1e-8).log())
+
+
+def sample_episode(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, torch.Tensor],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    batch_size: int,
+    source: torch.Generator,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Draw tasks without replacement (with, once all are drawn), a snapshot and a condition of each.
+
+    A condition is one of the task's descriptions and/or the mean over a random support set of its examples' hidden
+    states (Eq. 1), so that every subset of the modalities is a valid condition later.
+
+    Returns:
+        Adapters ``(batch, D)`` and conditions ``(batch, width)`` with a little noise, on the generator's device.
+    """
+    names = list(weights)
+    rounds = math.ceil(batch_size / len(names))
+    order = torch.cat([torch.randperm(len(names), generator=source) for _ in range(rounds)])[:batch_size]
+    tasks = [names[index] for index in order.tolist()]
+    adapters = torch.stack([_draw(weights[task], source) for task in tasks])
+    conditions = {}
+    for name in _present(list(features), source):
+        support = MAX_SUPPORT if name == "hidden" else 1
+        drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
+        scale = generator.get_buffer(f"standardiser.{name}_scale").cpu()
+        drawn = drawn + CONDITION_NOISE * scale * torch.randn(drawn.shape, generator=source)
+        conditions[name] = drawn.to(generator.device)
+    return adapters.to(generator.device), conditions
+
+
+def save_generator(generator: CVAELoRAGenerator, output_dir: str | Path, training: Mapping[str, object]) -> None:
+    """Write the generator's folder in one rename: config, weights, ``training.json`` and card."""
+    with atomic_folder(Path(output_dir), overwrite=True) as folder:
+        generator.save_pretrained(folder)
+        write_json(folder / "training.json", training)
+        write_text(folder / "README.md", generator_card(generator, Path(output_dir).name))
+
+
+def _hidden_states(
+    zoo: AdapterZoo, tasks: Sequence[Task], base_model: str | Path | None, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """Hidden states of every task's training examples on the frozen base, shape ``(examples, width)`` a task."""
+    known = {task.name: task for task in tasks}
+    missing = [name for name in zoo.tasks if name not in known]
+    if missing:
+        raise LoraFactoryError(f"no examples of the zoo's tasks {missing}; pass the task file that it was made of")
+    model, tokenizer = load_base_model(
+        base_model or zoo.layout.base_model,
+        revision=None if base_model else zoo.layout.base_revision,
+        device=accelerator.device,
+    )
+    encoder = HiddenStateEncoder(model, tokenizer)
+    bar = tqdm(zoo.tasks, desc="hidden states", unit="task", disable=not accelerator.is_local_main_process)
+    return {name: encoder.encode(known[name].examples("train")[:HIDDEN_EXAMPLES]) for name in bar}
+
+
+def _present(names: list[str], source: torch.Generator) -> list[str]:
+    """A random non-empty subset of the modalities (modality dropout)."""
+    drawn = int(torch.randint(1, 2 ** len(names), (), generator=source))
+    return [name for bit, name in enumerate(names) if drawn >> bit & 1]
+
+
+def _support_mean(rows: torch.Tensor, largest: int, source: torch.Generator) -> torch.Tensor:
+    """Mean over one to ``largest`` rows, drawn without replacement."""
+    count = int(torch.randint(1, min(largest, len(rows)) + 1, (), generator=source))
+    return rows[torch.randperm(len(rows), generator=source)[:count]].mean(0)
+
+
+def _draw(rows: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    return rows[torch.randint(len(rows), (), generator=source)]

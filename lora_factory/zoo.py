@@ -1,0 +1,381 @@
+"""The adapter zoo: a folder with one PEFT adapter, its last K snapshots and its record for every task and run."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_factory.adapted_modules import natural_key
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import atomic_folder, read_json, safe_name, sha256_file, write_json, write_text
+from lora_factory.layout import AdapterLayout
+
+FORMAT_VERSION = 1
+
+_ZOO_FILE = "zoo.json"
+_RECORD_FILE = "run.json"
+_CONFIG_FILE = "adapter_config.json"
+_ADAPTER_FILE = "adapter_model.safetensors"
+_CHECKPOINTS_FILE = "checkpoints.safetensors"
+_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, _CHECKPOINTS_FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """How one run was made; `run.json`.
+
+    Attributes:
+        task: the task's name.
+        run: the run's name, for example "seed-0".
+        descriptions: texts that describe the task, at least one.
+        seed: seed of the run.
+        base_model: Hub id (or folder) of the base model.
+        base_revision: commit of the base model, or None.
+        steps: optimizer steps in all.
+        snapshot_steps: the step of every snapshot, K of them, rising.
+        validation_losses: loss of every snapshot in nats a token; empty when none was measured.
+        train_tokens: tokens that training saw.
+        data_fingerprint: fingerprint of the task's data.
+        versions: versions of the packages that made the run.
+        arguments: the settings that the run was made with.
+        sha256: SHA-256 (hex) of every other file in the run folder; `AdapterZoo.add_run` fills it in.
+        license: licence of the data.
+
+    Raises:
+        LoraFactoryError: if a name is no file name, or descriptions or snapshots are missing or do not match.
+    """
+
+    task: str
+    run: str
+    descriptions: tuple[str, ...]
+    seed: int
+    base_model: str
+    base_revision: str | None
+    steps: int
+    snapshot_steps: tuple[int, ...]
+    validation_losses: tuple[float, ...]
+    train_tokens: int
+    data_fingerprint: str
+    versions: Mapping[str, str] = field(hash=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the record at birth."""
+        for name in (self.task, self.run, *self.sha256):
+            safe_name(name)
+        where = f"{self.task}/{self.run}"
+        if (
+            isinstance(self.descriptions, str)
+            or not self.descriptions
+            or not all(text.strip() for text in self.descriptions)
+        ):
+            raise LoraFactoryError(f"{where} needs at least one description and none empty; got {self.descriptions}")
+        if not self.snapshot_steps or list(self.snapshot_steps) != sorted(set(self.snapshot_steps)):
+            raise LoraFactoryError(
+                f"{where}: snapshot_steps must be at least one and rising; got {self.snapshot_steps}"
+            )
+        if len(self.validation_losses) not in (0, len(self.snapshot_steps)):
+            raise LoraFactoryError(
+                f"{where}: {len(self.validation_losses)} validation losses for {len(self.snapshot_steps)} snapshots; "
+                "give one a snapshot, or none"
+            )
+        if not all(math.isfinite(loss) for loss in self.validation_losses):
+            raise LoraFactoryError(
+                f"{where}: validation losses {self.validation_losses} must be finite; lower the learning rate"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunRecord:
+        """Rebuild a record from `to_dict`'s JSON.
+
+        Raises:
+            LoraFactoryError: for an unknown format version, missing, unknown or wrong entries.
+        """
+        _check_version(values, "run")
+        values = {name: value for name, value in values.items() if name != "format_version"}
+        different = sorted({entry.name for entry in fields(cls)} ^ set(values))
+        if different:
+            raise LoraFactoryError(f"entries {different} of the run's record are missing or unknown")
+        try:
+            lists = {name: tuple(values[name]) for name in ("descriptions", "snapshot_steps", "validation_losses")}
+            return cls(**(values | lists | {"sha256": _object(values["sha256"])}))
+        except (TypeError, AttributeError) as error:
+            raise LoraFactoryError(f"the run's record holds a value of the wrong type: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values, for `from_dict`."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+
+class AdapterZoo:
+    """A folder of runs that share one layout: `<task>/<run>/`, each run folder a PEFT adapter that loads by itself.
+
+    Opening reads `zoo.json` alone. A file's SHA-256 is checked when this object first reads it. Temporary folders
+    that a crash left behind are not seen.
+
+    Attributes:
+        folder: the zoo's folder.
+        layout: the layout that all runs share.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open an existing zoo.
+
+        Raises:
+            LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
+        """
+        self.folder = Path(folder)
+        path = self.folder / _ZOO_FILE
+        if not path.is_file():
+            raise LoraFactoryError(
+                f"no zoo in {self.folder} ({_ZOO_FILE} is missing); "
+                f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
+            )
+        try:
+            values = _object(read_json(path))
+            _check_version(values, "zoo")
+            self.layout = AdapterLayout.from_dict(_object(values.get("layout")))
+        except LoraFactoryError as error:
+            raise LoraFactoryError(_located(path, error)) from error
+        self._whole_files: set[Path] = set()
+
+    @classmethod
+    def create(cls, folder: str | Path, layout: AdapterLayout) -> AdapterZoo:
+        """Make an empty zoo, or open the one that is there if its layout has the same fingerprint.
+
+        Raises:
+            LoraFactoryError: if the folder holds a zoo of another layout, or is a file.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
+        path = folder / _ZOO_FILE
+        if not path.exists():
+            write_json(path, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
+        zoo = cls(folder)
+        if zoo.layout.fingerprint() != layout.fingerprint():
+            raise LoraFactoryError(
+                f"{folder} holds a zoo of {zoo.layout.size} weights on {zoo.layout.base_model}, expected "
+                f"{layout.size} on {layout.base_model} with the same modules; choose another folder or the same LoRA "
+                "settings"
+            )
+        return zoo
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of all tasks with at least one run, sorted."""
+        return sorted({path.parent.parent.name for path in self._record_paths()})
+
+    def runs(self, task: str) -> list[str]:
+        """Return the names of a task's runs in natural order.
+
+        Raises:
+            LoraFactoryError: if the zoo has no run of that task; names the tasks it has.
+        """
+        runs = [path.parent.name for path in self._record_paths() if path.parent.parent.name == task]
+        if not runs:
+            raise LoraFactoryError(
+                f"the zoo {self.folder} has no task {task!r}; it has {', '.join(self.tasks) or 'none yet'}"
+            )
+        return sorted(runs, key=natural_key)
+
+    def has_run(self, task: str, run: str) -> bool:
+        """Whether the run is there, whole."""
+        return (self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE).is_file()
+
+    def record(self, task: str, run: str) -> RunRecord:
+        """Read a run's record.
+
+        Raises:
+            LoraFactoryError: if there is no such run, or its `run.json` is damaged or another run's.
+        """
+        path = self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE
+        if not path.is_file():
+            raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
+        try:
+            record = RunRecord.from_dict(_object(read_json(path)))
+            if (record.task, record.run) != (task, run):
+                raise LoraFactoryError(f"it is the record of {record.task}/{record.run}")
+            if not set(_REQUIRED_FILES) <= set(record.sha256):
+                raise LoraFactoryError(f"it lacks the SHA-256 of one of {', '.join(_REQUIRED_FILES)}")
+        except LoraFactoryError as error:
+            raise LoraFactoryError(f"{_located(path, error)}; {_remedy(path.parent)}") from error
+        return record
+
+    def add_run(self, record: RunRecord, snapshots: Tensor, *, extra_files: Mapping[str, str] | None = None) -> None:
+        """Store a run; its folder appears as a whole or not at all.
+
+        Args:
+            record: the run's record; `sha256` is filled in here.
+            snapshots: (K, D) flat adapters, one for each of `record.snapshot_steps`; the last is the final adapter.
+            extra_files: more text files for the run folder, {name: content}.
+
+        Raises:
+            LoraFactoryError: if the run is already there, belongs to another base model, or the snapshots have
+                another shape or are not finite.
+        """
+        extra_files = extra_files or {}
+        self._check_new_run(record, snapshots, extra_files)
+        checkpoints = self.layout.unflatten(snapshots.detach().cpu())
+        with atomic_folder(self.folder / record.task / record.run) as folder:
+            self.layout.peft_config().save_pretrained(str(folder))
+            final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}
+            save_file(final, folder / _ADAPTER_FILE, metadata={"format": "pt"})
+            save_file(checkpoints, folder / _CHECKPOINTS_FILE, metadata={"format": "pt"})
+            for name, text in extra_files.items():
+                write_text(folder / name, text)
+            sha256 = {name: sha256_file(folder / name) for name in sorted((*_REQUIRED_FILES, *extra_files))}
+            write_json(folder / _RECORD_FILE, replace(record, sha256=sha256).to_dict())
+
+    def snapshots(self, task: str, run: str | None = None, *, rows: slice = slice(None)) -> Tensor:
+        """Read snapshots as float32 vectors.
+
+        Args:
+            task: the task's name.
+            run: one run; all runs of the task in natural order by default.
+            rows: which of the K snapshots of every run; only these are read (the file is memory-mapped).
+
+        Returns:
+            (n, D), on the CPU.
+
+        Raises:
+            LoraFactoryError: if a file is missing, cut short or altered; names it and what to do.
+        """
+        runs = self.runs(task) if run is None else [run]
+        return torch.cat([self._read_vectors(self.record(task, name), _CHECKPOINTS_FILE, rows) for name in runs])
+
+    def final(self, task: str, run: str) -> Tensor:
+        """Read a run's final adapter: (D,) in float32, on the CPU; errors as in `snapshots`."""
+        return self._read_vectors(self.record(task, run), _ADAPTER_FILE, None)
+
+    def descriptions(self, task: str) -> tuple[str, ...]:
+        """Return the descriptions of a task, those of all its runs, each once."""
+        return tuple(dict.fromkeys(text for run in self.runs(task) for text in self.record(task, run).descriptions))
+
+    def verify(self) -> list[str]:
+        """Read every file of every run anew.
+
+        Returns:
+            One sentence for each problem (missing, cut short, altered, not finite), none when all is well.
+        """
+        self._whole_files.clear()
+        problems = []
+        for task in self.tasks:
+            for run in self.runs(task):
+                problems += self._problems(task, run)
+        return problems
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the sorted SHA-256 of all runs' records, which hold those of their files."""
+        digests = sorted(
+            f"{path.parent.parent.name}/{path.parent.name} {sha256_file(path)}" for path in self._record_paths()
+        )
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def _record_paths(self) -> list[Path]:
+        """All `<task>/<run>/run.json`, but none in a temporary or hidden folder."""
+        paths = self.folder.glob(f"*/*/{_RECORD_FILE}")
+        return [
+            path for path in paths if not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+        ]
+
+    def _check_new_run(self, record: RunRecord, snapshots: Tensor, extra_files: Mapping[str, str]) -> None:
+        where = f"{record.task}/{record.run}"
+        base = (self.layout.base_model, self.layout.base_revision)
+        if (record.base_model, record.base_revision) != base:
+            raise LoraFactoryError(
+                f"{where} is for {record.base_model} ({record.base_revision}), the zoo {self.folder} for "
+                f"{base[0]} ({base[1]}); choose another zoo folder"
+            )
+        expected = (len(record.snapshot_steps), self.layout.size)
+        if tuple(snapshots.shape) != expected:
+            raise LoraFactoryError(f"{where}: snapshots have shape {tuple(snapshots.shape)}, expected {expected}")
+        bad = (~torch.isfinite(snapshots)).any(dim=1).nonzero().flatten().tolist()
+        if bad or not snapshots.is_floating_point():
+            raise LoraFactoryError(
+                f"{where}: snapshots {bad} hold NaN or infinity, or integers; lower the learning rate"
+            )
+        if (self.folder / where).exists():
+            raise LoraFactoryError(
+                f"{self.folder / where} is already there; delete that folder to collect the run again"
+            )
+        for name in extra_files:
+            if safe_name(name) in (*_REQUIRED_FILES, _RECORD_FILE):
+                raise LoraFactoryError(
+                    f"{where}: {name} is written by the zoo itself; give the extra file another name"
+                )
+
+    def _read_vectors(self, record: RunRecord, name: str, rows: slice | None) -> Tensor:
+        path = self._whole_file(record, name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = file.keys()
+                tensors = {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in keys}
+            return self.layout.flatten(tensors).float()
+        except (SafetensorError, LoraFactoryError) as error:
+            raise LoraFactoryError(f"{path}: {error}; {_remedy(path.parent)}") from error
+
+    def _whole_file(self, record: RunRecord, name: str) -> Path:
+        """The path of a run's file, after its SHA-256 was found right once."""
+        path = self.folder / record.task / record.run / name
+        if path in self._whole_files:
+            return path
+        if not path.is_file():
+            raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
+        digest = sha256_file(path)
+        if digest != record.sha256[name]:
+            raise LoraFactoryError(
+                f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {_RECORD_FILE} says "
+                f"{record.sha256[name][:12]}...; {_remedy(path.parent)}"
+            )
+        self._whole_files.add(path)
+        return path
+
+    def _problems(self, task: str, run: str) -> list[str]:
+        try:
+            record = self.record(task, run)
+        except LoraFactoryError as error:
+            return [str(error)]
+        problems = []
+        for name in record.sha256:
+            try:
+                self._whole_file(record, name)
+                if name in (_ADAPTER_FILE, _CHECKPOINTS_FILE):
+                    self._read_vectors(record, name, slice(None) if name == _CHECKPOINTS_FILE else None)
+            except LoraFactoryError as error:
+                problems.append(str(error))
+        return problems
+
+
+def _check_version(values: Mapping[str, Any], noun: str) -> None:
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise LoraFactoryError(
+            f"the {noun}'s format_version is {version!r}, this lora-factory reads {FORMAT_VERSION}; "
+            "update it with pip install -U lora-factory"
+        )
+
+
+def _object(values: Any) -> dict[str, Any]:  # noqa: ANN401
+    if not isinstance(values, dict):
+        raise LoraFactoryError(f"a JSON object was expected, found {type(values).__name__}")
+    return values
+
+
+def _located(path: Path, error: LoraFactoryError) -> str:
+    return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+
+
+def _remedy(run_folder: Path) -> str:
+    return f"delete the folder {run_folder} and collect that run again"

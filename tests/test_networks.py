@@ -1,0 +1,157 @@
+"""The networks of the conditional VAE: Gaussians, conditions, and the two decoders alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import attach
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from lora_factory.layout import AdapterLayout
+from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE
+
+WIDTHS = {"text": 5, "hidden": 3}
+NUMBERS = st.floats(-8, 8, allow_nan=False, width=32)
+GAUSSIANS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=3, max_size=3).map(
+    lambda rows: Gaussian(*torch.tensor(rows, dtype=torch.float64).T[:, None])
+)
+
+
+@pytest.fixture(scope="module")
+def layout(pico_model_folder: Path) -> AdapterLayout:
+    return attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
+
+
+@pytest.fixture(params=["token", "conv1d"])
+def network(request: pytest.FixtureRequest, layout: AdapterLayout) -> TokenCVAE | ConvCVAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if request.param == "token":
+            network: TokenCVAE | ConvCVAE = TokenCVAE(layout, WIDTHS, width=16, depth=2, latent_size=4)
+        else:
+            network = ConvCVAE(layout, WIDTHS, channels=(2, 3, 2), latent_size=4)
+        with torch.no_grad():
+            for parameter in network.parameters():  # as if trained: no layer is left at zero
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions(batch: int) -> dict[str, torch.Tensor]:
+    return {name: normal(batch, width, seed=width) for name, width in WIDTHS.items()}
+
+
+@given(GAUSSIANS)
+@settings(max_examples=50, deadline=None)
+def test_kl_of_a_gaussian_with_itself_is_zero(gaussian: Gaussian) -> None:
+    assert gaussian.kl(gaussian).abs().max() == 0
+
+
+@given(GAUSSIANS, GAUSSIANS)
+@settings(max_examples=50, deadline=None)
+def test_kl_is_the_textbook_one_and_not_negative(left: Gaussian, right: Gaussian) -> None:
+    kl = left.kl(right)
+    normals = [torch.distributions.Normal(g.mean, torch.exp(0.5 * g.log_variance)) for g in (left, right)]
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(*normals), rtol=1e-6, atol=1e-9)
+    assert kl.min() >= -1e-12
+
+
+def test_samples_have_the_mean_and_spread_asked_for() -> None:
+    gaussian = Gaussian(torch.full((2000, 2), 3.0), torch.full((2000, 2), math.log(4)))
+    for temperature in (0.5, 1.0):
+        sample = gaussian.sample(temperature, torch.Generator().manual_seed(0))
+        assert abs(sample.mean() - 3) < 0.1 * temperature
+        assert abs(sample.std() - 2 * temperature) < 0.1 * temperature
+    assert torch.equal(gaussian.sample(0), gaussian.mean)
+    assert torch.equal(gaussian.sample(1.0, torch.Generator().manual_seed(0)), sample)
+
+
+def test_standardised_task_vectors_have_mean_zero_and_unit_scale() -> None:
+    standardiser = ConditionStandardiser({**WIDTHS, "constant": 2})
+    rows = {"text": 100 + 7 * normal(6, 5), "hidden": 1e-3 * normal(6, 3), "constant": torch.ones(6, 2)}
+    standardiser.fit(rows)
+    for name in WIDTHS:
+        standard = standardiser(name, rows[name])
+        torch.testing.assert_close(standard.mean(0), torch.zeros(WIDTHS[name]), rtol=0, atol=1e-4)
+        assert abs(standard.square().mean() - 1) < 1e-4
+    assert torch.equal(standardiser("constant", rows["constant"]), torch.zeros(6, 2))
+    assert set(standardiser.state_dict()) == {f"{name}_{part}" for name in rows for part in ("mean", "scale")}
+
+
+def test_shapes_and_gradients(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
+    network.train()
+    loss = torch.zeros(())
+    for given_conditions in (conditions(4), {}):  # without a condition, learned stand-ins are used
+        weights = normal(4, layout.size).requires_grad_()
+        condition = network.embed_condition(given_conditions, 4)
+        posterior, prior = network.posterior(weights, condition), network.prior(condition)
+        mean, log_std = network.decode(posterior.sample(generator=torch.Generator().manual_seed(0)), condition)
+        assert posterior.mean.shape == posterior.log_variance.shape == prior.mean.shape == (4, 4)
+        assert mean.shape == log_std.shape == (4, layout.size)
+        reconstructed = (mean - weights.detach()).square().mean() + torch.exp(log_std).mean()
+        loss = loss + reconstructed + posterior.kl(prior).mean()
+        assert torch.autograd.grad(mean.square().sum(), weights, retain_graph=True)[0].abs().sum() > 0
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert sum(bool(gradient.any()) for gradient in gradients.values()) > 0.8 * len(gradients)
+
+
+def test_every_condition_counts(network: TokenCVAE | ConvCVAE) -> None:
+    network.eval()
+    both = conditions(2)
+    latent = normal(2, 4)
+
+    def decoded(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return network.decode(latent, network.embed_condition(vectors, 2))[0]
+
+    results = [decoded(both), decoded({"text": both["text"]}), decoded({"hidden": both["hidden"]}), decoded({})]
+    for index, result in enumerate(results):
+        assert result.isfinite().all()
+        assert not any(torch.allclose(result, other) for other in results[:index])
+
+
+def test_rows_of_a_batch_do_not_mix(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
+    network.eval()
+    weights, both = normal(3, layout.size), conditions(3)
+    condition = network.embed_condition(both, 3)
+    posterior = network.posterior(weights, condition)
+    mean, _ = network.decode(posterior.mean, condition)
+    for row in range(3):
+        alone = network.embed_condition({name: vectors[row : row + 1] for name, vectors in both.items()}, 1)
+        torch.testing.assert_close(network.posterior(weights[row : row + 1], alone).mean[0], posterior.mean[row])
+        torch.testing.assert_close(network.decode(posterior.mean[row : row + 1], alone)[0][0], mean[row])
+
+
+def test_absurd_weights_give_finite_divergences(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
+    network.eval()
+    condition = network.embed_condition(conditions(2), 2)
+    posterior = network.posterior(1e6 * normal(2, layout.size), condition)
+    assert posterior.log_variance.abs().max() <= 10
+    assert posterior.kl(network.prior(condition)).isfinite().all()
+
+
+def test_prior_listens_to_the_condition_in_the_token_network_alone(network: TokenCVAE | ConvCVAE) -> None:
+    prior = network.prior(network.embed_condition(conditions(2), 2))
+    if isinstance(network, TokenCVAE):
+        assert not torch.allclose(prior.mean[0], prior.mean[1])
+    else:
+        assert not prior.mean.any() and not prior.log_variance.any()
+
+
+@pytest.mark.parametrize("channels", [(2,), (2, 3), (1, 2, 3, 4, 2), (2,) * 9])
+def test_convolutions_fit_any_number_of_weights(layout: AdapterLayout, channels: tuple[int, ...]) -> None:
+    for widths in ({"text": 1}, {"text": 6}):
+        network = ConvCVAE(layout, widths, channels=channels, latent_size=2).eval()
+        condition = network.embed_condition({"text": normal(2, widths["text"])}, 2)
+        latent = network.posterior(normal(2, layout.size), condition).mean
+        assert network.decode(latent, condition)[0].shape == (2, layout.size)
