@@ -43,6 +43,11 @@ class CollectArguments:
             raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
         if self.epochs < 0 or (self.epochs == 0 and self.steps < 1):
             raise LoraFactoryError(f"steps={self.steps}, epochs={self.epochs}: one of them must be at least 1")
+        unit, available = ("epochs", self.epochs) if self.epochs else ("steps", self.steps)
+        if self.snapshots * self.snapshot_every > available:
+            raise LoraFactoryError(
+                f"snapshots={self.snapshots}, one in {self.snapshot_every} {unit}, do not fit into {unit}={available}"
+            )
         if not 0 <= self.warmup_ratio < 1:
             raise LoraFactoryError(f"warmup_ratio={self.warmup_ratio} must be at least 0 and below 1")
 
@@ -65,6 +70,21 @@ class TrainArguments:
         _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm")
         if self.decoder not in ("token", "conv1d"):
             raise LoraFactoryError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments:
+    """How methods are compared."""
+
+    seeds: tuple[int, ...] = _option((0,), "seeds of everything that samples or trains")
+    max_tokens: int = _option(2000, "tokens scored a task")
+    window: int = _option(256, "tokens of context a forward pass")
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        _positive(self, "max_tokens")
+        if not self.seeds or self.window < 4:
+            raise LoraFactoryError(f"seeds={self.seeds}, window={self.window}: give a seed, and a window of 4 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

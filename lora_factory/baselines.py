@@ -15,8 +15,6 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
 from lora_factory.errors import LoraFactoryError
@@ -220,30 +218,11 @@ def train_multitask(factory: AdapterFactory, tasks: Sequence[Task], *, seed: int
         raise LoraFactoryError("a multi-task LoRA needs tasks to train on; pass the zoo's tasks")
     arguments = factory.arguments
     train = [encode_sequences(factory.tokenizer, task.examples("train"), arguments) for task in tasks]
-    validation = [
-        encode_sequences(factory.tokenizer, task.examples("validation"), arguments)[: arguments.validation_sequences]
-        for task in tasks
-    ]
-    total = steps if steps is not None else sum(factory._schedule(len(sequences))[0] for sequences in train)
-    every = max(1, total // 20)
-    factory.slot.load(factory.initial)
-    parameters = [parameter for parameter in factory.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * arguments.warmup_ratio), total)
+    total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
+    kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)
-    best, best_loss = factory.initial, math.inf
-    bar = tqdm(total=total, desc="multi-task LoRA", unit="step", disable=not factory.accelerator.is_local_main_process)
-    for step in range(1, total + 1):
-        factory._step(batches, optimizer, parameters, "all tasks together", step)
-        schedule.step()
-        bar.update()
-        if (total - step) % every == 0:
-            loss = sum(factory._loss(sequences) for sequences in validation) / len(validation)
-            if loss < best_loss:
-                best, best_loss = factory._weights(), loss
-            bar.set_postfix(validation=f"{best_loss:.3f}")
-    bar.close()
-    return best
+    snapshots, losses, _ = factory.fit(batches, [factory.validation(task) for task in tasks], kept, "multi-task LoRA")
+    return snapshots[min(range(len(losses)), key=losses.__getitem__)]
 
 
 def mixed_batches(

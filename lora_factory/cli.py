@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory import __version__
-from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
+from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, TrainArguments
 from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lora_factory.evaluation import TextScore
 
-Options = TypeVar("Options", CollectArguments, DemoArguments, TrainArguments)
+Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, TrainArguments)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
@@ -83,12 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", _evaluate, "score the base model and adapters on the tasks' test splits")
     _add_required(evaluate, "--tasks", "YAML or JSON task file, or a folder of them")
-    evaluate.add_argument(
-        "--adapter", action="append", required=True, metavar="FOLDER", help="PEFT folder; give it again for several"
-    )
-    evaluate.add_argument("--base-model", help="Hub id or folder (default: the base that the first adapter names)")
-    evaluate.add_argument("--max-tokens", type=int, help="score at most this many tokens a task (default: all)")
-    evaluate.add_argument("--output", default="evaluation.json", help="JSON file (default: evaluation.json)")
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--adapter", action="append", metavar="FOLDER", help="PEFT folder; give it again for several")
+    what.add_argument("--generator", help="folder of a generator: compare it with every baseline and control")
+    evaluate.add_argument("--base-model", help="Hub id or folder (default: the base that adapter or generator names)")
+    evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
+    evaluate.add_argument("--zoo", help="with --generator: the zoo that it was trained on")
+    evaluate.add_argument("--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo")
+    evaluate.add_argument("--unseen-zoo", help="with --generator: zoo of the unseen tasks' own LoRAs")
+    _add_options(evaluate, CompareArguments)
     return parser
 
 
@@ -133,6 +136,41 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.generator:
+        _compare(options)
+    else:
+        _evaluate_adapters(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if not options.zoo:
+        raise LoraFactoryError("--generator needs --zoo, the folder of the zoo that the generator was trained on")
+    arguments = _read_options(options, CompareArguments)
+    from lora_factory.comparison import Fold, compare
+    from lora_factory.modeling import CVAELoRAGenerator
+    from lora_factory.report import terminal_tables, write_report
+    from lora_factory.tasks import load_tasks
+    from lora_factory.zoo import AdapterZoo
+
+    fold = Fold(
+        seen=tuple(load_tasks(options.tasks)),
+        unseen=tuple(load_tasks(options.unseen_tasks)) if options.unseen_tasks else (),
+        zoo=AdapterZoo(options.zoo),
+        originals=AdapterZoo(options.unseen_zoo) if options.unseen_zoo else None,
+        generator=CVAELoRAGenerator.from_pretrained(options.generator),
+    )
+    base_model = options.base_model or fold.zoo.layout.base_model
+    comparison = compare(fold, base_model, options.output, arguments)
+    console = _console()
+    for table in terminal_tables(comparison):
+        console.print(table)
+    page = write_report(comparison, options.output)
+    console.print(f"wrote {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate_adapters(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from lora_factory.evaluation import evaluate_adapters
     from lora_factory.files import write_json
     from lora_factory.tasks import load_tasks
@@ -146,12 +184,14 @@ def _evaluate(options: argparse.Namespace) -> None:
             max_tokens=options.max_tokens,
             progress=status.update,
         )
+    results = Path(options.output) / "evaluation.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
     write_json(
-        options.output,
+        results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},
     )
     _print_scores(console, scores)
-    console.print(f"wrote {options.output}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {results}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_scores(console: Console, scores: dict[str, dict[str, TextScore]]) -> None:

@@ -133,33 +133,58 @@ class AdapterFactory:
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
         """
-        arguments = self.arguments
-        train = encode_sequences(self.tokenizer, task.examples("train"), arguments)
-        validation = encode_sequences(self.tokenizer, task.examples("validation"), arguments)
-        validation = validation[: arguments.validation_sequences]
-        total, every = self._schedule(len(train))
-        first_kept = total - every * (arguments.snapshots - 1)
+        train = encode_sequences(self.tokenizer, task.examples("train"), self.arguments)
+        total, every = self.schedule(len(train))
+        kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
+        batches = _batches(train, self.arguments.batch_size, seed)
+        snapshots, losses, tokens = self.fit(batches, [self.validation(task)], kept, label)
+        return self._record(task, seed, tuple(kept), losses, tokens), snapshots
+
+    def fit(
+        self,
+        batches: Iterator[list[TokenSequence]],
+        validation: Sequence[list[TokenSequence]],
+        kept: Sequence[int],
+        label: str,
+    ) -> tuple[torch.Tensor, tuple[float, ...], int]:
+        """Train the slot from the shared initialisation.
+
+        Args:
+            batches: Training batches, as many as asked for.
+            validation: Sets of sequences; a snapshot's loss is the mean over the sets.
+            kept: Rising steps after which a snapshot is taken; the last one ends the training.
+            label: What the progress bar and errors say.
+
+        Returns:
+            Snapshots ``(len(kept), D)``, float32, their validation losses in nats a token, and the tokens read.
+
+        Raises:
+            LoraFactoryError: When a training loss is not finite.
+        """
+        arguments, total = self.arguments, kept[-1]
         self.slot.load(self.initial)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * arguments.warmup_ratio), total)
-        batches = _batches(train, arguments.batch_size, seed)
-        snapshots, snapshot_steps, losses, tokens = [], [], [], 0
+        snapshots, losses, tokens = [], [], 0
         bar = tqdm(total=total, desc=label, unit="step", disable=not self.accelerator.is_local_main_process)
         for step in range(1, total + 1):
-            tokens += self._step(batches, optimizer, parameters, task.name, step)
+            tokens += self._step(batches, optimizer, parameters, label, step)
             schedule.step()
             bar.update()
-            if step >= first_kept and (total - step) % every == 0:
+            if step in kept:
                 snapshots.append(self._weights())
-                snapshot_steps.append(step)
-                losses.append(self._loss(validation))
+                losses.append(sum(self.loss(sequences) for sequences in validation) / len(validation))
                 bar.set_postfix(validation=f"{losses[-1]:.3f}")
         bar.close()
-        record = self._record(task, seed, tuple(snapshot_steps), tuple(losses), tokens)
-        return record, torch.stack(snapshots)
+        return torch.stack(snapshots), tuple(losses), tokens
 
-    def _schedule(self, sequences: int) -> tuple[int, int]:
+    def validation(self, task: Task) -> list[TokenSequence]:
+        """The sequences of a task's validation split that snapshots are scored on."""
+        sequences = encode_sequences(self.tokenizer, task.examples("validation"), self.arguments)
+        return sequences[: self.arguments.validation_sequences]
+
+    def schedule(self, sequences: int) -> tuple[int, int]:
         """Optimizer steps in all, and steps between snapshots."""
         arguments = self.arguments
         if not arguments.epochs:
@@ -172,7 +197,7 @@ class AdapterFactory:
         batches: Iterator[list[TokenSequence]],
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
-        task_name: str,
+        label: str,
         step: int,
     ) -> int:
         """One optimizer step; returns the number of tokens that it read."""
@@ -183,7 +208,7 @@ class AdapterFactory:
             loss = self._forward(batch)
             if not torch.isfinite(loss):
                 raise LoraFactoryError(
-                    f"task {task_name!r}: the loss is {loss.item()} at step {step}; lower learning_rate "
+                    f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate "
                     f"(now {self.arguments.learning_rate}) or look for damaged text"
                 )
             self.accelerator.backward(loss)  # divides by the accumulation steps itself
@@ -201,7 +226,7 @@ class AdapterFactory:
         return self.layout.flatten({key: value.detach().float().cpu() for key, value in state_dict.items()})
 
     @torch.no_grad()
-    def _loss(self, sequences: list[TokenSequence]) -> float:
+    def loss(self, sequences: list[TokenSequence]) -> float:
         """Mean loss in nats a scored token."""
         self.model.eval()
         total, scored = 0.0, 0
@@ -312,6 +337,8 @@ def _finished(zoo: AdapterZoo, task: Task, seed: int, factory: AdapterFactory) -
     if not zoo.has_run(task.name, run):
         return False
     record = zoo.record(task.name, run)
+    if record.descriptions != task.descriptions:
+        zoo.describe(record, task.descriptions)
     wanted = {**_comparable(factory.arguments), "data_fingerprint": task.fingerprint()}
     found = {**record.arguments, "data_fingerprint": record.data_fingerprint}
     different = sorted(name for name in wanted if wanted[name] != found.get(name))

@@ -62,7 +62,7 @@ FULL = DemoSize(
         rank=2,
         lora_alpha=4.0,
         target_modules="q_proj,v_proj",
-        steps=36,
+        steps=32,
         snapshots=8,
         batch_size=4,
         sequence_length=64,
@@ -70,7 +70,7 @@ FULL = DemoSize(
         validation_sequences=8,
         dtype="bfloat16",
     ),
-    train=TrainArguments(steps=160),
+    train=TrainArguments(steps=200),
     test_tokens=2000,
 )
 FAST = DemoSize(

@@ -154,9 +154,12 @@ class TokenCVAE(nn.Module):
         self.outputs = nn.ModuleList(nn.Linear(width, group.length) for group in groups)
         self.register_buffer("log_std", torch.full((layout.num_tokens,), -10.0))
         # The latent starts without influence and at no cost: it is used once it explains what the condition does not.
-        for layer in (self.latent, self.prior_head[-1], self.posterior_head[-1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (
+            *self.latent.parameters(),
+            *self.prior_head[-1].parameters(),
+            *self.posterior_head[-1].parameters(),
+        ):
+            nn.init.zeros_(parameter)
 
     def embed_condition(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
         """Condition of shape ``(batch, width)`` from standardised task vectors."""

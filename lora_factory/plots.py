@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.summaries import MethodSummary, format_number
+from lora_factory.summaries import Interval, MethodSummary, format_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,15 @@ class Plot:
     caption: str
     light: str
     dark: str
+
+
+class _Entry(NamedTuple):
+    """One line of a legend."""
+
+    name: str
+    marker: str
+    colour: str
+    hollow: bool = False
 
 
 def draw_plots(comparison: Mapping[str, Any], summaries: Sequence[MethodSummary]) -> list[Plot]:
@@ -107,7 +116,8 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
     figure, (axes,) = _figure(0.9 + 0.36 * len(summaries))
     for end in (0, 1):
         axes.axvline(end, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
-    for offset, group, colour, face in ((-0.18, "seen", _COLOURS[0], None), (0.18, "unseen", _COLOURS[1], _PAPER)):
+    blue, orange = _COLOURS[:2]
+    for offset, group, colour, face in ((-0.18, "seen", blue, blue), (0.18, "unseen", orange, _PAPER)):
         for row, summary in enumerate(summaries):
             found = summary.groups[group]
             if found:
@@ -117,7 +127,7 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
     axes.set_yticks(range(len(summaries)), [_short(summary.method) for summary in summaries])
     axes.set_xticks([0, 1], ["0\noriginal model", "1\noriginal LoRA"])
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
-    _legend(figure, {"seen tasks": ("o", _COLOURS[0], None), "unseen tasks": ("o", _COLOURS[1], _PAPER)})
+    _legend(figure, [_Entry("seen tasks", "o", blue), _Entry("unseen tasks", "o", orange, hollow=True)])
     caption = (
         "Share of the gain of each task's own LoRA that a method recovers, with bootstrap 95 % intervals. "
         "Triangles stand for values beyond the edge. The table below gives the same numbers."
@@ -125,17 +135,18 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
     return [_plot(figure, "Headroom per method", caption)]
 
 
-def _interval(axes: Axes, height: float, interval: Any, colour: str, face: str | None) -> None:  # noqa: ANN401
+def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: str) -> None:
+    """A mean as a point and its interval as a line; beyond the edges a triangle with the mean's number."""
     mean = interval.mean
     if _LEFT_END <= mean <= _RIGHT_END:
         if not math.isnan(interval.low):
             ends = [max(interval.low, _LEFT_END - 0.05), min(interval.high, _RIGHT_END + 0.05)]
             axes.plot(ends, [height, height], color=colour, linewidth=1.6)
-        axes.plot([mean], [height], "o", color=colour, markersize=5.5, markerfacecolor=face or colour)
+        axes.plot([mean], [height], "o", color=colour, markersize=5.5, markerfacecolor=face)
         return
-    left = mean < 0
+    left = mean < _LEFT_END
     edge = _LEFT_END if left else _RIGHT_END
-    axes.plot([edge], [height], "<" if left else ">", color=colour, markersize=5.5, markerfacecolor=face or colour)
+    axes.plot([edge], [height], "<" if left else ">", color=colour, markersize=5.5, markerfacecolor=face)
     side = 6 if left else -6
     axes.annotate(
         format_number(mean, 1),
@@ -202,9 +213,9 @@ def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) ->
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(True)
-    entries = {_short(task, 16): (*looks[task], None) for task in tasks}
+    entries = [_Entry(_short(task, 16), *looks[task]) for task in tasks]
     if len(kind_names) > 1:
-        entries |= {f"({kind})": ("o", _INK, "none" if order else None) for order, kind in enumerate(kind_names)}
+        entries += [_Entry(f"({kind})", "o", _INK, hollow=order > 0) for order, kind in enumerate(kind_names)]
     _legend(figure, entries)
     return figure
 
@@ -230,9 +241,7 @@ def _curve_plots(curves: Mapping[str, Sequence[Mapping[str, float | None]]]) -> 
             axes.set_ylabel(quantity)
             axes.grid(axis="y", color=_FAINT, linewidth=0.5)
         panels[-1].set_xlabel("training step")
-        _legend(
-            figure, {_short(name.partition(",")[2].strip() or name): ("_", looks[name][1], None) for name in runs}, 3
-        )
+        _legend(figure, [_Entry(_short(name.partition(",")[2] or name), "_", looks[name][1]) for name in runs], 3)
         plots.append(
             _plot(figure, f"Loss curves: {model}", "Training losses by step; gaps are values that were not finite.")
         )
@@ -261,7 +270,7 @@ def _ablation_plots(ablations: Sequence[Mapping[str, Any]]) -> list[Plot]:
         axes.set_xlabel(_short(parameter))
         axes.set_ylabel("headroom")
         axes.grid(axis="y", color=_FAINT, linewidth=0.5)
-        _legend(figure, {_short(method): (*looks[method], None) for method in methods}, 2)
+        _legend(figure, [_Entry(_short(method), *looks[method]) for method in methods], 2)
         plots.append(_plot(figure, f"Ablation: {parameter}", "Mean headroom over tasks and runs by value."))
     return plots
 
@@ -300,18 +309,18 @@ def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, rows
 
 
-def _legend(figure: Figure, entries: Mapping[str, tuple[str, str, str | None]], columns: int = 3) -> None:
-    """A legend under the panels: by name marker, colour and face, where None is a filled marker."""
+def _legend(figure: Figure, entries: Sequence[_Entry], columns: int = 3) -> None:
+    """A legend under the panels."""
     from matplotlib.lines import Line2D
 
     lines = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, markerfacecolor=face or colour, markersize=7)
-        for marker, colour, face in entries.values()
+        Line2D([], [], linestyle="", marker=marker, color=colour, fillstyle="none" if hollow else "full", markersize=7)
+        for _, marker, colour, hollow in entries
     ]
     # The blank in front: matplotlib leaves out names that start with an underscore.
     figure.legend(
         lines,
-        [f" {name}" for name in entries],
+        [f" {entry.name}" for entry in entries],
         loc="outside lower left",
         ncols=columns,
         frameon=False,

@@ -24,7 +24,11 @@ from lora_factory.summaries import (
     summarise,
 )
 
-_METRICS = (("PPL", "perplexity", 2, min), ("BPC", "bits_per_character", 3, min), ("accuracy", "accuracy", 3, max))
+_METRICS = (  # heading, key in a cell, digits, what is best, meaning
+    ("PPL", "perplexity", 2, min, "PPL: perplexity a token, lower is better."),
+    ("BPC", "bits_per_character", 3, min, "BPC: bits per character, lower is better, comparable between tokenizers."),
+    ("accuracy", "accuracy", 3, max, "Accuracy: share of right completions."),
+)
 
 
 class Column(NamedTuple):
@@ -88,9 +92,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     return [
         replace(
             table,
-            columns=tuple(
-                column._replace(name=plain(column.name), group=plain(column.group)) for column in table.columns
-            ),
+            columns=tuple(Column(plain(name), plain(group), wordy) for name, group, wordy in table.columns),
             rows=tuple(tuple(map(plain, row)) for row in table.rows),
             title=plain(table.title),
         )
@@ -159,11 +161,11 @@ def _task_table(comparison: Mapping[str, Any], group: str) -> Table:
     cells = [cell for cell in comparison["cells"] if cell["seen"] is GROUPS[group]]
     tasks = sorted({cell["task"] for cell in cells})
     methods = [name for name in method_names(comparison) if any(cell["method"] == name for cell in cells)]
-    metrics = [metric for metric in _METRICS if any(cell[metric[1]] is not None for cell in cells)]
+    metrics = [metric for metric in _METRICS if any(cell.get(metric[1]) is not None for cell in cells)]
     columns, texts, best = [Column("Method")], [methods], set()
     for task in tasks:
-        for name, key, digits, choose in metrics:
-            means = _means((cell["method"], cell[key]) for cell in cells if cell["task"] == task)
+        for name, key, digits, choose, _ in metrics:
+            means = _means((cell["method"], cell.get(key)) for cell in cells if cell["task"] == task)
             column = [format_number(means.get(method), digits) for method in methods]
             rivals = {row: means[method] for row, method in enumerate(methods) if method in means.keys() - ORIGINALS}
             top = format_number(choose(rivals.values(), default=None), digits)
@@ -172,8 +174,8 @@ def _task_table(comparison: Mapping[str, Any], group: str) -> Table:
             texts.append(column)
     return Table(
         f"Each {group} task",
-        "PPL: perplexity a token; BPC: bits per character, comparable between tokenizers; accuracy: share of right "
-        "completions. Means over folds and seeds; the best of a column is bold, the original LoRA aside.",
+        " ".join(meaning for *_, meaning in metrics)
+        + " Means over folds and seeds; the best of a column is bold, the original LoRA aside.",
         tuple(columns),
         tuple(zip(*texts, strict=True)) if tasks else (),
         frozenset(best),

@@ -27,7 +27,10 @@ from lora_factory.networks import TokenCVAE, spread_over_weights
 from lora_factory.tasks import Task
 from lora_factory.zoo import AdapterZoo
 
-CONDITION_NOISE = 0.2  # standard deviations added to a task vector, so that paraphrases land on their task
+# Standard deviations added to every number of a task vector. Such noise is almost orthogonal to the few directions in
+# which tasks differ, so that large noise teaches the network to listen to these alone: paraphrases land on their task.
+CONDITION_NOISE = 1.0
+HEAD_NOISE = 0.5  # the same while the heads are solved, where less of it leaves a smaller error on known texts
 MAX_SUPPORT = 32  # examples in the largest support set
 HIDDEN_EXAMPLES = 64  # examples a task whose hidden states are computed
 HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
@@ -181,7 +184,7 @@ def solve_heads(
     grams = [torch.zeros(size, size, **like) for size in sizes]
     products = [torch.zeros(size, head.out_features, **like) for size, head in zip(sizes, heads, strict=True)]
     for episode in range(HEAD_EPISODES):
-        adapters, conditions = sample_episode(generator, weights, features, batch_size, source)
+        adapters, conditions = sample_episode(generator, weights, features, batch_size, source, noise=HEAD_NOISE)
         standard, condition = generator.encode_inputs(adapters, conditions)
         prior = network.prior(condition)
         latent = network.posterior(standard, condition).sample(generator=source) if episode % 2 else prior.mean
@@ -228,6 +231,8 @@ def sample_episode(
     features: Mapping[str, Mapping[str, torch.Tensor]],
     batch_size: int,
     source: torch.Generator,
+    *,
+    noise: float = CONDITION_NOISE,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Draw tasks without replacement (with, once all are drawn), a snapshot and a condition of each.
 
@@ -235,7 +240,7 @@ def sample_episode(
     states (Eq. 1), so that every subset of the modalities is a valid condition later.
 
     Returns:
-        Adapters ``(batch, D)`` and conditions ``(batch, width)`` with a little noise, on the generator's device.
+        Adapters ``(batch, D)`` and conditions ``(batch, width)`` with noise, on the generator's device.
     """
     names = list(weights)
     rounds = math.ceil(batch_size / len(names))
@@ -247,7 +252,7 @@ def sample_episode(
         support = MAX_SUPPORT if name == "hidden" else 1
         drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
         scale = generator.get_buffer(f"standardiser.{name}_scale").cpu()
-        drawn = drawn + CONDITION_NOISE * scale * torch.randn(drawn.shape, generator=source)
+        drawn = drawn + noise * scale * torch.randn(drawn.shape, generator=source)
         conditions[name] = drawn.to(generator.device)
     return adapters.to(generator.device), conditions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,11 @@ class AdapterZoo:
                 write_text(folder / name, text)
             sha256 = {name: sha256_file(folder / name) for name in sorted((*_REQUIRED_FILES, *extra_files))}
             write_json(folder / _RECORD_FILE, replace(record, sha256=sha256).to_dict())
+
+    def describe(self, record: RunRecord, descriptions: Sequence[str]) -> None:
+        """Replace the descriptions of a stored run; its weights stay as they are."""
+        changed = replace(record, descriptions=tuple(descriptions))
+        write_json(self.folder / record.task / record.run / _RECORD_FILE, changed.to_dict())
 
     def snapshots(self, task: str, run: str | None = None, *, rows: slice = slice(None)) -> Tensor:
         """Read snapshots as float32 vectors.

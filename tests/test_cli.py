@@ -184,8 +184,8 @@ def test_evaluate_prints_a_table_and_writes_json(
     tasks = [{"name": "letters", "descriptions": ["Write letters"], "data": {"path": "letters.txt"}}]
     Path("tasks.json").write_text(json.dumps({"tasks": tasks}))
     words = ["evaluate", "--tasks", "tasks.json", "--adapter", "adapter", "--base-model", str(pico_model_folder)]
-    assert cli.main([*words, "--output", "scores.json"]) == 0
-    scores = json.loads(Path("scores.json").read_text())
+    assert cli.main([*words, "--output", "scores"]) == 0
+    scores = json.loads(Path("scores/evaluation.json").read_text())
     assert list(scores) == ["base model", "adapter"]
     base = scores["base model"]["letters"]
     assert scores["adapter"]["letters"] == base  # a fresh LoRA changes nothing
@@ -193,7 +193,7 @@ def test_evaluate_prints_a_table_and_writes_json(
     output = capsys.readouterr().out
     assert re.search(rf"base model\W+{row}", output)
     assert re.search(rf"adapter\W+{row}", output)
-    assert output.endswith("wrote scores.json\n")
+    assert output.endswith("wrote scores/evaluation.json\n")
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:

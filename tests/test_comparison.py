@@ -1,0 +1,125 @@
+"""The comparison with every baseline and control on pico models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TRAINING_TEXT
+
+from lora_factory import comparison
+from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
+from lora_factory.collect import collect_adapters
+from lora_factory.comparison import Contenders, Fold, compare
+from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks import Task
+from lora_factory.training import train_generator
+
+pytest.importorskip("diffusers")
+
+SETTINGS = CollectArguments(
+    steps=10, snapshots=3, batch_size=2, sequence_length=32, learning_rate=3e-2, target_modules="q_proj,v_proj"
+)
+ARGUMENTS = CompareArguments(max_tokens=30, window=32)
+SEEN = ("prose", "code", "law")
+
+
+def make_task(name: str, text: str) -> Task:
+    texts = [f"{number} {text}" for number in range(6)]
+    return Task.from_examples(name, [f"Write {name}.", f"More {name}'s text."], texts[:4], texts[4:5], texts[5:])
+
+
+@pytest.fixture(scope="module")
+def fold(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path, pico_encoder_folder: Path) -> Fold:
+    folder = tmp_path_factory.mktemp("fold")
+    seen = [make_task(name, text) for name, text in zip(SEEN, TRAINING_TEXT, strict=True)]
+    unseen = [make_task("verse", "\n".join(reversed(TRAINING_TEXT[0].split())))]
+    zoo = collect_adapters(seen, pico_model_folder, folder / "zoo", SETTINGS)
+    originals = collect_adapters(unseen, pico_model_folder, folder / "originals", SETTINGS)
+    training = TrainArguments(steps=6, text_encoder=str(pico_encoder_folder))
+    generator = train_generator(zoo, folder / "generator", training)
+    return Fold(tuple(seen), tuple(unseen), zoo, originals, generator)
+
+
+@pytest.fixture(autouse=True)
+def short_diffusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = partial(comparison.train_cond_p_diff, autoencoder_steps=10, diffusion_steps=10)
+    monkeypatch.setattr(comparison, "train_cond_p_diff", short)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("comparison")
+
+
+def test_every_method_is_scored_on_every_task(fold: Fold, pico_model_folder: Path, output: Path) -> None:
+    result = compare(fold, pico_model_folder, output, ARGUMENTS)
+    assert json.loads((output / "comparison.json").read_text()) == json.loads(json.dumps(result))
+    places = {(cell["task"], cell["method"]) for cell in result["cells"]}
+    assert places == {(task, method) for task in (*SEEN, "verse") for method in result["methods"]}
+    assert {cell["task"] for cell in result["cells"] if not cell["seen"]} == {"verse"}
+    losses = {(cell["task"], cell["method"]): cell["loss"] for cell in result["cells"]}
+    for task in SEEN:
+        assert losses[task, "original LoRA"] < losses[task, "original model"]
+        assert losses[task, "retrieval"] < losses[task, "original model"]
+    assert result["diagnostics"][0]["novelty"].keys() == set(SEEN)
+    assert {row["what"] for row in result["storage"]} >= {"data set", "COND P-DIFF", "generator"}
+    assert result["points"]["weights"]["kinds"].count("generated") == 4
+
+
+def test_finished_cells_are_not_repeated(
+    fold: Fold, pico_model_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compare(fold, pico_model_folder, output, ARGUMENTS)
+
+    def repeated(*_: object, **__: object) -> None:
+        raise AssertionError("a finished cell was scored again")
+
+    monkeypatch.setattr(comparison, "score_examples", repeated)
+    monkeypatch.setattr(comparison, "train_multitask", repeated)
+    assert compare(fold, pico_model_folder, output, ARGUMENTS)["cells"] == first["cells"]
+
+
+def test_a_nan_metric_fails_its_cell_and_not_the_run(
+    fold: Fold, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_examples, calls = comparison.score_examples, []
+
+    def sometimes_nan(*words: Any, **options: Any) -> Any:
+        score = score_examples(*words, **options)
+        calls.append(score)
+        return dataclasses.replace(score, loss=float("nan")) if len(calls) == 3 else score
+
+    monkeypatch.setattr(comparison, "score_examples", sometimes_nan)
+    with pytest.warns(UserWarning, match="the loss is nan"):
+        result = compare(fold, pico_model_folder, tmp_path, ARGUMENTS)
+    failed = [cell for cell in result["cells"] if cell["loss"] is None]
+    assert len(failed) == 1 and "nan" in failed[0]["error"]
+    again = compare(fold, pico_model_folder, tmp_path, ARGUMENTS)
+    assert all(cell["loss"] is not None for cell in again["cells"])
+
+
+def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
+    poison = Task.from_examples("verse", ["zzz"], ["poison " * 40] * 4, ["poison"], ["poison"])
+    poisoned = dataclasses.replace(fold, unseen=(poison,))
+    clean = Contenders(fold, pico_model_folder, tmp_path / "clean", ARGUMENTS)
+    dirty = Contenders(poisoned, pico_model_folder, tmp_path / "dirty", ARGUMENTS)
+    for task in fold.seen:
+        for name in clean.methods:
+            assert torch.equal(clean.methods[name](task, 0), dirty.methods[name](task, 0)), (task.name, name)
+    dirty.conditions["verse"] = clean.conditions["verse"]  # the same question, asked of what was fitted
+    for name in clean.methods:
+        if name not in ("original LoRA", "original LoRA, best"):
+            assert torch.equal(clean.methods[name](fold.unseen[0], 0), dirty.methods[name](poison, 0)), name
+
+
+def test_a_fold_that_leaks_is_refused(fold: Fold) -> None:
+    with pytest.raises(LoraFactoryError, match="'prose'.*are in the zoo"):
+        dataclasses.replace(fold, unseen=(fold.seen[0],))
+    with pytest.raises(LoraFactoryError, match="need their own LoRAs"):
+        dataclasses.replace(fold, originals=None)
