@@ -64,14 +64,17 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+        public_name = config.base_model_name_or_path
         try:
-            return get_peft_model(model, config, adapter_name=adapter_name)
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         except ValueError as error:
             raise LoraFactoryError(
                 f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; "
                 "name some of its modules, or use all-linear"
             ) from error
+    config.base_model_name_or_path = public_name  # PEFT puts the folder there that the base was loaded from
+    return wrapped
 
 
 class AdapterSlot:

@@ -242,14 +242,10 @@ def _summarise_group(values: Mapping[Place, float], generated: Mapping[Place, fl
 
 
 def _bootstrap(values: Mapping[Place, float]) -> Interval:
-    """The mean over tasks and its percentile bootstrap interval, from a seeded generator of its own.
-
-    A task's seeds and folds are averaged first: they share its text and its original LoRA, so they are no further
-    evidence.
-    """
+    """The mean over (task, seed) units and its percentile bootstrap interval, from a seeded generator of its own."""
     units = defaultdict(list)
     for place in sorted(values):
-        units[place.task].append(values[place])
+        units[place.task, place.seed].append(values[place])
     if not units:
         return Interval(math.nan, math.nan, math.nan)
     means = torch.tensor([fmean(folds) for folds in units.values()], dtype=torch.float64)

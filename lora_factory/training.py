@@ -27,10 +27,10 @@ from lora_factory.networks import TokenCVAE, spread_over_weights
 from lora_factory.tasks import Task
 from lora_factory.zoo import AdapterZoo
 
-# Standard deviations added to every number of a task vector. Such noise is almost orthogonal to the few directions in
-# which tasks differ, so that large noise teaches the network to listen to these alone: paraphrases land on their task.
-CONDITION_NOISE = 1.0
-HEAD_NOISE = 0.5  # the same while the heads are solved, where less of it leaves a smaller error on known texts
+# Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
+# which tasks differ, so that much of it teaches the network to listen to these alone: paraphrases land on their task.
+CONDITION_NOISE = 0.05
+HEAD_NOISE = 0.025  # the same while the heads are solved, where less of it leaves a smaller error on known texts
 MAX_SUPPORT = 32  # examples in the largest support set
 HIDDEN_EXAMPLES = 64  # examples a task whose hidden states are computed
 HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
@@ -252,7 +252,8 @@ def sample_episode(
         support = MAX_SUPPORT if name == "hidden" else 1
         drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
         scale = generator.get_buffer(f"standardiser.{name}_scale").cpu()
-        drawn = drawn + noise * scale * torch.randn(drawn.shape, generator=source)
+        length = scale * math.sqrt(drawn.shape[1])
+        drawn = drawn + noise * length * torch.randn(drawn.shape, generator=source)
         conditions[name] = drawn.to(generator.device)
     return adapters.to(generator.device), conditions
 

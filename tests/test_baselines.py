@@ -210,7 +210,7 @@ def test_multitask_lora_learns_every_task_with_the_budget_of_all(factory: Adapte
     tasks = [Task.from_examples(name, [name], [text * 40], [text * 8], [text * 8]) for name, text in texts.items()]
     seen = []
     step = AdapterFactory._step
-    monkeypatch.setattr(AdapterFactory, "_step", lambda self, *args: seen.append(step(self, *args)))
+    monkeypatch.setattr(AdapterFactory, "_step", lambda self, *args: seen.append(1) or step(self, *args))
     adapter = train_multitask(factory, tasks, seed=0)
     assert len(seen) == 2 * factory.arguments.steps, "as many steps as the tasks' own LoRAs together"
     assert adapter.shape == (factory.layout.size,) and adapter.dtype == torch.float32
@@ -229,11 +229,11 @@ def test_multitask_lora_keeps_its_best_snapshot(factory: AdapterFactory, monkeyp
     losses = iter([3.0, 1.0, 2.0])
     taken = []
     weights = AdapterFactory._weights
-    monkeypatch.setattr(AdapterFactory, "_loss", lambda self, sequences: next(losses))
+    monkeypatch.setattr(AdapterFactory, "loss", lambda self, sequences: next(losses))
     monkeypatch.setattr(AdapterFactory, "_weights", lambda self: taken.append(weights(self)) or taken[-1])
     task = Task.from_examples("fox", ["fox"], ["The quick brown fox. " * 20], ["The fox. " * 9], ["The fox. " * 9])
     assert torch.equal(train_multitask(factory, [task], seed=0, steps=3), taken[1])
-    assert len(taken) == 2
+    assert len(taken) == 3
 
 
 def test_gibberish_is_a_repeatable_sentence_of_no_meaning() -> None:
