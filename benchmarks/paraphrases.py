@@ -42,7 +42,6 @@ def main() -> None:
         "token, default": (arguments, *default),
         "token, a fifth of the noise": (arguments, default[0] / 5, default[1] / 5),
         "token, heads by gradient only": (arguments, default[0], None),
-        "conv1d, the paper's recipe": (replace(arguments, decoder="conv1d"), *default),
     }
     table = Table(title=f"{zoo.folder}: {len(zoo.tasks)} tasks, {zoo.layout.size:,} weights, {options.seeds} seed(s)")
     for column in ("variant", "known texts, mean", "worst", "held-out paraphrases, mean", "worst", "seconds"):
