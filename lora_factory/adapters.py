@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from lora_factory.errors import LoraFactoryError
@@ -75,6 +79,63 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
             ) from error
     config.base_model_name_or_path = public_name  # PEFT puts the folder there that the base was loaded from
     return wrapped
+
+
+@contextmanager
+def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout, adapters: Tensor) -> Iterator[None]:
+    """A context in which every share of a batch runs with an adapter of its own, in one forward pass.
+
+    The first ``rows / n`` rows of a batch go through the first adapter, the next through the second, and so on. The
+    LoRA is added by forward hooks on the base model's modules, ``y + scaling * B(A(x))`` as PEFT does it, and gradients
+    flow back into ``adapters``; the base model's own parameters are left as they are. Adapters that PEFT has attached
+    to the model are active beside it: switch them off.
+
+    Args:
+        model: The base model.
+        layout: Where the weights belong.
+        adapters: Shape ``(n, D)``.
+
+    Raises:
+        LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = layout.unflatten(adapters)
+    handles = []
+    try:
+        for adapted in layout.modules:
+            try:
+                module = base.get_submodule(adapted.path)
+            except AttributeError:
+                raise LoraFactoryError(
+                    f"the base model has no module {adapted.path!r}; this adapter is for {layout.base_model}"
+                ) from None
+            target = module.base_layer if isinstance(module, LoraLayer) else module
+            pair = weights[adapted.key_a], weights[adapted.key_b] * adapted.scaling
+            handles.append(target.register_forward_hook(partial(_add_lora, *pair)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_lora(factors_a: Tensor, factors_b: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
+    """A module's output plus the LoRA of every share of the batch; ``factors_a`` is ``(n, *shape of A)``."""
+    (values,) = inputs
+    count = len(factors_a)
+    if len(values) % count:
+        raise LoraFactoryError(f"a batch of {len(values)} rows cannot be shared by {count} adapters; give each as many")
+    if isinstance(module, nn.Embedding):
+        pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
+        return output + torch.cat([functional.embedding(rows, a.T) @ b.T for rows, a, b in pairs]).to(output.dtype)
+    values = values.to(factors_a.dtype)
+    if isinstance(module, _ConvNd):
+        convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[factors_a.ndim - 4]
+        options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
+        return output + torch.cat([convolution(convolution(x, a, None, **options), b) for x, a, b in pairs]).to(output)
+    flat = values.reshape(count, -1, values.shape[-1])
+    delta = flat @ factors_a.transpose(1, 2) @ factors_b.transpose(1, 2)
+    return output + delta.reshape(output.shape).to(output.dtype)
 
 
 class AdapterSlot:

@@ -64,10 +64,32 @@ class TrainArguments:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     seed: int = _option(0, "seed of the weights, of the order of the data and of the latent noise")
     text_encoder: str = _option("sentence-transformers/all-MiniLM-L6-v2", "Hub id or folder, or open_clip:<model>")
+    width: int = _option(384, "hidden size of the token decoder")
+    depth: int = _option(2, "residual blocks of the token decoder")
+    conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20")
+    base_steps: int = _option(0, "steps through the frozen base model (stage 2); needs the tasks' examples")
+    base_tasks: int = _option(4, "tasks a step of stage 2")
+    base_sequences: int = _option(2, "query sequences a task and step of stage 2")
+    base_mixtures: float = _option(0.2, "share of stage 2's adapters that serve a mixture of tasks, not one")
+    base_stretches: float = _option(0.4, "share that serve a stretch of one task's examples, from two neighbours to all")
+    base_learning_rate: float = _option(1e-3, "peak learning rate of stage 2")
+    base_bias_learning_rate: float = _option(3e-3, "peak learning rate of the bias adapter in stage 2")
+    base_noise: float = _option(0.05, "noise on text vectors in stage 2, as a share of a vector's length")
+    base_l2: float = _option(0.0, "penalty on the mean square of the generated residual in standard units in stage 2")
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
-        _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm")
+        _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
+        _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
+        if min(self.base_steps, self.base_noise, self.base_l2) < 0:
+            raise LoraFactoryError(
+                f"base_steps={self.base_steps}, base_noise={self.base_noise}, base_l2={self.base_l2}: none may be "
+                "below 0"
+            )
+        if min(self.base_mixtures, self.base_stretches) < 0 or self.base_mixtures + self.base_stretches > 1:
+            raise LoraFactoryError(
+                f"base_mixtures={self.base_mixtures}, base_stretches={self.base_stretches}: two shares of one whole"
+            )
         if self.decoder not in ("token", "conv1d"):
             raise LoraFactoryError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
 
@@ -79,10 +101,13 @@ class CompareArguments:
     seeds: tuple[int, ...] = _option((0,), "seeds of everything that samples or trains")
     max_tokens: int = _option(2000, "tokens scored a task")
     window: int = _option(256, "tokens of context a forward pass")
+    examples: int = _option(16, "examples a condition is made of, where a method is conditioned on examples")
+    multitask_rank: int = _option(0, "rank of the multi-task LoRA; 0: that of the zoo")
+    multitask_learning_rate: float = _option(0.0, "learning rate of the multi-task LoRA; 0: that of the zoo")
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
-        _positive(self, "max_tokens")
+        _positive(self, "max_tokens", "examples")
         if not self.seeds or self.window < 4:
             raise LoraFactoryError(f"seeds={self.seeds}, window={self.window}: give a seed, and a window of 4 or more")
 

@@ -278,7 +278,7 @@ def encode_sequences(
         LoraFactoryError: When no token is left to learn from.
     """
     length = arguments.sequence_length
-    encoded = [_encode(tokenizer, example, length) for example in examples]
+    encoded = [encode_example(tokenizer, example, length) for example in examples]
     if arguments.packing:
         stream = TokenSequence([t for s in encoded for t in s.tokens], [label for s in encoded for label in s.labels])
         whole = max(length, len(stream.tokens) // length * length)
@@ -308,7 +308,7 @@ def collate(batch: Sequence[TokenSequence], pad_token_id: int, device: torch.dev
     }
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -> TokenSequence:
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -> TokenSequence:
     """One example as tokens; an over-long prompt loses its beginning, so that the completion stays."""
     prompt = tokenizer(example.prompt).input_ids if example.prompt else []
     completion = tokenizer(example.completion, add_special_tokens=not prompt).input_ids

@@ -11,6 +11,12 @@ FORMAT_VERSION = 1
 PAPER_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 
 
+def paper_channels(depth: int) -> tuple[int, ...]:
+    """Channels of ``depth`` convolutions as in the paper: doubled from 8 up to 256, and back."""
+    rising = tuple(min(256, 8 * 2**layer) for layer in range((depth + 1) // 2))
+    return rising + rising[::-1][depth % 2 :]
+
+
 @strict
 class CVAELoRAConfig(PreTrainedConfig):
     """Configuration of a :class:`~lora_factory.CVAELoRAGenerator`.

@@ -11,24 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import adapter_parameters
 from lora_factory.base_models import embedded_text_encoder, quiet_transformers
+from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen, pad_tokens
-from lora_factory.files import sha256_file
+from lora_factory.files import cache_folder, sha256_file
 
 if TYPE_CHECKING:
-    from lora_factory.data_source import Example
+    from lora_factory.tasks import Task
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 OPEN_CLIP = "open_clip:"
+FEATURE_EXAMPLES = 128  # training examples a task whose hidden states are computed
 MAX_TEXT_TOKENS = 256  # what MiniLM and most sentence encoders were trained with
 
 
@@ -95,7 +99,7 @@ class HiddenStateEncoder:
         batch_size: Examples a forward pass.
 
     Attributes:
-        width: Size of the vectors, twice the model's hidden size.
+        width: Size of the vectors, three times the model's hidden size.
         identifier: Names the vectors, for example as a cache key: model type, a hash over its weights, and lengths.
     """
 
@@ -114,8 +118,9 @@ class HiddenStateEncoder:
         self.batch_size = batch_size
         base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         self._backbone = base.base_model  # without the head: logits are not needed
-        self.width = 2 * base.config.get_text_config().hidden_size
-        self.identifier = f"hidden-states:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
+        self._head = base.get_output_embeddings()
+        self.width = 3 * base.config.get_text_config().hidden_size
+        self.identifier = f"hidden-states-and-errors:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
 
     def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
         """Read examples with the model.
@@ -126,8 +131,10 @@ class HiddenStateEncoder:
                 variant); the slot itself is not changed.
 
         Returns:
-            ``[hidden state of the last token; mean over all tokens]`` of the last layer, float32, on the CPU,
-            shape ``(examples, 2 * hidden size)``.
+            ``[hidden state of the last token; mean over all tokens; mean prediction error]`` of the last layer,
+            float32, on the CPU, shape ``(examples, 3 * hidden size)``. The prediction error is the output embedding
+            of the next token less its expectation under the model: the direction in which the hidden states have to
+            move for the example to become more likely, whatever the adapter is that moves them.
 
         Raises:
             LoraFactoryError: When an example is empty, or the adapter does not fit the model's slot.
@@ -153,7 +160,8 @@ class HiddenStateEncoder:
         outputs = torch.func.functional_call(self._backbone, weights, kwargs={**inputs, "use_cache": False})
         hidden, mask = outputs.last_hidden_state.float(), inputs["attention_mask"]
         last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1]
-        return torch.cat([last, _masked_mean(hidden, mask)], dim=-1).cpu()
+        error = _prediction_error(hidden[:, :-1], inputs["input_ids"][:, 1:], mask[:, 1:], self._head)
+        return torch.cat([last, _masked_mean(hidden, mask), error], dim=-1).cpu()
 
     def _backbone_weights(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's weights by the names of the backbone's parameters; a head's LoRA changes no hidden state."""
@@ -184,6 +192,41 @@ def task_vector(features: Tensor) -> Tensor:
             f"features have shape {tuple(features.shape)}, expected (examples, width) with at least one example"
         )
     return features.mean(dim=0)
+
+
+def example_features(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> dict[str, Tensor]:
+    """Hidden states of every task's first 128 training examples on the frozen base, from the cache where they are.
+
+    Args:
+        model: The base model, with or without adapters attached.
+        tokenizer: Its tokenizer.
+        tasks: Tasks with training examples.
+
+    Returns:
+        Shape ``(examples, width)`` by the name of the task; a progress bar shows on the main process.
+    """
+    encoder, cache = HiddenStateEncoder(model, tokenizer), FeatureCache(cache_folder() / "features")
+
+    def encode(texts: list[str]) -> Tensor:
+        return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
+
+    states = {}
+    for task in tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process):
+        texts = ["\0".join(row) for row in task.examples("train")[:FEATURE_EXAMPLES]]
+        states[task.name] = cache.get_or_compute(encoder.identifier, texts, encode)
+    return states
+
+
+def _prediction_error(hidden: Tensor, targets: Tensor, mask: Tensor, head: nn.Module) -> Tensor:
+    """Mean over tokens of ``e(target) - sum_v p(v) e(v)``, e being the rows of the output embedding, ``(n, width)``.
+
+    One example at a time, since probabilities over a vocabulary are large.
+    """
+    weight = head.weight.float()
+    errors = [weight[ids] - (states @ weight.T).softmax(-1) @ weight for states, ids in zip(hidden, targets, strict=True)]
+    return _masked_mean(torch.stack(errors), mask)
 
 
 class FeatureCache:

@@ -68,19 +68,20 @@ class CVAELoRAGenerator(PreTrainedModel):
             )
         self.layout = AdapterLayout.from_dict(config.layout)
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
-        self.standardiser = ConditionStandardiser(widths)
+        tasks = max(1, len(config.tasks or []))
+        self.standardiser = ConditionStandardiser(widths, {"text": tasks})
+        coordinates = self.standardiser.widths
         self.network: TokenCVAE | ConvCVAE
         if config.decoder == "conv1d":
             self.network = ConvCVAE(
-                self.layout, widths, channels=tuple(config.channels), latent_size=config.latent_size
+                self.layout, coordinates, channels=tuple(config.channels), latent_size=config.latent_size
             )
         else:
             self.network = TokenCVAE(
-                self.layout, widths, width=config.width, depth=config.depth, latent_size=config.latent_size
+                self.layout, coordinates, width=config.width, depth=config.depth, latent_size=config.latent_size
             )
         self.bias = nn.Parameter(torch.zeros(self.layout.size), requires_grad=False)
         self.register_buffer("token_scale", torch.ones(self.layout.num_tokens))
-        tasks = max(1, len(config.tasks or []))
         for name, width in widths.items():
             self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
         self._text_encoder: TextEncoder | None = None
@@ -159,7 +160,7 @@ class CVAELoRAGenerator(PreTrainedModel):
         self, adapters: torch.Tensor, conditions: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardised weights ``(batch, D)`` and the embedded condition ``(batch, width)`` of a training batch."""
-        weights = (adapters - self.bias) / spread_over_weights(self.layout, self.token_scale)
+        weights = (adapters - self.bias) / self.weight_scale
         return weights, self.network.embed_condition(self._standard_conditions(conditions), len(adapters))
 
     def _token_loss(
@@ -193,7 +194,16 @@ class CVAELoRAGenerator(PreTrainedModel):
         with their standard deviations times ``temperature`` (Eq. 9). The convolutional decoder, whose prior knows
         nothing of the condition, decodes its mean or a sample in the same way. Differentiable.
         """
-        batch = len(next(iter(conditions.values())))
+        standard = self.standard_vector(conditions, len(next(iter(conditions.values()))), seed, temperature)
+        return self.bias + standard * self.weight_scale
+
+    def standard_vector(
+        self, conditions: Mapping[str, torch.Tensor], batch: int, seed: int = 0, temperature: float = 0.0
+    ) -> torch.Tensor:
+        """What :meth:`generate_vector` adds to the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
+
+        No condition at all is a valid one: every modality is then replaced by its learned absence.
+        """
         generator = torch.Generator().manual_seed(seed)
         condition = self.network.embed_condition(self._standard_conditions(conditions), batch)
         latent = self.network.prior(condition).sample(temperature, generator)
@@ -201,7 +211,12 @@ class CVAELoRAGenerator(PreTrainedModel):
         if temperature > 0:
             noise = torch.randn(mean.shape, generator=generator).to(mean)
             mean = mean + temperature * torch.exp(log_std) * noise
-        return self.bias + mean * spread_over_weights(self.layout, self.token_scale)
+        return mean
+
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        """The floored standard deviation of every weight's token, shape ``(D,)``."""
+        return spread_over_weights(self.layout, self.token_scale)
 
     @torch.no_grad()
     def generate_state_dict(
@@ -376,12 +391,18 @@ class CVAELoRAGenerator(PreTrainedModel):
         floored = [torch.maximum(scale, 0.05 * scale.mean()).clamp_min(1e-8) for scale in scales]
         self.token_scale.copy_(torch.cat(floored))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
-        self.standardiser.fit(vectors)
+        groups = {name: torch.cat([_group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
+        self.standardiser.fit({name: rows if name == "text" else groups[name] for name, rows in vectors.items()})
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
 
     def _standard_conditions(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.standardiser(name, vector) for name, vector in conditions.items()}
+
+
+def _group_means(rows: torch.Tensor) -> torch.Tensor:
+    """Means over four consecutive rows each, and over the rest."""
+    return torch.stack([group.mean(0) for group in rows.split(4)])
 
 
 AutoConfig.register("cvae_lora", CVAELoRAConfig)

@@ -40,29 +40,49 @@ class Gaussian:
 
 
 class ConditionStandardiser(nn.Module):
-    """Task vectors on a common scale: minus the zoo's mean, over its root mean square deviation, a modality each.
+    """Task vectors as coordinates in the directions in which the zoo's tasks differ, a modality each.
 
-    The statistics are persistent buffers, so that a downloaded generator has them.
+    Minus the mean task vector, times an orthonormal basis of the span of the tasks' deviations from it, over their
+    root mean square coordinate. What a task vector says beyond that span, no task could teach the network to
+    understand: left in, it would move the adapters of unseen tasks at random. The statistics are persistent buffers,
+    so that a downloaded generator has them.
+
+    Args:
+        widths: Width of every modality's task vectors.
+        directions: How many directions are kept of a modality; all by default.
     """
 
-    def __init__(self, widths: Mapping[str, int]) -> None:
+    def __init__(self, widths: Mapping[str, int], directions: Mapping[str, int]) -> None:
         super().__init__()
-        self.widths = dict(widths)
-        for name, width in self.widths.items():
+        self.widths = {name: min(width, directions.get(name, width)) for name, width in widths.items()}
+        for name, width in widths.items():
             self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_basis", torch.eye(width)[: self.widths[name]])
             self.register_buffer(f"{name}_scale", torch.ones(()))
 
     @torch.no_grad()
     def fit(self, features: Mapping[str, torch.Tensor]) -> None:
-        """Set the statistics from one row a task, shape ``(tasks, width)`` for every modality."""
+        """Set the statistics from what differs: a row a task, or group of examples, ``(rows, width)`` a modality."""
         for name, rows in features.items():
-            mean = rows.mean(0)
-            getattr(self, f"{name}_mean").copy_(mean)
-            getattr(self, f"{name}_scale").copy_((rows - mean).square().mean().sqrt().clamp_min(1e-6))
+            mean, basis = rows.mean(0), self.get_buffer(f"{name}_basis")
+            _, lengths, directions = torch.linalg.svd((rows - mean).double(), full_matrices=False)
+            lengths = lengths[: len(basis)]
+            spanned = (lengths > 1e-4 * lengths[0].clamp_min(1e-12)).sum().clamp_min(1)
+            basis.zero_()
+            basis[:spanned] = directions[:spanned].to(basis)
+            self.get_buffer(f"{name}_mean").copy_(mean)
+            variance = lengths.square().sum() / (len(rows) * spanned)
+            self.get_buffer(f"{name}_scale").copy_(variance.sqrt().clamp_min(1e-6))
 
     def forward(self, name: str, vector: torch.Tensor) -> torch.Tensor:
-        """Standardise vectors of one modality, shape ``(batch, width)``."""
-        return (vector - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_scale")
+        """Coordinates ``(batch, widths[name])`` of one modality's task vectors, shape ``(batch, width)``."""
+        centred = vector - self.get_buffer(f"{name}_mean")
+        return centred @ self.get_buffer(f"{name}_basis").T / self.get_buffer(f"{name}_scale")
+
+    def length(self, name: str) -> float:
+        """How far a task vector is from the mean one, in the units of the encoder."""
+        spanned = int(self.get_buffer(f"{name}_basis").any(1).sum())
+        return float(self.get_buffer(f"{name}_scale")) * math.sqrt(spanned)
 
 
 class ConditionEncoder(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -15,11 +15,13 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import headroom
 
 GENERATED = "generated"
-ANOTHER_TASK = "generated, another task"
+FROM_EXAMPLES = " from examples"  # how the name of what is conditioned on examples ends, instead of on a text
+ANOTHER_TASK = ", another task"
 ORIGINAL_MODEL = "original model"
 ORIGINAL_LORA = "original LoRA"
 ORIGINALS = frozenset({ORIGINAL_LORA, "original LoRA, best"})
-_NO_RIVALS = ORIGINALS | {GENERATED, "generated, sampled"}  # neither a control nor a baseline
+_OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}", f"{GENERATED} from text and examples"}
+_NO_RIVALS = ORIGINALS | _OURS | {f"{name}, sampled" for name in _OURS}  # neither a control nor a baseline
 GROUPS = {"seen": True, "unseen": False}
 NEEDED_MARGIN = 0.1
 _RESAMPLES = 2000
@@ -107,8 +109,9 @@ class Finding:
 def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
     """Summarise every method of a comparison, in its order.
 
-    A task that several folds have seen counts once a seed: its folds are averaged before tasks and seeds are
-    resampled, since they share what was measured. Failed cells enter no mean, nor do places without a unit, where the
+    A task counts once: its folds and seeds are averaged before tasks are resampled for the intervals, since they
+    share what was measured, and methods differ in what a seed changes. A method conditioned on examples is compared
+    with the generator conditioned on examples, every other one with the generator conditioned on a text. Failed cells enter no mean, nor do places without a unit, where the
     original LoRA gains nothing over the original model.
 
     Args:
@@ -122,7 +125,7 @@ def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
     summaries = []
     for method in method_names(comparison):
         groups = {
-            group: _summarise_group(headrooms[method, seen], headrooms[GENERATED, seen])
+            group: _summarise_group(headrooms[method, seen], headrooms[_generated_like(method, headrooms), seen])
             for group, seen in GROUPS.items()
         }
         beats = [name for name, group in groups.items() if group and method not in _NO_RIVALS and group.lead.mean > 0]
@@ -144,11 +147,19 @@ def steering_margins(comparison: Mapping[str, Any]) -> dict[str, Interval]:
     """Headroom of the generated adapters minus that of those generated for another task, over the cells of both.
 
     Returns:
-        The margin on seen and on unseen tasks; its mean is NaN where it was not measured.
+        The margin on ``seen`` and on ``unseen`` tasks, for conditions from a text; the same for conditions from
+        examples (``seen, from examples``) where they were measured. A mean is NaN where nothing was.
     """
     headrooms = _headrooms(comparison)
+    measured = {method for method, _ in headrooms}
+    ways = [way for way in ("", FROM_EXAMPLES) if f"{GENERATED}{way}" in measured] or [""]
     return {
-        group: _bootstrap(_difference(headrooms[GENERATED, seen], headrooms[ANOTHER_TASK, seen]))
+        f"{group},{way}" if way else group: _bootstrap(
+            _difference(
+                headrooms[f"{GENERATED}{way}", seen], headrooms[f"{GENERATED}{way}{ANOTHER_TASK}", seen]
+            )
+        )
+        for way in ways
         for group, seen in GROUPS.items()
     }
 
@@ -226,6 +237,13 @@ def _headrooms(comparison: Mapping[str, Any]) -> defaultdict[tuple[str, bool], d
     return headrooms
 
 
+def _generated_like(method: str, measured: Collection[tuple[str, bool]]) -> str:
+    """The generator's row that a method is compared with: the one that is conditioned as it is."""
+    from_examples = f"{GENERATED}{FROM_EXAMPLES}"
+    alike = from_examples if method.removesuffix(", sampled").endswith(FROM_EXAMPLES) else GENERATED
+    return alike if any(name == alike for name, _ in measured) else from_examples
+
+
 def _difference(values: Mapping[Place, float], others: Mapping[Place, float]) -> dict[Place, float]:
     return {place: values[place] - others[place] for place in values if place in others}
 
@@ -242,13 +260,17 @@ def _summarise_group(values: Mapping[Place, float], generated: Mapping[Place, fl
 
 
 def _bootstrap(values: Mapping[Place, float]) -> Interval:
-    """The mean over (task, seed) units and its percentile bootstrap interval, from a seeded generator of its own."""
+    """The mean over tasks, or over the seeds of an only task, and its percentile bootstrap interval.
+
+    The resamples come from a seeded generator of their own.
+    """
+    several = len({place.task for place in values}) > 1
     units = defaultdict(list)
     for place in sorted(values):
-        units[place.task, place.seed].append(values[place])
+        units[place.task if several else place.seed].append(values[place])
     if not units:
         return Interval(math.nan, math.nan, math.nan)
-    means = torch.tensor([fmean(folds) for folds in units.values()], dtype=torch.float64)
+    means = torch.tensor([fmean(cells) for cells in units.values()], dtype=torch.float64)
     if len(means) == 1:
         return Interval(float(means), math.nan, math.nan)
     drawn = torch.randint(len(means), (_RESAMPLES, len(means)), generator=torch.Generator().manual_seed(0))
@@ -259,11 +281,12 @@ def _bootstrap(values: Mapping[Place, float]) -> Interval:
 def _result_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
     """How much of the original LoRA's gain the generator recovers."""
     for summary in summaries:
-        if summary.method == GENERATED:
+        if summary.method in _OURS:
+            how = summary.method.removeprefix(GENERATED)
             for name, group in summary.groups.items():
                 if group:
                     yield Finding(
-                        f"On {name} tasks the generator recovers {group.headroom} of what each task's own LoRA gains; "
+                        f"On {name} tasks{how} the generator recovers {group.headroom} of what each task's own LoRA gains; "
                         f"worst on {group.worst_task}: {format_number(group.worst_headroom)}."
                     )
 

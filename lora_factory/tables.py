@@ -126,7 +126,7 @@ def _headroom_table(summaries: Sequence[MethodSummary]) -> Table:
     return Table(
         "Headroom per method",
         "Headroom: 0 is the original model, 1 the LoRA fine-tuned on the task itself; mean with its bootstrap 95 % "
-        "interval over tasks and seeds. Tokens: training tokens that went through the base model, in all.",
+        "interval over tasks. Tokens: training tokens that went through the base model, in all.",
         (
             Column("Method"),
             Column("Headroom", "Seen tasks"),

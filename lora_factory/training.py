@@ -15,17 +15,18 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from lora_factory.arguments import TrainArguments
+from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_models import load_base_model
-from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.data_source import Example
-from lora_factory.encoders import FeatureCache, HiddenStateEncoder, TextEncoder
+from lora_factory.collect import AdapterFactory
+from lora_factory.configuration import CVAELoRAConfig, paper_channels
+from lora_factory.encoders import TextEncoder, example_features
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, cache_folder, write_json, write_text
+from lora_factory.files import atomic_folder, write_json, write_text
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
 from lora_factory.tasks import Task
+from lora_factory.through_base import TaskData, start_from_initialisation, train_through_base
 from lora_factory.zoo import AdapterZoo
 
 # Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
@@ -33,7 +34,6 @@ from lora_factory.zoo import AdapterZoo
 CONDITION_NOISE = 0.05
 HEAD_NOISE = 0.025  # the same while the heads are solved, where less of it leaves a smaller error on known texts
 MAX_SUPPORT = 32  # examples in the largest support set
-HIDDEN_EXAMPLES = 64  # examples a task whose hidden states are computed
 HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
 SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
 HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
@@ -70,17 +70,34 @@ def train_generator(
             f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
             "collect more with collect_adapters"
         )
+    if arguments.base_steps and tasks is None:
+        raise LoraFactoryError(
+            f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"
+        )
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
     weights = {task: zoo.snapshots(task).float() for task in zoo.tasks}
     features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
+    factory = None
     if tasks is not None:
-        features["hidden"] = _hidden_states(zoo, tasks, base_model, accelerator)
+        tasks = _known(zoo, tasks)
+        factory = _factory(zoo, base_model, accelerator)
+        features["hidden"] = example_features(factory.model, factory.tokenizer, tasks)
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths)
     generator.fit_statistics(weights, features)
-    history = fit(generator, weights, features, arguments, accelerator)
+    history = []
+    if arguments.base_steps and factory is not None and tasks is not None:
+        data = {
+            task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
+            for task in tasks
+        }
+        start_from_initialisation(generator, factory.initial)
+        history = train_through_base(generator, factory, data, arguments)
+    else:
+        history = fit(generator, weights, features, arguments, accelerator)
     generator = generator.cpu().eval()
+    calibrate_spread(generator, weights, features)
     if accelerator.is_main_process:
         save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
     accelerator.wait_for_everyone()
@@ -89,7 +106,9 @@ def train_generator(
 
 def build_generator(zoo: AdapterZoo, arguments: TrainArguments, modalities: dict[str, int]) -> CVAELoRAGenerator:
     """A generator of the zoo's layout with weights initialised from ``arguments.seed``."""
-    paper: dict[str, Any] = {"kl_weight": 0.005, "latent_size": 256} if arguments.decoder == "conv1d" else {}
+    sizes: dict[str, Any] = {"width": arguments.width, "depth": arguments.depth}
+    if arguments.decoder == "conv1d":
+        sizes = {"kl_weight": 0.005, "latent_size": 256, "channels": paper_channels(arguments.conv_depth)}
     tasks = []
     for task in zoo.tasks:
         record = zoo.record(task, zoo.runs(task)[0])
@@ -101,7 +120,7 @@ def build_generator(zoo: AdapterZoo, arguments: TrainArguments, modalities: dict
         tasks=tasks,
         zoo_fingerprint=zoo.fingerprint(),
         decoder=arguments.decoder,
-        **paper,
+        **sizes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(arguments.seed)
@@ -157,7 +176,6 @@ def fit(
             bar.set_postfix(error=f"{record['reconstruction']:.4f}", kl=f"{record['kl']:.1f}")
     bar.close()
     solve_heads(generator, weights, features, arguments.batch_size, source)
-    calibrate_spread(generator.eval(), weights, features)
     return history
 
 
@@ -252,9 +270,7 @@ def sample_episode(
     for name in _present(list(features), source):
         support = MAX_SUPPORT if name == "hidden" else 1
         drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
-        scale = generator.get_buffer(f"standardiser.{name}_scale").cpu()
-        length = scale * math.sqrt(drawn.shape[1])
-        drawn = drawn + noise * length * torch.randn(drawn.shape, generator=source)
+        drawn = drawn + noise * generator.standardiser.length(name) * torch.randn(drawn.shape, generator=source)
         conditions[name] = drawn.to(generator.device)
     return adapters.to(generator.device), conditions
 
@@ -267,29 +283,26 @@ def save_generator(generator: CVAELoRAGenerator, output_dir: str | Path, trainin
         write_text(folder / "README.md", generator_card(generator, Path(output_dir).name))
 
 
-def _hidden_states(
-    zoo: AdapterZoo, tasks: Sequence[Task], base_model: str | Path | None, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """Hidden states of every task's training examples on the frozen base, shape ``(examples, width)`` a task."""
-    known = {task.name: task for task in tasks}
-    missing = [name for name in zoo.tasks if name not in known]
-    if missing:
-        raise LoraFactoryError(f"no examples of the zoo's tasks {missing}; pass the task file that it was made of")
+def _factory(zoo: AdapterZoo, base_model: str | Path | None, accelerator: Accelerator) -> AdapterFactory:
+    """The base model with one slot, set up as the zoo's runs were."""
+    record = zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0])
+    settings = CollectArguments(**record.arguments)
+    name = zoo.layout.base_model
     model, tokenizer = load_base_model(
-        base_model or zoo.layout.base_model,
+        base_model or name,
         revision=None if base_model else zoo.layout.base_revision,
+        dtype=settings.dtype,
         device=accelerator.device,
     )
-    encoder, cache = HiddenStateEncoder(model, tokenizer), FeatureCache(cache_folder() / "features")
+    return AdapterFactory.attach(model, tokenizer, settings, name, accelerator)
 
-    def encode(texts: list[str]) -> torch.Tensor:
-        return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
 
-    states = {}
-    for name in tqdm(zoo.tasks, desc="hidden states", disable=not accelerator.is_local_main_process):
-        texts = ["\0".join(row) for row in known[name].examples("train")[:HIDDEN_EXAMPLES]]
-        states[name] = cache.get_or_compute(encoder.identifier, texts, encode)
-    return states
+def _known(zoo: AdapterZoo, tasks: Sequence[Task]) -> list[Task]:
+    """The zoo's tasks, in its order."""
+    known = {task.name: task for task in tasks}
+    if missing := [name for name in zoo.tasks if name not in known]:
+        raise LoraFactoryError(f"no examples of the zoo's tasks {missing}; pass the task file that it was made of")
+    return [known[name] for name in zoo.tasks]
 
 
 def _present(names: list[str], source: torch.Generator) -> list[str]:

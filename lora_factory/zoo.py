@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ class AdapterZoo:
         except LoraFactoryError as error:
             raise LoraFactoryError(_located(path, error)) from error
         self._whole_files: set[Path] = set()
+        self._selected: frozenset[tuple[str, str]] | None = None
 
     @classmethod
     def create(cls, folder: str | Path, layout: AdapterLayout) -> AdapterZoo:
@@ -190,8 +191,27 @@ class AdapterZoo:
             )
         return sorted(runs, key=natural_key)
 
+    def select(self, tasks: Collection[str], runs: Collection[str] | None = None) -> AdapterZoo:
+        """The same zoo as if it held these tasks alone, for example the seen tasks of a leave-tasks-out fold.
+
+        Args:
+            tasks: names of tasks; each must have a run.
+            runs: names of runs, for example `["seed-0"]`; all by default.
+
+        Raises:
+            LoraFactoryError: if the zoo has no such task or run.
+        """
+        pairs = {(task, run) for task in tasks for run in self.runs(task) if runs is None or run in runs}
+        if missing := sorted(set(tasks) - {task for task, _ in pairs}):
+            raise LoraFactoryError(f"the zoo {self.folder} has none of the runs {runs} of {', '.join(missing)}")
+        view = AdapterZoo(self.folder)
+        view._selected = frozenset(pairs)
+        return view
+
     def has_run(self, task: str, run: str) -> bool:
         """Whether the run is there, whole."""
+        if self._selected is not None and (task, run) not in self._selected:
+            return False
         return (self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE).is_file()
 
     def record(self, task: str, run: str) -> RunRecord:
@@ -201,7 +221,7 @@ class AdapterZoo:
             LoraFactoryError: if there is no such run, or its `run.json` is damaged or another run's.
         """
         path = self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE
-        if not path.is_file():
+        if not self.has_run(task, run):
             raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
         try:
             record = RunRecord.from_dict(_object(read_json(path)))
@@ -292,7 +312,10 @@ class AdapterZoo:
         """All `<task>/<run>/run.json`, but none in a temporary or hidden folder."""
         paths = self.folder.glob(f"*/*/{_RECORD_FILE}")
         return [
-            path for path in paths if not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            path
+            for path in paths
+            if not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            and (self._selected is None or (path.parent.parent.name, path.parent.name) in self._selected)
         ]
 
     def _check_new_run(self, record: RunRecord, snapshots: Tensor, extra_files: Mapping[str, str]) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import TRAINING_TEXT
 
-from lora_factory import comparison
+from lora_factory import comparison, contenders
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
 from lora_factory.collect import collect_adapters
-from lora_factory.comparison import Contenders, Fold, compare
+from lora_factory.comparison import Fold, compare
+from lora_factory.contenders import Contenders
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks import Task
 from lora_factory.training import train_generator
@@ -42,14 +43,14 @@ def fold(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path, pico
     zoo = collect_adapters(seen, pico_model_folder, folder / "zoo", SETTINGS)
     originals = collect_adapters(unseen, pico_model_folder, folder / "originals", SETTINGS)
     training = TrainArguments(steps=6, text_encoder=str(pico_encoder_folder))
-    generator = train_generator(zoo, folder / "generator", training)
+    generator = train_generator(zoo, folder / "generator", training, tasks=seen)
     return Fold(tuple(seen), tuple(unseen), zoo, originals, generator)
 
 
 @pytest.fixture(autouse=True)
 def short_diffusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = partial(comparison.train_cond_p_diff, autoencoder_steps=10, diffusion_steps=10)
-    monkeypatch.setattr(comparison, "train_cond_p_diff", short)
+    short = partial(contenders.train_cond_p_diff, autoencoder_steps=10, diffusion_steps=10)
+    monkeypatch.setattr(contenders, "train_cond_p_diff", short)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,8 @@ def test_every_method_is_scored_on_every_task(fold: Fold, pico_model_folder: Pat
     assert result["diagnostics"][0]["novelty"].keys() == set(SEEN)
     assert {row["what"] for row in result["storage"]} >= {"data set", "COND P-DIFF", "generator"}
     assert result["points"]["weights"]["kinds"].count("generated") == 4
+    assert set(result["points"]) == {"task vectors", "hidden states", "latents", "weights"}
+    assert {"retrieval from examples", "generated from examples, another task"} < set(result["methods"])
 
 
 def test_finished_cells_are_not_repeated(
@@ -81,7 +84,7 @@ def test_finished_cells_are_not_repeated(
         raise AssertionError("a finished cell was scored again")
 
     monkeypatch.setattr(comparison, "score_examples", repeated)
-    monkeypatch.setattr(comparison, "train_multitask", repeated)
+    monkeypatch.setattr(contenders, "train_multitask", repeated)
     assert compare(fold, pico_model_folder, output, ARGUMENTS)["cells"] == first["cells"]
 
 
@@ -112,7 +115,8 @@ def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path
     for task in fold.seen:
         for name in clean.methods:
             assert torch.equal(clean.methods[name](task, 0), dirty.methods[name](task, 0)), (task.name, name)
-    dirty.conditions["verse"] = clean.conditions["verse"]  # the same question, asked of what was fitted
+    for way, rows in clean.features.items():
+        dirty.features[way]["verse"] = rows["verse"]  # the same question, asked of what was fitted
     for name in clean.methods:
         if name not in ("original LoRA", "original LoRA, best"):
             assert torch.equal(clean.methods[name](fold.unseen[0], 0), dirty.methods[name](poison, 0)), name
@@ -125,3 +129,34 @@ def test_a_fold_that_leaks_is_refused(fold: Fold) -> None:
         dataclasses.replace(fold, unseen=(fold.seen[0],))
     with pytest.raises(LoraFactoryError, match="need their own LoRAs"):
         dataclasses.replace(fold, originals=None)
+
+
+def test_folds_and_seeds_of_their_own_are_joined(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
+    history = [{"step": 1, "loss": 2.0, "tokens": 500}]
+    folds = [fold, dataclasses.replace(fold, number=1, seeds=(7,), history=history)]
+    result = compare(folds, pico_model_folder, tmp_path, ARGUMENTS)
+    assert {(cell["fold"], cell["seed"]) for cell in result["cells"]} == {(0, 0), (1, 7)}
+    assert [(row["fold"], row["seed"]) for row in result["diagnostics"]] == [(0, 0), (1, 7)]
+    assert result["seeds"] == [0, 7] and result["folds"] == [["verse"]]
+    assert result["curves"] == {"generator, fold 1, seed 7": history}
+    assert result["budgets"]["generated"] - result["budgets"]["multi-task LoRA"] == 250  # 500 in one of two folds
+
+
+def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
+    wider = dataclasses.replace(ARGUMENTS, multitask_rank=4, multitask_learning_rate=1e-2)
+    rivals = Contenders(fold, pico_model_folder, tmp_path, wider)
+    weights = rivals.methods["multi-task LoRA"](fold.seen[0], 0)
+    assert len(weights) == 2 * fold.zoo.layout.size
+    factory = rivals.factory_of("multi-task LoRA")
+    assert (factory.arguments.rank, factory.arguments.learning_rate) == (4, 1e-2)
+    assert factory.layout.modules[0].scaling == fold.zoo.layout.modules[0].scaling
+    assert rivals.factory_of("generated").layout.size == fold.zoo.layout.size
+
+
+def test_a_condition_from_examples_is_of_as_many_as_asked(
+    fold: Fold, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    one = Contenders(fold, pico_model_folder, tmp_path, dataclasses.replace(ARGUMENTS, examples=1))
+    rows = one.features["hidden"]["verse"]
+    assert any(torch.equal(one.condition("hidden", "verse", 0), row) for row in rows)
+    assert len({one.condition("hidden", "verse", seed).sum().item() for seed in range(8)}) > 1

@@ -172,7 +172,12 @@ def test_open_clip_without_weights_is_an_error(name: str, message: str) -> None:
 def naive_hidden_states(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     tokens = torch.tensor([tokenizer(text).input_ids[:128]])
     hidden = model(tokens, output_hidden_states=True).hidden_states[-1][0]
-    return torch.cat([hidden[-1], hidden.mean(0)])
+    rows = model.get_output_embeddings().weight
+    errors = [
+        rows[token] - sum(p * row for p, row in zip((state @ rows.T).softmax(-1), rows, strict=True))
+        for state, token in zip(hidden, tokens[0, 1:], strict=False)
+    ]
+    return torch.cat([hidden[-1], hidden.mean(0), torch.stack(errors).mean(0)])
 
 
 def test_hidden_states_match_a_naive_computation(
@@ -180,11 +185,11 @@ def test_hidden_states_match_a_naive_computation(
 ) -> None:
     encoder = HiddenStateEncoder(pico_model, pico_tokenizer, batch_size=2)
     features = encoder.encode([*TEXTS, Example("The quick", " brown fox")])
-    assert features.shape == (4, encoder.width) == (4, 64)
+    assert features.shape == (4, encoder.width) == (4, 96)
     assert features.dtype == torch.float32
     for text, row in zip([*TEXTS, "The quick brown fox"], features, strict=True):
         torch.testing.assert_close(row, naive_hidden_states(pico_model, pico_tokenizer, text), atol=1e-5, rtol=1e-4)
-    assert encoder.encode([]).shape == (0, 64)
+    assert encoder.encode([]).shape == (0, 96)
     with pytest.raises(LoraFactoryError, match="is empty"):
         encoder.encode([Example("", "")])
 

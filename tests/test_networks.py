@@ -74,16 +74,32 @@ def test_samples_have_the_mean_and_spread_asked_for() -> None:
     assert torch.equal(gaussian.sample(1.0, torch.Generator().manual_seed(0)), sample)
 
 
-def test_standardised_task_vectors_have_mean_zero_and_unit_scale() -> None:
-    standardiser = ConditionStandardiser({**WIDTHS, "constant": 2})
-    rows = {"text": 100 + 7 * normal(6, 5), "hidden": 1e-3 * normal(6, 3), "constant": torch.ones(6, 2)}
+def test_task_vectors_become_coordinates_in_what_tells_tasks_apart() -> None:
+    standardiser = ConditionStandardiser({"text": 50, "hidden": 3, "constant": 2}, {"text": 6})
+    assert standardiser.widths == {"text": 6, "hidden": 3, "constant": 2}
+    rows = {"text": 100 + 7 * normal(6, 50), "hidden": 1e-3 * normal(6, 3), "constant": torch.ones(6, 2)}
     standardiser.fit(rows)
-    for name in WIDTHS:
+    for name, spanned in (("text", 5), ("hidden", 3)):
         standard = standardiser(name, rows[name])
-        torch.testing.assert_close(standard.mean(0), torch.zeros(WIDTHS[name]), rtol=0, atol=1e-4)
-        assert abs(standard.square().mean() - 1) < 1e-4
+        torch.testing.assert_close(standard.mean(0), torch.zeros(standardiser.widths[name]), rtol=0, atol=1e-4)
+        assert float(standard.square().sum(1).mean()) == pytest.approx(spanned, rel=1e-3)
+        centred = rows[name] - rows[name].mean(0)  # distances between tasks stay what they were, but for the unit
+        ratio = torch.pdist(standard) / torch.pdist(centred)
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
+        assert float(centred.norm(dim=1).square().mean().sqrt()) == pytest.approx(standardiser.length(name), rel=1e-3)
     assert torch.equal(standardiser("constant", rows["constant"]), torch.zeros(6, 2))
-    assert set(standardiser.state_dict()) == {f"{name}_{part}" for name in rows for part in ("mean", "scale")}
+
+
+def test_what_no_task_differs_in_is_not_listened_to() -> None:
+    standardiser = ConditionStandardiser({"text": 50}, {"text": 6})
+    rows = normal(6, 50)
+    standardiser.fit({"text": rows})
+    foreign = normal(1, 50, seed=1)[0]
+    centred = rows - rows.mean(0)
+    foreign -= centred.T @ torch.linalg.lstsq(centred.T, foreign[:, None]).solution[:, 0]
+    torch.testing.assert_close(
+        standardiser("text", rows[:1] + 10 * foreign), standardiser("text", rows[:1]), rtol=0, atol=1e-3
+    )
 
 
 def test_shapes_and_gradients(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:

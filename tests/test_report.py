@@ -143,27 +143,47 @@ def test_headrooms_are_those_of_hand_computation() -> None:
     assert steering_margins(make_comparison())["unseen"].mean == pytest.approx(0.4)
 
 
-def test_interval_is_that_of_the_bootstrap_over_tasks_and_seeds() -> None:
+def test_interval_is_that_of_the_bootstrap_over_tasks() -> None:
     comparison = make_comparison()
-    # Headrooms of the generator on seen tasks: 0 and 1 by seed; a bootstrap of two has mean 0, 0.5 or 1.
+    # Headrooms of the generator on seen tasks: 0 and 1 by task; a bootstrap of two has mean 0, 0.5 or 1.
+    comparison["cells"] += [entry | {"task": "z"} for entry in comparison["cells"] if entry["seen"]]
     for entry in comparison["cells"]:
         if entry["method"] == "generated" and entry["seen"]:
-            entry["loss"] = 3.0 if entry["seed"] else 1.0
+            entry["loss"] = 3.0 if entry["task"] == "z" else 1.0
     seen = next(summary.seen for summary in summarise(comparison) if summary.method == "generated")
     assert seen and (seen.headroom.mean, seen.headroom.low, seen.headroom.high) == (0.5, 0.0, 1.0)
     assert summarise(comparison) == summarise({**comparison, "cells": comparison["cells"][::-1]})
 
 
-def test_folds_of_a_task_and_seed_count_once() -> None:
+def test_folds_and_seeds_of_a_task_count_once() -> None:
     comparison = make_comparison({"original model": 3.0, "original LoRA": 1.0, "generated": 1.0})
     again = [entry | {"fold": 1} for entry in comparison["cells"] if entry["seed"] == 0 and entry["seen"]]
-    for entry in again:
+    other = [entry | {"task": "z"} for entry in comparison["cells"] if entry["seed"] == 0 and entry["seen"]]
+    for entry in (*again, *other):
         if entry["method"] == "generated":
-            entry["loss"] = 2.0  # 0.5, with fold 0: 0.75 in seed 0, beside 1 in seed 1
-    comparison["cells"] += again
+            entry["loss"] = 2.0  # 0.5 beside 1 and 1 for task a, and 0.5 for task z
+    comparison["cells"] += again + other
     seen = summarise(comparison)[-1].seen
-    assert seen and seen.headroom.mean == pytest.approx(0.875) and seen.cells == 3
-    assert seen.worst_headroom == pytest.approx(2.5 / 3)
+    assert seen and seen.headroom.mean == pytest.approx((2.5 / 3 + 0.5) / 2) and seen.cells == 4
+    assert seen.worst_headroom == pytest.approx(0.5)
+
+
+def test_what_is_conditioned_on_examples_is_compared_with_its_like() -> None:
+    losses = {"original model": 3.0, "original LoRA": 1.0, "generated": 2.0, "retrieval": 1.5}
+    losses |= {"generated from examples": 1.2, "retrieval from examples": 1.4}
+    losses |= {"generated, another task": 2.5, "generated from examples, another task": 2.2}
+    comparison = make_comparison(losses)
+    beats = {summary.method: summary.beats_generator for summary in summarise(comparison)}
+    assert beats["retrieval"] == ("seen", "unseen") and beats["retrieval from examples"] == ()
+    assert beats["generated from examples"] == ()
+    margins = {name: margin.mean for name, margin in steering_margins(comparison).items()}
+    text, examples = pytest.approx(0.25), pytest.approx(0.5)
+    assert margins == {
+        "seen": text,
+        "unseen": text,
+        "seen, from examples": examples,
+        "unseen, from examples": examples,
+    }
 
 
 def test_one_unit_has_no_interval() -> None:
@@ -292,7 +312,7 @@ GOLDEN = """\
 | generated | 0.90 [0.90, 0.90] | 0.90 a | 0.90 [0.90, 0.90] | 0.90 b |  | 4 | 0 | 0 |
 | generated, another task | 0.50 [0.50, 0.50] | 0.50 a | 0.50 [0.50, 0.50] | 0.50 b |  | 4 | 0 | n/a |
 
-Headroom: 0 is the original model, 1 the LoRA fine-tuned on the task itself; mean with its bootstrap 95 % interval over tasks and seeds. Tokens: training tokens that went through the base model, in all.
+Headroom: 0 is the original model, 1 the LoRA fine-tuned on the task itself; mean with its bootstrap 95 % interval over tasks. Tokens: training tokens that went through the base model, in all.
 
 ## Steering margin
 

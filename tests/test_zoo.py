@@ -424,3 +424,22 @@ def test_fingerprint_changes_with_every_run_and_only_then(zoo, layout, tmp_path)
     assert zoo.fingerprint() == before
     zoo.add_run(record_of("rust"), snapshots_of(layout, seed=6))
     assert zoo.fingerprint() not in (before, after)
+
+
+def test_a_selection_knows_nothing_of_the_rest(tmp_path, layout):
+    zoo = AdapterZoo.create(tmp_path / "zoo", layout)
+    for task, seed in (("a", 0), ("a", 1), ("b", 0), ("c", 0)):
+        zoo.add_run(record_of(task, f"seed-{seed}"), snapshots_of(layout))
+    view = zoo.select(["a", "b"], ["seed-0"])
+    assert view.tasks == ["a", "b"] and view.runs("a") == ["seed-0"]
+    assert view.has_run("a", "seed-0") and not view.has_run("a", "seed-1") and not view.has_run("c", "seed-0")
+    with pytest.raises(LoraFactoryError, match="no task 'c'"):
+        view.snapshots("c")
+    with pytest.raises(LoraFactoryError, match="no run 'seed-0' of task 'c'"):
+        view.final("c", "seed-0")
+    before = view.fingerprint()
+    assert before != zoo.fingerprint()
+    zoo.add_run(record_of("d"), snapshots_of(layout))
+    assert view.fingerprint() == before and view.tasks == ["a", "b"]
+    with pytest.raises(LoraFactoryError, match="none of the runs"):
+        zoo.select(["b"], ["seed-1"])

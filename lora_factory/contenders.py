@@ -1,0 +1,349 @@
+"""Every method of a comparison: the generator, its controls and all baselines, each from a task and a seed to weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from lora_factory.arguments import CollectArguments, CompareArguments
+from lora_factory.base_models import load_base_model
+from lora_factory.baselines import (
+    ConditionBaseline,
+    PcaRidge,
+    Retrieval,
+    SimilarityMixture,
+    gibberish,
+    greedy_soup,
+    other_task,
+    train_multitask,
+    uniform_soup,
+)
+from lora_factory.collect import AdapterFactory
+from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
+from lora_factory.encoders import example_features
+from lora_factory.errors import LoraFactoryError
+from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.tasks import Task
+from lora_factory.zoo import AdapterZoo
+
+GENERATED = "generated"
+MULTITASK = "multi-task LoRA"
+WAYS = {"text": "", "hidden": " from examples"}  # how a method's name says what it is conditioned on
+SHOWN_EXAMPLES = 24  # examples a task in the plot of hidden states
+
+@dataclass(frozen=True)
+class Fold:
+    """What one comparison is about.
+
+    Attributes:
+        seen: Tasks of the zoo that generator and baselines were made from.
+        unseen: Tasks of which neither text, checkpoint nor description was in it.
+        zoo: The seen tasks' adapters.
+        originals: The unseen tasks' own adapters: the unit of their headroom, shown to no method.
+        generator: The generator trained on ``zoo``.
+        number: The fold's number in a series of them.
+        seeds: Seeds to compare for this fold alone, where every seed has a zoo and a generator of its own.
+        history: The generator's training losses, as ``training.json`` has them.
+    """
+
+    seen: tuple[Task, ...]
+    unseen: tuple[Task, ...]
+    zoo: AdapterZoo
+    originals: AdapterZoo | None
+    generator: CVAELoRAGenerator
+    number: int = 0
+    seeds: tuple[int, ...] = ()
+    history: Sequence[Mapping[str, float]] = ()
+
+    def __post_init__(self) -> None:
+        """Check that nothing unseen was seen."""
+        if {task.name for task in self.seen} != set(self.zoo.tasks):
+            raise LoraFactoryError(
+                f"the seen tasks {sorted(task.name for task in self.seen)} are not the zoo's: {self.zoo.tasks}; "
+                "pass the tasks that it was collected from"
+            )
+        leaked = sorted({task.name for task in self.unseen} & set(self.zoo.tasks))
+        if leaked:
+            raise LoraFactoryError(f"the unseen tasks {leaked} are in the zoo {self.zoo.folder}; leave them out of it")
+        if self.generator.config.zoo_fingerprint != self.zoo.fingerprint():
+            raise LoraFactoryError(
+                f"the generator was not trained on the zoo {self.zoo.folder} as it is now; "
+                "train it again with train_generator"
+            )
+        if self.unseen and self.originals is None:
+            raise LoraFactoryError("unseen tasks need their own LoRAs as a unit; collect them into a zoo of their own")
+
+
+class Contenders:
+    """All methods of a comparison, each a function from a task and a seed to adapter weights of shape ``(D,)``.
+
+    What has to be fitted or trained is made when a method is first asked, and kept on disk where it takes long.
+    """
+
+    def __init__(self, fold: Fold, base_model: str | Path, folder: Path, arguments: CompareArguments) -> None:
+        self.fold, self.folder, self.arguments = fold, folder, arguments
+        self.base_model = base_model
+        self._loaded: dict[Path, CondPDiff] = {}
+        self.seeds = fold.seeds or arguments.seeds
+        self.weights = {name: fold.zoo.snapshots(name).float() for name in fold.zoo.tasks}
+        self.means = torch.stack([rows.mean(0) for rows in self.weights.values()])
+        self.ways = {name: suffix for name, suffix in WAYS.items() if name in fold.generator.config.modalities}
+        self.features = {name: self._features(name) for name in self.ways}
+        self.methods: dict[str, Callable[[Task, int], torch.Tensor]] = {
+            "original model": lambda task, seed: torch.zeros(fold.zoo.layout.size),
+            "original LoRA": lambda task, seed: self._original(task, seed, best=False),
+            "original LoRA, best": lambda task, seed: self._original(task, seed, best=True),
+            "uniform soup": lambda task, seed: uniform_soup(self.weights),
+            "greedy soup": lambda task, seed: self._greedy,
+            MULTITASK: lambda task, seed: self._multitask(seed),
+        }
+        for name, suffix in self.ways.items():
+            self.methods |= {
+                f"retrieval{suffix}": partial(self._baseline, Retrieval, name),
+                f"similarity mixture{suffix}": partial(self._baseline, SimilarityMixture, name),
+                f"PCA + ridge{suffix}": partial(self._baseline, PcaRidge, name),
+            }
+        first, suffix = next(iter(self.ways.items()))
+        self.methods[f"COND P-DIFF{suffix}"] = partial(self._diffused, first)
+        for name, suffix in self.ways.items():
+            self.methods |= {
+                f"{GENERATED}{suffix}": partial(self._generated, [name]),
+                f"{GENERATED}{suffix}, sampled": partial(self._generated, [name], temperature=1.0),
+                f"{GENERATED}{suffix}, another task": partial(self._generated, [name], another=True),
+            }
+        if "text" in self.ways:
+            self.methods[f"{GENERATED}, gibberish"] = self._from_gibberish
+        if len(self.ways) > 1:
+            self.methods[f"{GENERATED} from text and examples"] = partial(self._generated, list(self.ways))
+        self.methods[f"{GENERATED}, no condition"] = partial(self._generated, [])
+
+    def condition(self, way: str, name: str, seed: int) -> torch.Tensor:
+        """A task's vector, shape ``(width,)``: its first description, or the mean over a few of its examples."""
+        rows = self.features[way][name]
+        if way == "text":
+            return rows[0]
+        source = torch.Generator().manual_seed(seed)
+        return rows[torch.randperm(len(rows), generator=source)[: self.arguments.examples]].mean(0)
+
+    def factory_of(self, method: str) -> AdapterFactory:
+        """The base model with the slot that a method's weights fit into."""
+        return self._multitask_factory if method == MULTITASK else self.factory
+
+    @cached_property
+    def factory(self) -> AdapterFactory:
+        """The base model with one slot, set up as the zoo's runs were."""
+        zoo = self.fold.zoo
+        return self._attached(CollectArguments(**zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0]).arguments))
+
+    @cached_property
+    def _multitask_factory(self) -> AdapterFactory:
+        """The same for the multi-task LoRA, whose rank and learning rate may be its own."""
+        rank, rate = self.arguments.multitask_rank, self.arguments.multitask_learning_rate
+        settings = self.factory.arguments
+        wanted = replace(settings, rank=rank or settings.rank, learning_rate=rate or settings.learning_rate)
+        if wanted == settings:
+            return self.factory
+        scaling = settings.lora_alpha / settings.rank
+        return self._attached(replace(wanted, lora_alpha=scaling * wanted.rank))
+
+    def _attached(self, settings: CollectArguments) -> AdapterFactory:
+        accelerator = Accelerator(gradient_accumulation_steps=settings.gradient_accumulation)
+        model, tokenizer = load_base_model(self.base_model, dtype=settings.dtype, device=accelerator.device)
+        return AdapterFactory.attach(model, tokenizer, settings, self.fold.zoo.layout.base_model, accelerator)
+
+    def _features(self, way: str) -> dict[str, torch.Tensor]:
+        """Vectors of every task's descriptions or training examples, by the name of the task."""
+        tasks = (*self.fold.seen, *self.fold.unseen)
+        if way == "hidden":
+            return example_features(self.factory.model, self.factory.tokenizer, tasks)
+        return {task.name: self.fold.generator.text_encoder.encode(list(task.descriptions)) for task in tasks}
+
+    @cached_property
+    def generator_fingerprint(self) -> str:
+        """SHA-256 of the generator's weights."""
+        digest = hashlib.sha256()
+        for tensor in self.fold.generator.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def budgets(self) -> dict[str, int]:
+        """Training tokens that went through the base model, for every method in all."""
+        zoo = self.fold.zoo
+        collected = sum(zoo.record(task, run).train_tokens for task in zoo.tasks for run in zoo.runs(task))
+        through_base = max((int(row.get("tokens", 0)) for row in self.fold.history), default=0)
+        budgets = dict.fromkeys(self.methods, collected) | {"original model": 0}
+        return budgets | {name: collected + through_base for name in self.methods if name.startswith(GENERATED)}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Novelty of the generated adapters and the spread of samples beside that of real checkpoints."""
+        way = next(iter(self.ways))
+        novelty, sampled, real = {}, [], []
+        for task in self.fold.seen:
+            rows, seed = self.weights[task.name], self.seeds[0]
+            nearest = (rows - self._generated([way], task, seed)).norm(dim=1).min()
+            novelty[task.name] = float(nearest / torch.pdist(rows).median()) if len(rows) > 1 else None
+            samples = torch.stack([self._generated([way], task, sample, temperature=1.0) for sample in range(8)])
+            if way == "hidden":  # a seed draws other examples too, which is not what the spread is about
+                samples = samples - torch.stack([self._generated([way], task, sample) for sample in range(8)])
+            sampled.append((samples - samples.mean(0)).norm(dim=1).mean())
+            real.append((rows - rows.mean(0)).norm(dim=1).mean())
+        output = self._encoded(way)
+        return {
+            "fold": self.fold.number,
+            "seed": self.seeds[0],
+            "kl": float(output["kl"].sum(-1).mean()),
+            "active_latents": int((output["kl"].mean(0) > 0.01).sum()),
+            "latents": output["kl"].shape[1],
+            "novelty": novelty,
+            "sample_spread": float(torch.stack(sampled).mean()),
+            "zoo_spread": float(torch.stack(real).mean()),
+        }
+
+    def storage(self) -> list[dict[str, Any]]:
+        """Bytes of what each way of keeping the tasks needs (Table 3)."""
+        zoo, number = self.fold.zoo, 4
+        snapshots = sum(len(rows) for rows in self.weights.values())
+        text = sum(
+            len((example.prompt + example.completion).encode())
+            for task in self.fold.seen
+            for example in task.examples("train")
+        )
+        rows = {
+            "data set": text,
+            "all LoRA checkpoints": snapshots * zoo.layout.size * number,
+            "one LoRA a task": len(self.weights) * zoo.layout.size * number,
+            "uniform soup": zoo.layout.size * number,
+            "COND P-DIFF": sum(
+                tensor.nbytes
+                for tensor in self._diffusion(next(iter(self.ways)), self.seeds[0]).state_dict().values()
+            ),
+            "generator": sum(tensor.nbytes for tensor in self.fold.generator.state_dict().values()),
+        }
+        return [{"what": what, "bytes": size} for what, size in rows.items()]
+
+    def points(self) -> dict[str, dict[str, list[Any]]]:
+        """Vectors to plot, reduced by PCA: task vectors, latents, and weights of real and generated adapters."""
+        way, tasks = next(iter(self.ways)), (*self.fold.seen, *self.fold.unseen)
+        names = [name for name, rows in self.weights.items() for _ in rows]
+        generated = torch.stack([self._generated([way], task, self.seeds[0]) for task in tasks])
+        latents = self._encoded(way)
+        prior = latents["prior"]
+        plots = {
+            "latents": _points(
+                torch.cat([latents["mean"], prior]),
+                [*names, *self.weights],
+                ["posterior"] * len(names) + ["prior"] * len(prior),
+                50,
+            ),
+            "weights": _points(
+                torch.cat([*self.weights.values(), generated]),
+                [*names, *(task.name for task in tasks)],
+                ["real"] * len(names) + ["generated"] * len(generated),
+                2,
+            ),
+        }
+        for name, title, kind in (("text", "task vectors", "description"), ("hidden", "hidden states", "example")):
+            rows = {task: values[:SHOWN_EXAMPLES] for task, values in self.features.get(name, {}).items()}
+            labels = [task for task, values in rows.items() for _ in values]
+            if labels:
+                plots[title] = _points(torch.cat(list(rows.values())), labels, [kind] * len(labels), 50)
+        return plots
+
+    def _original(self, task: Task, seed: int, *, best: bool) -> torch.Tensor:
+        zoo = self.fold.originals if task in self.fold.unseen else self.fold.zoo
+        assert zoo is not None
+        run = f"seed-{seed}" if zoo.has_run(task.name, f"seed-{seed}") else zoo.runs(task.name)[0]
+        losses = zoo.record(task.name, run).validation_losses
+        if not best:
+            return zoo.final(task.name, run)
+        return zoo.snapshots(task.name, run)[min(range(len(losses)), key=losses.__getitem__)]
+
+    def _baseline(self, kind: type[ConditionBaseline], way: str, task: Task, seed: int) -> torch.Tensor:
+        keys = torch.stack([self.features[way][name].mean(0) for name in self.weights])
+        return kind.fit(keys, self.means).generate(self.condition(way, task.name, seed))
+
+    def _diffused(self, way: str, task: Task, seed: int) -> torch.Tensor:
+        return self._diffusion(way, seed).generate(self.condition(way, task.name, seed), seed)
+
+    @cached_property
+    def _greedy(self) -> torch.Tensor:
+        """Greedy soup over the tasks' mean adapters, by mean validation loss over the seen tasks."""
+        validation = [self.factory.validation(task) for task in self.fold.seen]
+
+        def loss(vector: torch.Tensor) -> float:
+            self.factory.slot.load(vector)
+            return sum(self.factory.loss(sequences) for sequences in validation) / len(validation)
+
+        return self._kept("greedy-soup", lambda: greedy_soup(self.means, loss))
+
+    def _multitask(self, seed: int) -> torch.Tensor:
+        factory = self._multitask_factory
+        name = f"multi-task-{factory.arguments.rank}-{factory.arguments.learning_rate:g}-{seed}"
+        return self._kept(name, lambda: train_multitask(factory, list(self.fold.seen), seed=seed))
+
+    def _diffusion(self, way: str, seed: int) -> CondPDiff:
+        folder = self.folder / f"cond-p-diff-{way}-{seed}-{self.fold.zoo.fingerprint()[:12]}"
+        if folder not in self._loaded:
+            if not folder.is_dir():
+                features = {name: self.features[way][name] for name in self.weights}
+                train_cond_p_diff(self.weights, features, seed=seed).save(folder)
+            self._loaded[folder] = CondPDiff.load(folder)
+        return self._loaded[folder]
+
+    def _generated(
+        self, ways: Sequence[str], task: Task, seed: int, *, temperature: float = 0.0, another: bool = False
+    ) -> torch.Tensor:
+        name = other_task(task.name, [*self.weights, task.name]) if another else task.name
+        return self._from({way: self.condition(way, name, seed) for way in ways}, seed, temperature)
+
+    def _from_gibberish(self, task: Task, seed: int) -> torch.Tensor:
+        return self._from({"text": self.fold.generator.text_encoder.encode([gibberish(seed)])[0]}, seed)
+
+    @torch.no_grad()
+    def _from(self, vectors: Mapping[str, torch.Tensor], seed: int, temperature: float = 0.0) -> torch.Tensor:
+        generator = self.fold.generator
+        rows = {name: vector[None] for name, vector in vectors.items()}
+        return (generator.bias + generator.standard_vector(rows, 1, seed, temperature) * generator.weight_scale)[0]
+
+    @torch.no_grad()
+    def _encoded(self, way: str) -> dict[str, torch.Tensor]:
+        """Posterior means ``(n, latents)`` of real checkpoints, their KL, and the prior's mean of every task."""
+        generator, seed = self.fold.generator, self.seeds[0]
+        vectors = {name: self.condition(way, name, seed) for name in self.weights}
+        names = [name for name, rows in self.weights.items() for _ in rows]
+        weights, condition = generator.encode_inputs(
+            torch.cat(list(self.weights.values())), {way: torch.stack([vectors[name] for name in names])}
+        )
+        posterior, prior = generator.network.posterior(weights, condition), generator.network.prior(condition)
+        first = [names.index(name) for name in self.weights]
+        return {"mean": posterior.mean, "kl": posterior.kl(prior), "prior": prior.mean[first]}
+
+    def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A vector from this folder, made once for this zoo."""
+        path = self.folder / f"{name}-{self.fold.zoo.fingerprint()[:12]}.safetensors"
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".tmp-{path.name}")
+            save_file({"weights": make().contiguous()}, temporary)
+            temporary.replace(path)
+        return load_file(path)["weights"]
+
+
+
+def _points(rows: torch.Tensor, labels: list[str], kinds: list[str], size: int) -> dict[str, list[Any]]:
+    centered = (rows - rows.mean(0)).double()
+    values, basis = torch.linalg.eigh(centered @ centered.T)
+    coordinates = (basis * values.clamp_min(0).sqrt()).flip(-1)[:, :size]
+    return {
+        "rows": [[round(value, 5) for value in row] for row in coordinates.tolist()],
+        "labels": labels,
+        "kinds": kinds,
+    }

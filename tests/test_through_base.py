@@ -1,0 +1,237 @@
+"""Stage 2: several adapters in one forward pass, and a generator trained on the tasks' own loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TRAINING_TEXT
+from peft import get_peft_model_state_dict
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lora_factory import through_base
+from lora_factory.adapters import AdapterSlot, adapters_in_batch, wrap_base
+from lora_factory.arguments import CollectArguments, TrainArguments
+from lora_factory.base_models import load_base_model
+from lora_factory.collect import AdapterFactory, collect_adapters
+from lora_factory.encoders import example_features
+from lora_factory.errors import LoraFactoryError
+from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.tasks import Task
+from lora_factory.through_base import TaskData, query_loss, start_from_initialisation, train_through_base
+from lora_factory.training import build_generator, train_generator
+from lora_factory.zoo import AdapterZoo
+
+SETTINGS = CollectArguments(
+    steps=8, snapshots=2, batch_size=2, sequence_length=24, learning_rate=3e-2, target_modules="all-linear"
+)
+NAMES = ("prose", "code", "law")
+
+
+def make_tasks() -> list[Task]:
+    texts = zip(NAMES, TRAINING_TEXT, strict=True)
+    return [
+        Task.from_examples(name, [f"Write {name}.", f"{name.title()} text."], [f"{n} {text}" for n in range(6)])
+        for name, text in texts
+    ]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path) -> AdapterZoo:
+    return collect_adapters(make_tasks(), pico_model_folder, tmp_path_factory.mktemp("stage2") / "zoo", SETTINGS)
+
+
+@pytest.fixture
+def factory(pico_model_folder: Path, zoo: AdapterZoo) -> AdapterFactory:
+    model, tokenizer = load_base_model(pico_model_folder)
+    return AdapterFactory.attach(model, tokenizer, SETTINGS, zoo.layout.base_model, Accelerator(cpu=True))
+
+
+@pytest.fixture
+def arguments(pico_encoder_folder: Path) -> TrainArguments:
+    return TrainArguments(
+        text_encoder=str(pico_encoder_folder),
+        width=32,
+        base_steps=60,
+        base_tasks=3,
+        base_learning_rate=5e-3,
+        base_bias_learning_rate=2e-2,
+    )
+
+
+def prepared(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments) -> tuple[CVAELoRAGenerator, dict]:
+    tasks = make_tasks()
+    hidden = example_features(factory.model, factory.tokenizer, tasks)
+    source = torch.Generator().manual_seed(0)
+    texts = {task.name: torch.randn(2, 8, generator=source) for task in tasks}
+    widths = {"text": 8, "hidden": next(iter(hidden.values())).shape[1]}
+    generator = build_generator(zoo, arguments, widths)
+    weights = {name: zoo.snapshots(name) for name in zoo.tasks}
+    generator.fit_statistics(weights, {"text": texts, "hidden": hidden})
+    start_from_initialisation(generator, factory.initial)
+    data = {task.name: TaskData.read(task, factory, texts[task.name], hidden[task.name]) for task in tasks}
+    return generator, data
+
+
+def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    adapters = torch.stack([zoo.final(name, "seed-0") for name in zoo.tasks])
+    ids = torch.randint(3, 300, (6, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with factory.slot.disabled(), adapters_in_batch(factory.model, factory.layout, adapters):
+            together = factory.model(ids).logits
+        for index, adapter in enumerate(adapters):
+            factory.slot.load(adapter)
+            alone = factory.model(ids[2 * index : 2 * index + 2]).logits
+            torch.testing.assert_close(together[2 * index : 2 * index + 2], alone, atol=1e-4, rtol=1e-4)
+        with factory.slot.disabled():
+            assert not torch.allclose(factory.model(ids).logits, together)  # and the hooks are gone
+
+
+class Convolutional(nn.Module):
+    """Embedding, 2-D convolution and a linear layer: every kind of module that carries LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 9)
+        self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.head = nn.Linear(4, 5)
+        self.config = type("Config", (), {"model_type": "none", "to_dict": dict})()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(self.embed(ids)[:, None]).mean((2, 3)))
+
+
+def test_embeddings_and_convolutions_take_adapters_in_a_batch() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from lora_factory.layout import AdapterLayout
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["embed", "conv", "head"], init_lora_weights=False)
+    model = get_peft_model(Convolutional(), config)
+    state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+    layout = AdapterLayout.from_state_dict(state_dict, config, base_model="none")
+    adapters = torch.randn(2, layout.size)
+    ids = torch.randint(20, (4, 7))
+    slot = AdapterSlot(model, layout)
+    with torch.no_grad():
+        with slot.disabled(), adapters_in_batch(model, layout, adapters):
+            together = model(ids)
+        for index in (0, 1):
+            slot.load(adapters[index])
+            part = slice(2 * index, 2 * index + 2)
+            torch.testing.assert_close(together[part], model(ids[part]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    adapters = torch.zeros(2, factory.layout.size)
+    with adapters_in_batch(factory.model, factory.layout, adapters), pytest.raises(LoraFactoryError, match="3 rows"):
+        factory.model(torch.ones(3, 4, dtype=torch.long))
+    other = LlamaForCausalLM(factory.model.config.__class__(num_hidden_layers=1, hidden_size=32, vocab_size=300))
+    with pytest.raises(LoraFactoryError, match="has no module"), adapters_in_batch(other, factory.layout, adapters):
+        pass
+    assert not any(module._forward_hooks for module in other.modules())
+
+
+def test_query_loss_is_the_models_own_and_reaches_the_adapter(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    sequences = factory.validation(make_tasks()[0])
+    adapter = zoo.final(zoo.tasks[0], "seed-0").requires_grad_(True)
+    with factory.slot.disabled():
+        loss = query_loss(factory, adapter[None], [sequences])
+    loss.backward()
+    assert adapter.grad is not None and torch.isfinite(adapter.grad).all() and adapter.grad.abs().max() > 0
+    factory.slot.load(adapter.detach())
+    assert float(loss.detach()) == pytest.approx(factory.loss(sequences), rel=1e-4)
+    assert all(parameter.grad is None for parameter in factory.model.get_base_model().parameters())
+
+
+def test_support_and_queries_share_no_example(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    task = Task.from_examples("letters", ["Letters."], list("abcdefgh"), ["x"], ["y"])
+    hidden = torch.arange(8.0)[:, None]
+    data = TaskData.read(task, factory, torch.zeros(1, 4), hidden)
+    texts = ["".join(factory.tokenizer.decode(row.tokens) for row in half.sequences) for half in data.halves]
+    assert [half.hidden.flatten().tolist() for half in data.halves] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert all(letter in texts[0] and letter not in texts[1] for letter in "aceg")
+    assert all(letter in texts[1] and letter not in texts[0] for letter in "bdfh")
+
+
+def test_a_stretch_is_of_the_sequences_of_its_examples(factory: AdapterFactory) -> None:
+    letters = [letter * 40 for letter in "abcdefghijkl"]  # more than one sequence each
+    task = Task.from_examples("letters", ["Letters."], letters, ["x"], ["y"])
+    half = TaskData.read(task, factory, torch.zeros(1, 4), torch.zeros(12, 1)).halves[1]
+    assert half.owners == sorted(half.owners) and set(half.owners) <= set(range(6))
+    for example, letter in enumerate("bdfhjl"):
+        begun = [half.sequences[index] for index in half.window(example, example + 1)]
+        assert all(letter in factory.tokenizer.decode(sequence.tokens) for sequence in begun)
+    assert list(half.window(0, 6)) == list(range(len(half.sequences)))
+
+
+def test_training_through_the_base_learns_the_tasks_and_listens(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
+) -> None:
+    generator, data = prepared(zoo, factory, arguments)
+    before = through_base.validate(generator, factory, data)
+    history = train_through_base(generator, factory, data, replace(arguments, base_steps=150, base_mixtures=0.2))
+    assert history[-1]["step"] == 150 and history[-1]["tokens"] > 150 * 3 * 2 * 10
+    after = through_base.validate(generator, factory, data)
+    assert after < before - 0.5 and after == pytest.approx(min(row["validation"] for row in history), abs=1e-3)
+    assert not generator.bias.requires_grad
+    losses = {}
+    for asked in data:
+        vector = generator.generate_vector({"hidden": data[asked].halves[0].hidden.mean(0, keepdim=True)}).detach()
+        with torch.no_grad(), factory.slot.disabled():
+            for task in data:
+                losses[asked, task] = float(query_loss(factory, vector, [data[task].validation]))
+    for task in data:
+        assert losses[task, task] == min(losses[asked, task] for asked in data), losses
+
+
+def test_the_same_seed_gives_the_same_generator(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
+) -> None:
+    trained = []
+    for seed in (0, 0, 1):
+        generator, data = prepared(zoo, factory, arguments)
+        train_through_base(generator, factory, data, replace(arguments, base_steps=5, seed=seed))
+        trained.append(generator.bias.detach().clone())
+    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+
+
+def test_a_loss_that_is_not_finite_stops(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
+) -> None:
+    generator, data = prepared(zoo, factory, arguments)
+    with torch.no_grad():
+        generator.bias.fill_(torch.inf)
+    with pytest.raises(LoraFactoryError, match="lower base_learning_rate"):
+        train_through_base(generator, factory, data, arguments)
+
+
+def test_train_generator_runs_stage_2_and_says_what_it_lacks(
+    zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path, pico_model_folder: Path
+) -> None:
+    few = replace(arguments, base_steps=4)
+    with pytest.raises(LoraFactoryError, match="needs the tasks' examples"):
+        train_generator(zoo, tmp_path / "generator", few)
+    train_generator(zoo, tmp_path / "generator", few, tasks=make_tasks(), base_model=pico_model_folder)
+    generator = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
+    assert set(generator.config.modalities) == {"text", "hidden"}
+    zoo.layout.check(generator.generate_state_dict("Write prose."))
+    sampled = [generator.generate_state_dict("Write prose.", temperature=1.0, seed=seed) for seed in (0, 1)]
+    assert any(not torch.equal(sampled[0][key], sampled[1][key]) for key in sampled[0])
+
+
+def test_the_base_model_may_have_no_slot(zoo: AdapterZoo, pico_model_folder: Path) -> None:
+    model, _ = load_base_model(pico_model_folder)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    adapter = zoo.final(zoo.tasks[0], "seed-0")
+    with torch.no_grad():
+        with adapters_in_batch(model, zoo.layout, adapter[None]):
+            plain = model(ids).logits
+        wrapped = wrap_base(model, zoo.layout.peft_config())
+        AdapterSlot(wrapped, zoo.layout).load(adapter)
+        torch.testing.assert_close(plain, wrapped(ids).logits, atol=1e-4, rtol=1e-4)
