@@ -2,14 +2,15 @@
 
     LORA_FACTORY_SHARED=../shared python benchmarks/ablations.py --output ablations-output
 
-Seven domains on the 260 K Llama, 200 steps each, text conditions, stage 1 alone: all that the paper's recipe has. Headroom
-is that of the generated adapters on held-out text: 0 is the base model, 1 the domain's own LoRA. Every run is kept in
-the output folder; the same command continues after an interruption.
+Seven domains on the 260 K Llama, 200 steps each, text conditions, stage 1 alone: all that the paper's recipe has.
+Headroom is that of the generated adapters on held-out text: 0 is the base model, 1 the domain's own LoRA. Every run is
+kept in the output folder; the same command continues after an interruption.
 """
 
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -52,7 +53,7 @@ def main() -> None:
     for parameter, value, zoo, settings in runs:
         settings = replace(settings, seed=options.seed)
         facts = {"parameter": parameter, "value": value, "zoo": zoo.fingerprint(), "settings": vars(settings)}
-        cell = log.get_or_compute(facts, lambda: measure(zoo, settings, tasks, base, options.output / "generator"))
+        cell = log.get_or_compute(facts, partial(measure, zoo, settings, tasks, base, options.output / "generator"))
         for method in ("generated", "uniform soup"):
             rows += [
                 {"parameter": parameter, "value": value, "method": method, "task": task, "headroom": share}
@@ -72,7 +73,11 @@ def main() -> None:
             ]
             for method in ("generated", "uniform soup")
         }
-        seconds = next(row["seconds"] for row in rows if "seconds" in row and row["value"] == value and row["parameter"] == parameter)
+        seconds = next(
+            row["seconds"]
+            for row in rows
+            if "seconds" in row and row["value"] == value and row["parameter"] == parameter
+        )
         figures = (fmean(of["generated"]), min(of["generated"]), fmean(of["uniform soup"]))
         table.add_row(parameter, str(value), *(f"{figure:.3f}" for figure in figures), f"{seconds:.0f}")
     Console(width=120).print(table)
@@ -100,7 +105,9 @@ def measure(zoo: AdapterZoo, settings: TrainArguments, tasks: list, base: Path, 
         losses = {}
         for name, adapter in adapters.items():
             slot.load(adapter)
-            score = score_examples(slot.model, tokenizer, task.examples("test"), window=256, stride=192, max_tokens=TOKENS)
+            score = score_examples(
+                slot.model, tokenizer, task.examples("test"), window=256, stride=192, max_tokens=TOKENS
+            )
             losses[name] = score.loss
         for name in ("generated", "uniform soup"):
             shares[name][task.name] = headroom(losses["base"], losses[name], losses["original"])

@@ -86,9 +86,9 @@ def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout,
     """A context in which every share of a batch runs with an adapter of its own, in one forward pass.
 
     The first ``rows / n`` rows of a batch go through the first adapter, the next through the second, and so on. The
-    LoRA is added by forward hooks on the base model's modules, ``y + scaling * B(A(x))`` as PEFT does it, and gradients
-    flow back into ``adapters``; the base model's own parameters are left as they are. Adapters that PEFT has attached
-    to the model are active beside it: switch them off.
+    LoRA is added by forward hooks on the base model's modules, ``y + scaling * B(A(x))`` as PEFT does it, and
+    gradients flow back into ``adapters``; the base model's own parameters are left as they are. Adapters that PEFT has
+    attached to the model are active beside it: switch them off.
 
     Args:
         model: The base model.
@@ -123,16 +123,18 @@ def _add_lora(factors_a: Tensor, factors_b: Tensor, module: nn.Module, inputs: A
     (values,) = inputs
     count = len(factors_a)
     if len(values) % count:
-        raise LoraFactoryError(f"a batch of {len(values)} rows cannot be shared by {count} adapters; give each as many")
+        raise LoraFactoryError(
+            f"a batch of {len(values)} rows cannot be shared by {count} adapters; give each as many"
+        )
     if isinstance(module, nn.Embedding):
         pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
         return output + torch.cat([functional.embedding(rows, a.T) @ b.T for rows, a, b in pairs]).to(output.dtype)
     values = values.to(factors_a.dtype)
     if isinstance(module, _ConvNd):
-        convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[factors_a.ndim - 4]
-        options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        convolution: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[factors_a.ndim - 4]
+        geometry = (None, module.stride, module.padding, module.dilation)
         pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
-        return output + torch.cat([convolution(convolution(x, a, None, **options), b) for x, a, b in pairs]).to(output)
+        return output + torch.cat([convolution(convolution(x, a, *geometry), b) for x, a, b in pairs]).to(output.dtype)
     flat = values.reshape(count, -1, values.shape[-1])
     delta = flat @ factors_a.transpose(1, 2) @ factors_b.transpose(1, 2)
     return output + delta.reshape(output.shape).to(output.dtype)

@@ -68,10 +68,13 @@ class TrainArguments:
     depth: int = _option(2, "residual blocks of the token decoder")
     conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20")
     base_steps: int = _option(0, "steps through the frozen base model (stage 2); needs the tasks' examples")
+    base_rank: int = _option(0, "rank of the adapters that stage 2 learns to write; 0: that of the zoo")
     base_tasks: int = _option(4, "tasks a step of stage 2")
     base_sequences: int = _option(2, "query sequences a task and step of stage 2")
     base_mixtures: float = _option(0.2, "share of stage 2's adapters that serve a mixture of tasks, not one")
-    base_stretches: float = _option(0.4, "share that serve a stretch of one task's examples, from two neighbours to all")
+    base_stretches: float = _option(
+        0.4, "share that serve a stretch of one task's examples, from two neighbours to all"
+    )
     base_learning_rate: float = _option(1e-3, "peak learning rate of stage 2")
     base_bias_learning_rate: float = _option(3e-3, "peak learning rate of the bias adapter in stage 2")
     base_noise: float = _option(0.05, "noise on text vectors in stage 2, as a share of a vector's length")

@@ -33,7 +33,7 @@ def compare(
     output_dir: str | Path,
     arguments: CompareArguments | None = None,
 ) -> dict[str, Any]:
-    """Score every method on every task of every fold; an interrupted comparison continues and repeats no finished cell.
+    """Score every method on every task of every fold; an interrupted comparison repeats no finished cell.
 
     Args:
         folds: Tasks, zoo and generator; several of them to leave out other tasks, or for other seeds.
@@ -53,7 +53,8 @@ def compare(
     if not folds:
         raise LoraFactoryError("no fold to compare; pass at least one Fold")
     log = CellLog(output_dir / "cells.jsonl")
-    cells, diagnostics, curves, budgets = [], [], {}, Counter[str]()
+    cells: list[dict[str, Any]] = []
+    diagnostics, curves, budgets = [], {}, Counter[str]()
     first: dict[str, Any] = {}
     for fold in folds:
         contenders = Contenders(fold, base_model, output_dir, arguments)

@@ -66,7 +66,7 @@ class CondPDiff(nn.Module):
         self.sizes = {"size": size, "condition_width": condition_width, "chunk": chunk, "chunk_rank": chunk_rank}
         self.sizes |= {"latent_size": latent_size, "width": width, "levels": levels}
         chunks = math.ceil(size / chunk)
-        self.standardiser = ConditionStandardiser({"condition": condition_width})
+        self.standardiser = ConditionStandardiser({"condition": condition_width}, {})
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(chunks))
         self.register_buffer("latent_mean", torch.zeros(latent_size))
@@ -97,6 +97,11 @@ class CondPDiff(nn.Module):
         """The inverse of :meth:`standardise`."""
         return (chunks * self.scale[:, None]).flatten(1)[:, : self.sizes["size"]] + self.mean
 
+    def standard_condition(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Task vectors ``(..., width)`` in the span of the training tasks', about 1 a feature of the original ones."""
+        width, spanned = self.sizes["condition_width"], self.standardiser.spanned("condition")
+        return self.standardiser("condition", vectors) * math.sqrt(width / spanned)
+
     @torch.no_grad()
     def generate(self, vector: Tensor, seed: int = 0, *, steps: int | None = None) -> Tensor:
         """Sample one adapter.
@@ -118,7 +123,7 @@ class CondPDiff(nn.Module):
         scheduler = _scheduler(deterministic=steps is not None)
         scheduler.set_timesteps(steps or DIFFUSION_TIMES)
         source = torch.Generator().manual_seed(seed)
-        condition = self.standardiser("condition", vector.float().to(self.mean.device))[None]
+        condition = self.standard_condition(vector.float().to(self.mean.device))[None]
         latent = torch.randn(1, len(self.latent_mean), generator=source).to(self.mean.device)
         for time in tqdm(scheduler.timesteps, desc="sample COND P-DIFF", delay=2, leave=False):
             clean = self.denoiser(latent, time.expand(1), condition)
@@ -247,7 +252,7 @@ def train_cond_p_diff(
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith("denoiser.")]
     _optimise(reconstruction, parameters, autoencoder_steps, autoencoder_learning_rate, "auto-encoder")
     latents = _fit_latents(model, snapshots)
-    conditions = model.standardiser("condition", torch.cat([features[task] for task in weights]).float().to(device))
+    conditions = model.standard_condition(torch.cat([features[task] for task in weights]).float().to(device))
 
     def denoising() -> Tensor:
         tasks = _tasks(len(weights), LATENT_BATCH * batch_size, source)

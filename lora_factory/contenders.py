@@ -1,4 +1,4 @@
-"""Every method of a comparison: the generator, its controls and all baselines, each from a task and a seed to weights."""
+"""Every method of a comparison: generator, controls and baselines, each from a task and a seed to weights."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ GENERATED = "generated"
 MULTITASK = "multi-task LoRA"
 WAYS = {"text": "", "hidden": " from examples"}  # how a method's name says what it is conditioned on
 SHOWN_EXAMPLES = 24  # examples a task in the plot of hidden states
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -94,6 +95,8 @@ class Contenders:
         self._loaded: dict[Path, CondPDiff] = {}
         self.seeds = fold.seeds or arguments.seeds
         self.weights = {name: fold.zoo.snapshots(name).float() for name in fold.zoo.tasks}
+        wider = fold.generator.layout
+        self.wide = {name: fold.zoo.layout.widen(rows, wider) for name, rows in self.weights.items()}
         self.means = torch.stack([rows.mean(0) for rows in self.weights.values()])
         self.ways = {name: suffix for name, suffix in WAYS.items() if name in fold.generator.config.modalities}
         self.features = {name: self._features(name) for name in self.ways}
@@ -135,7 +138,16 @@ class Contenders:
 
     def factory_of(self, method: str) -> AdapterFactory:
         """The base model with the slot that a method's weights fit into."""
+        if method.startswith(GENERATED):
+            return self._generators_factory
         return self._multitask_factory if method == MULTITASK else self.factory
+
+    @cached_property
+    def _generators_factory(self) -> AdapterFactory:
+        """The same for the generator, whose adapters may have a higher rank than the zoo's."""
+        config, settings = self.fold.generator.layout.lora_config, self.factory.arguments
+        wanted = replace(settings, rank=config["r"], lora_alpha=config["lora_alpha"])
+        return self.factory if wanted == settings else self._attached(wanted)
 
     @cached_property
     def factory(self) -> AdapterFactory:
@@ -187,7 +199,7 @@ class Contenders:
         way = next(iter(self.ways))
         novelty, sampled, real = {}, [], []
         for task in self.fold.seen:
-            rows, seed = self.weights[task.name], self.seeds[0]
+            rows, seed = self.wide[task.name], self.seeds[0]
             nearest = (rows - self._generated([way], task, seed)).norm(dim=1).min()
             novelty[task.name] = float(nearest / torch.pdist(rows).median()) if len(rows) > 1 else None
             samples = torch.stack([self._generated([way], task, sample, temperature=1.0) for sample in range(8)])
@@ -222,8 +234,7 @@ class Contenders:
             "one LoRA a task": len(self.weights) * zoo.layout.size * number,
             "uniform soup": zoo.layout.size * number,
             "COND P-DIFF": sum(
-                tensor.nbytes
-                for tensor in self._diffusion(next(iter(self.ways)), self.seeds[0]).state_dict().values()
+                tensor.nbytes for tensor in self._diffusion(next(iter(self.ways)), self.seeds[0]).state_dict().values()
             ),
             "generator": sum(tensor.nbytes for tensor in self.fold.generator.state_dict().values()),
         }
@@ -244,7 +255,7 @@ class Contenders:
                 50,
             ),
             "weights": _points(
-                torch.cat([*self.weights.values(), generated]),
+                torch.cat([*self.wide.values(), generated]),
                 [*names, *(task.name for task in tasks)],
                 ["real"] * len(names) + ["generated"] * len(generated),
                 2,
@@ -320,7 +331,7 @@ class Contenders:
         vectors = {name: self.condition(way, name, seed) for name in self.weights}
         names = [name for name, rows in self.weights.items() for _ in rows]
         weights, condition = generator.encode_inputs(
-            torch.cat(list(self.weights.values())), {way: torch.stack([vectors[name] for name in names])}
+            torch.cat(list(self.wide.values())), {way: torch.stack([vectors[name] for name in names])}
         )
         posterior, prior = generator.network.posterior(weights, condition), generator.network.prior(condition)
         first = [names.index(name) for name in self.weights]
@@ -335,7 +346,6 @@ class Contenders:
             save_file({"weights": make().contiguous()}, temporary)
             temporary.replace(path)
         return load_file(path)["weights"]
-
 
 
 def _points(rows: torch.Tensor, labels: list[str], kinds: list[str], size: int) -> dict[str, list[Any]]:

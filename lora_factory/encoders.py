@@ -120,7 +120,9 @@ class HiddenStateEncoder:
         self._backbone = base.base_model  # without the head: logits are not needed
         self._head = base.get_output_embeddings()
         self.width = 3 * base.config.get_text_config().hidden_size
-        self.identifier = f"hidden-states-and-errors:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
+        self.identifier = (
+            f"hidden-states-and-errors:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
+        )
 
     def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
         """Read examples with the model.
@@ -224,8 +226,10 @@ def _prediction_error(hidden: Tensor, targets: Tensor, mask: Tensor, head: nn.Mo
 
     One example at a time, since probabilities over a vocabulary are large.
     """
-    weight = head.weight.float()
-    errors = [weight[ids] - (states @ weight.T).softmax(-1) @ weight for states, ids in zip(hidden, targets, strict=True)]
+    weight = head.get_parameter("weight").float()
+    errors = [
+        weight[ids] - (states @ weight.T).softmax(-1) @ weight for states, ids in zip(hidden, targets, strict=True)
+    ]
     return _masked_mean(torch.stack(errors), mask)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,42 @@ class AdapterLayout:
             )
             for name, segments in self._segments_by_group.items()
         )
+
+    def with_rank(self, rank: int) -> AdapterLayout:
+        """Return the same modules with another rank and the same scaling.
+
+        Raises:
+            LoraFactoryError: if modules differ in rank or scaling, or the rank is below that of the layout.
+        """
+        config = dict(self.lora_config)
+        if config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise LoraFactoryError("rank_pattern and alpha_pattern give modules ranks of their own; with_rank has one")
+        if rank < config["r"]:
+            raise LoraFactoryError(f"rank={rank} is below the layout's rank {config['r']}; adapters would not fit")
+        growth = rank / config["r"]
+        alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
+        config |= {"r": rank, "lora_alpha": alpha}
+        modules = tuple(
+            replace(
+                module,
+                shape_a=(rank, *module.shape_a[1:]),
+                shape_b=(module.shape_b[0], rank, *module.shape_b[2:]),
+            )
+            for module in self.modules
+        )
+        return AdapterLayout(self.base_model, self.base_revision, modules, config)
+
+    def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
+        """Pad vectors (..., D) of this layout to those of `with_rank`: (..., D of `wider`), which do the same."""
+        tokens = self.to_tokens(vector)
+        padded = {}
+        for group, target in zip(self.groups, wider.groups, strict=True):
+            rows = tokens[group.name]
+            index = {place: number for number, place in enumerate(zip(target.layers, target.ranks, strict=True))}
+            places = [index[place] for place in zip(group.layers, group.ranks, strict=True)]
+            padded[target.name] = rows.new_zeros(*rows.shape[:-2], len(target.layers), group.length)
+            padded[target.name][..., places, :] = rows
+        return wider.from_tokens(padded)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""

@@ -388,7 +388,8 @@ class CVAELoRAGenerator(PreTrainedModel):
         variance = torch.stack([(rows - bias).square().sum(0) for rows in weights.values()]).sum(0) / total
         tokens = self.layout.to_tokens(variance)
         scales = [rows.mean(-1).sqrt() for rows in tokens.values()]
-        floored = [torch.maximum(scale, 0.05 * scale.mean()).clamp_min(1e-8) for scale in scales]
+        used = [torch.where(scale > 0, scale, scale[scale > 0].mean().nan_to_num(0.0)) for scale in scales]
+        floored = [torch.maximum(scale, 0.05 * scale.mean()).clamp_min(1e-8) for scale in used]
         self.token_scale.copy_(torch.cat(floored))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         groups = {name: torch.cat([_group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}

@@ -81,8 +81,11 @@ class ConditionStandardiser(nn.Module):
 
     def length(self, name: str) -> float:
         """How far a task vector is from the mean one, in the units of the encoder."""
-        spanned = int(self.get_buffer(f"{name}_basis").any(1).sum())
-        return float(self.get_buffer(f"{name}_scale")) * math.sqrt(spanned)
+        return float(self.get_buffer(f"{name}_scale")) * math.sqrt(self.spanned(name))
+
+    def spanned(self, name: str) -> int:
+        """The number of directions in which the fitted task vectors differ, at least 1."""
+        return max(1, int(self.get_buffer(f"{name}_basis").any(1).sum()))
 
 
 class ConditionEncoder(nn.Module):

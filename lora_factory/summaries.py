@@ -111,8 +111,8 @@ def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
 
     A task counts once: its folds and seeds are averaged before tasks are resampled for the intervals, since they
     share what was measured, and methods differ in what a seed changes. A method conditioned on examples is compared
-    with the generator conditioned on examples, every other one with the generator conditioned on a text. Failed cells enter no mean, nor do places without a unit, where the
-    original LoRA gains nothing over the original model.
+    with the generator conditioned on examples, every other one with the generator conditioned on a text. Failed cells
+    enter no mean, nor do places without a unit, where the original LoRA gains nothing over the original model.
 
     Args:
         comparison: What ``comparison.compare`` returns.
@@ -155,9 +155,7 @@ def steering_margins(comparison: Mapping[str, Any]) -> dict[str, Interval]:
     ways = [way for way in ("", FROM_EXAMPLES) if f"{GENERATED}{way}" in measured] or [""]
     return {
         f"{group},{way}" if way else group: _bootstrap(
-            _difference(
-                headrooms[f"{GENERATED}{way}", seen], headrooms[f"{GENERATED}{way}{ANOTHER_TASK}", seen]
-            )
+            _difference(headrooms[f"{GENERATED}{way}", seen], headrooms[f"{GENERATED}{way}{ANOTHER_TASK}", seen])
         )
         for way in ways
         for group, seen in GROUPS.items()
@@ -286,8 +284,8 @@ def _result_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
             for name, group in summary.groups.items():
                 if group:
                     yield Finding(
-                        f"On {name} tasks{how} the generator recovers {group.headroom} of what each task's own LoRA gains; "
-                        f"worst on {group.worst_task}: {format_number(group.worst_headroom)}."
+                        f"On {name} tasks{how} the generator recovers {group.headroom} of what each task's own LoRA "
+                        f"gains; worst on {group.worst_task}: {format_number(group.worst_headroom)}."
                     )
 
 

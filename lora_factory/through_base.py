@@ -72,7 +72,9 @@ class TaskData:
         """
         examples = task.examples("train")
         if len(examples) < 2:
-            raise LoraFactoryError(f"task {task.name!r} has {len(examples)} training example; stage 2 needs two or more")
+            raise LoraFactoryError(
+                f"task {task.name!r} has {len(examples)} training example; stage 2 needs two or more"
+            )
         halves = []
         for part in (0, 1):
             kept = examples[part::2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder, example_features
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
@@ -76,17 +77,19 @@ def train_generator(
         )
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
-    weights = {task: zoo.snapshots(task).float() for task in zoo.tasks}
+    layout = zoo.layout
+    if arguments.base_steps and arguments.base_rank:
+        layout = layout.with_rank(arguments.base_rank)
+    weights = {task: zoo.layout.widen(zoo.snapshots(task).float(), layout) for task in zoo.tasks}
     features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
     factory = None
     if tasks is not None:
         tasks = _known(zoo, tasks)
-        factory = _factory(zoo, base_model, accelerator)
+        factory = zoo_factory(zoo, base_model, accelerator, layout)
         features["hidden"] = example_features(factory.model, factory.tokenizer, tasks)
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
-    generator = build_generator(zoo, arguments, widths)
+    generator = build_generator(zoo, arguments, widths, layout)
     generator.fit_statistics(weights, features)
-    history = []
     if arguments.base_steps and factory is not None and tasks is not None:
         data = {
             task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
@@ -104,8 +107,10 @@ def train_generator(
     return generator
 
 
-def build_generator(zoo: AdapterZoo, arguments: TrainArguments, modalities: dict[str, int]) -> CVAELoRAGenerator:
-    """A generator of the zoo's layout with weights initialised from ``arguments.seed``."""
+def build_generator(
+    zoo: AdapterZoo, arguments: TrainArguments, modalities: dict[str, int], layout: AdapterLayout | None = None
+) -> CVAELoRAGenerator:
+    """A generator of the zoo's layout, or a wider one, with weights initialised from ``arguments.seed``."""
     sizes: dict[str, Any] = {"width": arguments.width, "depth": arguments.depth}
     if arguments.decoder == "conv1d":
         sizes = {"kl_weight": 0.005, "latent_size": 256, "channels": paper_channels(arguments.conv_depth)}
@@ -114,7 +119,7 @@ def build_generator(zoo: AdapterZoo, arguments: TrainArguments, modalities: dict
         record = zoo.record(task, zoo.runs(task)[0])
         tasks.append({"name": task, "descriptions": list(record.descriptions), "license": record.license})
     config = CVAELoRAConfig(
-        layout=zoo.layout.to_dict(),
+        layout=(layout or zoo.layout).to_dict(),
         modalities=modalities,
         text_encoder=arguments.text_encoder,
         tasks=tasks,
@@ -283,10 +288,13 @@ def save_generator(generator: CVAELoRAGenerator, output_dir: str | Path, trainin
         write_text(folder / "README.md", generator_card(generator, Path(output_dir).name))
 
 
-def _factory(zoo: AdapterZoo, base_model: str | Path | None, accelerator: Accelerator) -> AdapterFactory:
-    """The base model with one slot, set up as the zoo's runs were."""
+def zoo_factory(
+    zoo: AdapterZoo, base_model: str | Path | None, accelerator: Accelerator, layout: AdapterLayout
+) -> AdapterFactory:
+    """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
     record = zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0])
-    settings = CollectArguments(**record.arguments)
+    config = layout.lora_config
+    settings = replace(CollectArguments(**record.arguments), rank=config["r"], lora_alpha=config["lora_alpha"])
     name = zoo.layout.base_model
     model, tokenizer = load_base_model(
         base_model or name,

@@ -153,9 +153,7 @@ def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_fo
     assert rivals.factory_of("generated").layout.size == fold.zoo.layout.size
 
 
-def test_a_condition_from_examples_is_of_as_many_as_asked(
-    fold: Fold, pico_model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_condition_from_examples_is_of_as_many_as_asked(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
     one = Contenders(fold, pico_model_folder, tmp_path, dataclasses.replace(ARGUMENTS, examples=1))
     rows = one.features["hidden"]["verse"]
     assert any(torch.equal(one.condition("hidden", "verse", 0), row) for row in rows)

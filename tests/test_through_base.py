@@ -201,9 +201,7 @@ def test_the_same_seed_gives_the_same_generator(
     assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
 
 
-def test_a_loss_that_is_not_finite_stops(
-    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
-) -> None:
+def test_a_loss_that_is_not_finite_stops(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments) -> None:
     generator, data = prepared(zoo, factory, arguments)
     with torch.no_grad():
         generator.bias.fill_(torch.inf)
