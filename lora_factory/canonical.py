@@ -1,8 +1,8 @@
 """One form for all factorisations of the same update: adapters of foreign origin become comparable with each other.
 
-LoRA has a gauge freedom: ``(B G, G^-1 A)`` is the same adapter for any invertible G, so that two runs which agree in what
-they do may share no weight. The canonical form is the balanced singular value decomposition of ``scaling * B A`` with
-fixed signs. It is made of thin QR and an r x r SVD, never from the product itself.
+LoRA has a gauge freedom: ``(B G, G^-1 A)`` is the same adapter for any invertible G, so that two runs which agree in
+what they do may share no weight. The canonical form is the balanced singular value decomposition of
+``scaling * B A`` with fixed signs. It is made of thin QR and an r x r SVD, never from the product itself.
 """
 
 from __future__ import annotations
