@@ -68,6 +68,10 @@ class TrainArguments:
     depth: int = _option(2, "residual blocks of the token decoder")
     conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20")
     base_steps: int = _option(0, "steps through the frozen base model (stage 2); needs the tasks' examples")
+    multitask_steps: int = _option(
+        0, "steps of a multi-task LoRA that stage 2's bias adapter starts from; 0: the LoRA initialisation"
+    )
+    multitask_learning_rate: float = _option(5e-3, "peak learning rate of this multi-task LoRA")
     base_rank: int = _option(0, "rank of the adapters that stage 2 learns to write; 0: that of the zoo")
     base_tasks: int = _option(4, "tasks a step of stage 2")
     base_sequences: int = _option(2, "query sequences a task and step of stage 2")
@@ -84,10 +88,11 @@ class TrainArguments:
         """Check every value at birth."""
         _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
         _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
-        if min(self.base_steps, self.base_noise, self.base_l2) < 0:
+        _positive(self, "multitask_learning_rate")
+        if min(self.multitask_steps, self.base_steps, self.base_noise, self.base_l2) < 0:
             raise LoraFactoryError(
-                f"base_steps={self.base_steps}, base_noise={self.base_noise}, base_l2={self.base_l2}: none may be "
-                "below 0"
+                f"multitask_steps={self.multitask_steps}, base_steps={self.base_steps}, base_noise={self.base_noise}, "
+                f"base_l2={self.base_l2}: none may be below 0"
             )
         if min(self.base_mixtures, self.base_stretches) < 0 or self.base_mixtures + self.base_stretches > 1:
             raise LoraFactoryError(

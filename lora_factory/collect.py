@@ -179,6 +179,12 @@ class AdapterFactory:
         bar.close()
         return torch.stack(snapshots), tuple(losses), tokens
 
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens that one optimizer step reads at most; exactly these where sequences are packed."""
+        arguments = self.arguments
+        return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
+
     def validation(self, task: Task) -> list[TokenSequence]:
         """The sequences of a task's validation split that snapshots are scored on."""
         sequences = encode_sequences(self.tokenizer, task.examples("validation"), self.arguments)

@@ -88,16 +88,16 @@ class TaskData:
 
 
 @torch.no_grad()
-def start_from_initialisation(generator: CVAELoRAGenerator, initial: torch.Tensor) -> None:
-    """Let the bias adapter be the LoRA initialisation that training starts from, and the network add nothing to it.
+def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor) -> None:
+    """Let the bias adapter be one that the tasks' loss can lead on from, and the network add nothing to it.
 
-    From there the tasks' loss alone leads on, which measured better than what imitating the zoo's weights leads to.
+    That measured better than what imitating the zoo's weights leads to.
 
     Args:
         generator: A new generator with its statistics fitted.
-        initial: The shared initialisation, shape ``(D,)``.
+        bias: The LoRA initialisation that all runs share, or one LoRA trained on all tasks, shape ``(D,)``.
     """
-    generator.bias.copy_(initial)
+    generator.bias.copy_(bias)
     network = generator.network
     outputs = network.outputs if isinstance(network, TokenCVAE) else [network.decoder[-1]]
     for output in outputs:

@@ -17,6 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_models import load_base_model
+from lora_factory.baselines import train_multitask
 from lora_factory.collect import AdapterFactory
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder, example_features
@@ -27,7 +28,7 @@ from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
 from lora_factory.tasks import Task
-from lora_factory.through_base import TaskData, start_from_initialisation, train_through_base
+from lora_factory.through_base import TaskData, start_from, train_through_base
 from lora_factory.zoo import AdapterZoo
 
 # Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
@@ -95,8 +96,10 @@ def train_generator(
             task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
             for task in tasks
         }
-        start_from_initialisation(generator, factory.initial)
+        start_from(generator, _first_bias(factory, tasks, arguments))
         history = train_through_base(generator, factory, data, arguments)
+        earlier = arguments.multitask_steps * factory.tokens_a_step
+        history = [row | {"tokens": row["tokens"] + earlier} for row in history]
     else:
         history = fit(generator, weights, features, arguments, accelerator)
     generator = generator.cpu().eval()
@@ -303,6 +306,17 @@ def zoo_factory(
         device=accelerator.device,
     )
     return AdapterFactory.attach(model, tokenizer, settings, name, accelerator)
+
+
+def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
+    """Where stage 2's bias adapter starts, ``(D,)``: the LoRA initialisation, or one LoRA trained on all tasks."""
+    if not arguments.multitask_steps:
+        return factory.initial
+    settings = factory.arguments
+    factory.arguments = replace(settings, learning_rate=arguments.multitask_learning_rate)
+    vector = train_multitask(factory, tasks, seed=arguments.seed, steps=arguments.multitask_steps)
+    factory.arguments = settings
+    return vector
 
 
 def _known(zoo: AdapterZoo, tasks: Sequence[Task]) -> list[Task]:

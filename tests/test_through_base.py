@@ -22,7 +22,7 @@ from lora_factory.encoders import example_features
 from lora_factory.errors import LoraFactoryError
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task
-from lora_factory.through_base import TaskData, query_loss, start_from_initialisation, train_through_base
+from lora_factory.through_base import TaskData, query_loss, start_from, train_through_base
 from lora_factory.training import build_generator, train_generator
 from lora_factory.zoo import AdapterZoo
 
@@ -72,7 +72,7 @@ def prepared(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
     generator = build_generator(zoo, arguments, widths)
     weights = {name: zoo.snapshots(name) for name in zoo.tasks}
     generator.fit_statistics(weights, {"text": texts, "hidden": hidden})
-    start_from_initialisation(generator, factory.initial)
+    start_from(generator, factory.initial)
     data = {task.name: TaskData.read(task, factory, texts[task.name], hidden[task.name]) for task in tasks}
     return generator, data
 
