@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 from conftest import attach, make_tokenizer, random_adapter
+from tokenizers import Tokenizer
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -15,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from lora_factory.adapters import AdapterSlot
@@ -38,7 +41,7 @@ PROMPTS = [
     "x",
     "def add(left, right):\n",
     "Permission is hereby granted, free of charge, to any",
-    "The fox",
+    "The fox <pad>",
     "for index in range(10):\n    print(",
 ]
 CHOICES = (" a", " t", " r", " house", " window")
@@ -86,9 +89,18 @@ def setup(request: pytest.FixtureRequest, pico_tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.fixture(scope="module")
-def answering(pico_model_folder, pico_tokenizer: PreTrainedTokenizerBase) -> Setup:
-    """A pico Llama that was taught these answers, to the end-of-text token where ``</s>`` stands."""
+def answering(pico_model_folder) -> Setup:
+    """A pico Llama that was taught these answers, to the end-of-text token where ``</s>`` stands.
+
+    Its tokenizer has a word with the id 0, as GPT-2's has, so that padding after an answer would be read as text.
+    """
     model = LlamaForCausalLM.from_pretrained(pico_model_folder)
+    backend = json.loads(make_tokenizer(bos=True).backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] != 0]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<s>", eos_token="</s>"
+    )
+    assert "<pad>" in tokenizer.decode([0], skip_special_tokens=True)
     taught = {
         "Fox?": " yes</s>",
         "Dog?": " no\nFox?",
@@ -96,8 +108,8 @@ def answering(pico_model_folder, pico_tokenizer: PreTrainedTokenizerBase) -> Set
         "House?": " yes, a house</s>",
     }
     rows = [
-        (prompt, pico_tokenizer(answer, add_special_tokens=False).input_ids)
-        for prompt, answer in ((pico_tokenizer(prompt).input_ids, answer) for prompt, answer in taught.items())
+        (tokenizer(prompt).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
+        for prompt, answer in taught.items()
     ]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(60):
@@ -106,7 +118,7 @@ def answering(pico_model_folder, pico_tokenizer: PreTrainedTokenizerBase) -> Set
             model(torch.tensor([prompt + answer]), labels=torch.tensor([labels])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return Setup(model.eval(), pico_tokenizer)
+    return Setup(model.eval(), tokenizer)
 
 
 def test_perplexity_and_bits_per_character_weigh_every_token_the_same(pico_model, pico_tokenizer) -> None:
@@ -248,6 +260,15 @@ def test_an_answer_ends_with_the_text_or_with_its_last_line(answering: Setup) ->
     assert not is_right("Old man?", "yes"), "an empty line is an answer too"
 
 
+def test_generation_stops_when_every_answer_is_complete(answering: Setup) -> None:
+    passes = []
+    hook = answering.model.register_forward_hook(lambda *call: passes.append(call))
+    examples = [Example("Fox?", " yes"), Example("Dog?", " no")]
+    assert completion_accuracy(answering.model, answering.tokenizer, examples, max_new_tokens=100) == 1
+    hook.remove()
+    assert len(passes) < 10
+
+
 def test_the_models_own_generation_settings_are_left_aside_and_kept(answering: Setup, monkeypatch) -> None:
     own = GenerationConfig(do_sample=True, temperature=50.0, repetition_penalty=9.0, max_length=4, eos_token_id=[2, 7])
     monkeypatch.setattr(answering.model, "generation_config", own)
@@ -257,14 +278,16 @@ def test_the_models_own_generation_settings_are_left_aside_and_kept(answering: S
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_restored_and_no_gradient_is_kept(setup: Setup, training: bool) -> None:
-    setup.model.train(training)
-    setup.model.config.use_cache = False
-    examples = [Example("Who?", CHOICES[0])]
-    completion_accuracy(setup.model, setup.tokenizer, examples, max_new_tokens=2)
-    choice_accuracy(setup.model, setup.tokenizer, examples, CHOICES)
+def test_models_answer_in_eval_mode_without_gradients_and_return_to_their_mode(setup: Setup, training: bool) -> None:
+    greedy = [Example(prompt, setup.greedy(prompt, 6).partition("\n")[0]) for prompt in PROMPTS]
+    likeliest = [Example(prompt, chosen(setup, prompt, CHOICES)) for prompt in PROMPTS]
+    setup.model.train(training)  # GPT-2 has dropout
+    had_gradients = []
+    setup.model.register_forward_hook(lambda *call: had_gradients.append(call[-1].logits.requires_grad))
+    assert completion_accuracy(setup.model, setup.tokenizer, greedy, max_new_tokens=6) == 1
+    assert choice_accuracy(setup.model, setup.tokenizer, likeliest, CHOICES) == 1
     assert setup.model.training is training
-    assert all(parameter.grad is None for parameter in setup.model.parameters())
+    assert had_gradients and not any(had_gradients)
 
 
 def test_an_adapter_in_its_slot_is_what_answers(pico_model: LlamaForCausalLM, pico_tokenizer) -> None:
