@@ -142,8 +142,8 @@ class MultipleChoice(Metric[Sequence[ChoiceScore], int]):
         return {"accuracy": right / len(pairs)}
 
     def _chosen(self, scores: Sequence[ChoiceScore], answer: int) -> int:
-        if len(scores) < 2 or not 0 <= answer < len(scores):
-            raise LoraFactoryError(f"reference={answer} among {len(scores)} choices; give two or more, counted from 0")
+        if len(scores) < 2 or not 0 <= answer < len(scores) or any(length < 1 for _, length in scores):
+            raise LoraFactoryError(f"reference={answer}, {scores}: give two or more choices with lengths from 1 up")
         values = [value / length if self.normalised else value for value, length in scores]
         if not all(map(math.isfinite, values)):
             raise LoraFactoryError(f"the log-likelihoods {values} must be finite; check the model and its adapter")
