@@ -52,6 +52,19 @@ class TextScore:
         return {**asdict(self), "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
 
 
+@dataclass(frozen=True)
+class Window:
+    """Some consecutive token ids of a text.
+
+    Attributes:
+        tokens: The ids.
+        first: Index of the first one to score, at least 1; those before it are only read.
+    """
+
+    tokens: list[int]
+    first: int
+
+
 def score_examples(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,7 +102,7 @@ def score_examples(
         raise LoraFactoryError(f"stride={stride}, window={window}: stride must be at least 1 and below window")
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise LoraFactoryError(f"batch_size={batch_size}, max_tokens={max_tokens}: both must be at least 1")
-    windows: list[_Window] = []
+    windows: list[Window] = []
     tokens = characters = 0
     for example in examples:
         text = _encode(tokenizer, example, None if max_tokens is None else max_tokens - tokens)
@@ -105,7 +118,7 @@ def score_examples(
     with frozen(model):
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
-            total += _negative_log_likelihood(model, batch)
+            total += sum(negative_log_likelihoods(model, batch))
             if progress:
                 progress(start + len(batch), len(windows))
     return TextScore(loss=total / tokens, tokens=tokens, characters=characters)
@@ -179,6 +192,20 @@ def evaluate_adapters(
     return scores
 
 
+def negative_log_likelihoods(model: PreTrainedModel | PeftModel, windows: Sequence[Window]) -> list[float]:
+    """One forward pass: the summed loss of each window's scored tokens, in nats."""
+    inputs = pad_tokens([item.tokens for item in windows], next(model.parameters()).device)
+    logits = model(**inputs, use_cache=False).logits
+    # In fp32, one window at a time, since logits are large.
+    losses = [
+        functional.cross_entropy(
+            row[item.first - 1 : len(item.tokens) - 1].float(), targets[item.first : len(item.tokens)], reduction="sum"
+        )
+        for item, row, targets in zip(windows, logits, inputs["input_ids"], strict=True)
+    ]
+    return torch.stack(losses).tolist()
+
+
 @contextmanager
 def frozen(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """A context without gradients and with the model in eval mode; afterwards it is in the mode it was in."""
@@ -215,14 +242,6 @@ class _Text:
     characters: int
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Some consecutive token ids of a text and the index of the first one to score, at least 1."""
-
-    tokens: list[int]
-    first: int
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | None) -> _Text:
     """Tokenise the prompt (with the special tokens that start a text) and the completion, cut to the token budget."""
     context = tokenizer(example.prompt, verbose=False).input_ids
@@ -235,26 +254,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | 
     return _Text(tokens[:first] + scored, first, len(tokenizer.decode(scored, clean_up_tokenization_spaces=False)))
 
 
-def _windows(text: _Text, window: int, stride: int) -> Iterator[_Window]:
+def _windows(text: _Text, window: int, stride: int) -> Iterator[Window]:
     """Overlapping windows over a text, each with the tokens that none before it scored."""
     first = text.first
     for start in range(0, len(text.tokens), stride):
         end = min(start + window, len(text.tokens))
         if first < end:
-            yield _Window(text.tokens[start:end], first - start)
+            yield Window(text.tokens[start:end], first - start)
             first = end
         if end == len(text.tokens):
             return
-
-
-def _negative_log_likelihood(model: PreTrainedModel | PeftModel, batch: Sequence[_Window]) -> float:
-    """Summed loss of the scored tokens in nats; in fp32, one window at a time, since logits are large."""
-    inputs = pad_tokens([item.tokens for item in batch], next(model.parameters()).device)
-    logits = model(**inputs, use_cache=False).logits
-    losses = [
-        functional.cross_entropy(
-            row[item.first - 1 : len(item.tokens) - 1].float(), targets[item.first : len(item.tokens)], reduction="sum"
-        )
-        for item, row, targets in zip(batch, logits, inputs["input_ids"], strict=True)
-    ]
-    return float(torch.stack(losses).double().sum())

@@ -16,8 +16,10 @@ from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example,
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
 
-__all__ = ["SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
+__all__ = ["METRICS", "SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
 
+METRICS = ("exact_match", "multiple_choice")
+MAX_CHOICES_FOUND = 20
 _TASK_FILE_ENDINGS = (".yaml", ".yml", ".json")
 _TASK_FILE_EXAMPLE = """\
 tasks:
@@ -35,12 +37,16 @@ class Task:
         descriptions: What the task is, in natural language; at least one, better several paraphrases.
         data: Where the examples come from; None when they were given to `from_examples`.
         license: Licence of the data, if known.
+        metric: How an answer is judged, beside its likelihood: "exact_match", "multiple_choice" or not at all.
+        choices: The answers to choose from with "multiple_choice"; default: the completions seen in training.
     """
 
     name: str
     descriptions: tuple[str, ...]
     data: DataSource | None
     license: str | None = None
+    metric: str | None = None
+    choices: tuple[str, ...] = ()
     _examples: dict[Split, list[Example]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +65,11 @@ class Task:
         if not isinstance(self.license, str | None):
             raise LoraFactoryError(f"task {self.name!r}: license={self.license!r} must be a text; put it in quotes")
         object.__setattr__(self, "descriptions", tuple(text.strip() for text in given))
+        if self.metric is not None and self.metric not in METRICS:
+            raise LoraFactoryError(
+                f"task {self.name!r}: metric={self.metric!r}: choose one of {', '.join(METRICS)}, or leave it out"
+            )
+        object.__setattr__(self, "choices", _checked_choices(self.choices, self.metric, self.name))
 
     @classmethod
     def from_examples(
@@ -70,6 +81,8 @@ class Task:
         test: Sequence[Example | str] = (),
         *,
         license: str | None = None,
+        metric: str | None = None,
+        choices: tuple[str, ...] = (),
     ) -> Task:
         """A task whose examples are already in memory; texts become examples with an empty prompt.
 
@@ -80,11 +93,13 @@ class Task:
             validation: Examples for choosing; carved out of `train` when empty.
             test: Examples for the final evaluation; carved out of `train` when empty.
             license: Licence of the data, if known.
+            metric: "exact_match" or "multiple_choice", if answers are right or wrong.
+            choices: The answers to choose from with "multiple_choice"; default: the completions seen in training.
 
         Raises:
-            LoraFactoryError: No description, a bad name, or no example with text.
+            LoraFactoryError: No description, a bad name, metric or choices, or no example with text.
         """
-        task = cls(name, tuple(descriptions), None, license)
+        task = cls(name, tuple(descriptions), None, license, metric, choices)
         given = dict(zip(SPLITS, (train, validation, test), strict=True))
         found = {split: with_text(map(_as_example, examples)) for split, examples in given.items() if len(examples)}
         task._examples.update(_complete(found, name))
@@ -107,6 +122,23 @@ class Task:
         if not self._examples and self.data is not None:
             self._examples.update(_complete(load_examples(self.data, self.name), self.name))
         return self._examples[split]
+
+    def answer_choices(self) -> tuple[str, ...]:
+        """The answers to choose from: those given, else the different completions of the training split, sorted.
+
+        Raises:
+            LoraFactoryError: None are given, and the training split has fewer than 2 or more than 20 of them.
+        """
+        if self.choices:
+            return self.choices
+        found = sorted({example.completion.strip() for example in self.examples("train")})
+        if not 2 <= len(found) <= MAX_CHOICES_FOUND:
+            raise LoraFactoryError(
+                f"task {self.name!r} has no choices, and its training split has {len(found)} different completions,"
+                f" which are choices only when there are 2 to {MAX_CHOICES_FOUND}; list its choices, or take"
+                ' metric="exact_match"'
+            )
+        return tuple(found)
 
     def fingerprint(self) -> str:
         """SHA-256 of all examples of all splits: equal exactly when the data is."""
@@ -195,7 +227,7 @@ def _read_task_file(path: Path) -> list[Task]:
 
 def _task_from_dict(entry: object, path: Path, number: int) -> Task:
     where = f"task file {path}, task {number}"
-    known = ("name", "descriptions", "data", "license")
+    known = ("name", "descriptions", "data", "license", "metric", "choices")
     values = _checked(entry, known, where)
     if missing := [key for key in ("name", "data") if key not in values]:
         raise LoraFactoryError(
@@ -207,7 +239,7 @@ def _task_from_dict(entry: object, path: Path, number: int) -> Task:
         raise LoraFactoryError(f"data of {where} has no path; give a Hub id, a local file, or json with data_files")
     try:
         data = DataSource(**options).relative_to(path.resolve().parent)
-        return Task(values["name"], values.get("descriptions", ()), data, values.get("license"))
+        return Task(**{"descriptions": (), **values, "data": data})
     except LoraFactoryError as error:
         raise LoraFactoryError(f"{where}: {error}") from error
 
@@ -234,8 +266,30 @@ def _task_to_dict(task: Task, folder: Path) -> dict[str, Any]:
         source["data_files"] = {split: [_relative(name, folder) for name in names] for split, names in files}
     else:
         source["path"] = _relative(data.path, folder)
-    content = {"name": task.name, "descriptions": list(task.descriptions), "license": task.license, "data": source}
+    content = {
+        "name": task.name,
+        "descriptions": list(task.descriptions),
+        "license": task.license,
+        "metric": task.metric,
+        "choices": list(task.choices) or None,
+        "data": source,
+    }
     return {key: value for key, value in content.items() if value is not None}
+
+
+def _checked_choices(given: object, metric: str | None, task: str) -> tuple[str, ...]:
+    """The choices without the blanks around them."""
+    if not isinstance(given, list | tuple) or not all(isinstance(text, str) and text.strip() for text in given):
+        raise LoraFactoryError(
+            f"task {task!r}: choices={given!r} must be a list of texts that are not empty; put each in quotes, since"
+            " YAML reads yes and no as true and false"
+        )
+    choices = tuple(text.strip() for text in given)
+    if choices and metric != "multiple_choice":
+        raise LoraFactoryError(f"task {task!r} has choices, but metric={metric!r}; write metric: multiple_choice")
+    if len(choices) == 1 or len(set(choices)) < len(choices):
+        raise LoraFactoryError(f"task {task!r}: choices={choices!r} must be two or more, all different")
+    return choices
 
 
 def _write_examples(path: Path, examples: Sequence[Example], data: DataSource) -> None:

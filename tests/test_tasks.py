@@ -10,6 +10,7 @@ import yaml
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks import DataSource, Example, Task, load_tasks, save_tasks
 
+MULTIPLE_CHOICE = "tasks:\n- {name: a, descriptions: [a], data: b, metric: multiple_choice"
 ROWS = [{"text": f"line {number}"} for number in range(20)]
 
 
@@ -127,12 +128,14 @@ def test_save_and_load_round_trip_and_the_folder_can_move(tmp_path, name):
         Task.from_examples("plain", ["Ä: yes."], ["é", "b"], ["c"], ["d"]),
         Task.from_examples("pairs", ["Pairs."], [Example("p", "c")], [Example("", "v")], [Example("q", "t")]),
         Task("hub", ["Hub."], DataSource("user/name", splits={"train": "train[:10]"}, revision="v1")),
+        Task("judged", ["Which?"], DataSource("user/name"), metric="multiple_choice", choices=("no", "yes")),
+        Task.from_examples("exact", ["What?"], ["a", "b", "c"], metric="exact_match"),
     ]
     save_tasks(tasks, folder / name)
     moved = folder.rename(tmp_path / "moved")
     loaded = load_tasks(moved / name)
-    assert [(t.name, t.descriptions, t.license) for t in loaded] == [
-        (t.name, t.descriptions, t.license) for t in tasks
+    assert [(t.name, t.descriptions, t.license, t.metric, t.choices) for t in loaded] == [
+        (t.name, t.descriptions, t.license, t.metric, t.choices) for t in tasks
     ]
     for task, original in zip(loaded[1:3], tasks[1:3], strict=True):
         assert task.fingerprint() == original.fingerprint()
@@ -166,6 +169,16 @@ def test_a_folder_of_task_files(tmp_path):
         ("tasks:\n- {name: a, descriptions: [a], data: {path: json, data_files: [7]}}", "must name files"),
         ("tasks:\n- {name: a, descriptions: [a], data: {path: b, prompt_column: c}}", "go together"),
         ("tasks:\n- {name: a, descriptions: [a], data: {path: b, splits: {dev: c}}}", "must map train"),
+        (
+            "tasks:\n- {name: a, descriptions: [a], data: b, metric: bleu}",
+            "choose one of exact_match, multiple_choice",
+        ),
+        ("tasks:\n- {name: a, descriptions: [a], data: b, metric: [exact_match]}", "choose one of exact_match"),
+        ("tasks:\n- {name: a, descriptions: [a], data: b, choices: [c, d]}", "write metric: multiple_choice"),
+        (f"{MULTIPLE_CHOICE}, choices: [yes, no]}}", "put each in quotes, since YAML reads yes and no as true"),
+        (f"{MULTIPLE_CHOICE}, choices: c}}", "must be a list of texts"),
+        (f"{MULTIPLE_CHOICE}, choices: [c]}}", "two or more, all different"),
+        (f"{MULTIPLE_CHOICE}, choices: [c, d, ' c']}}", "two or more, all different"),
         ("tasks:\n- &t {name: a, descriptions: [a], data: b.jsonl}\n- *t", "used more than once"),
     ],
 )
@@ -206,6 +219,19 @@ def test_data_that_is_wrong_says_what_there_is(tmp_path, data, says):
     (task,) = load_tasks(write_task(tmp_path, data))
     with pytest.raises(LoraFactoryError, match=says):
         task.examples("train")
+
+
+def test_choices_are_those_given_or_those_seen_in_training():
+    def task(train, choices=()):
+        examples = [Example("q", answer) for answer in train]
+        return Task.from_examples("a", ["b"], examples, examples, examples, metric="multiple_choice", choices=choices)
+
+    assert task(["no"], [" yes", "no"]).answer_choices() == ("yes", "no")
+    assert task([" yes", "no", "yes\n", "no"]).answer_choices() == ("no", "yes")
+    assert len(task(map(str, range(20))).answer_choices()) == 20
+    for train in (["no", " no"], map(str, range(21))):
+        with pytest.raises(LoraFactoryError, match=r"has (1|21) different completions.*list its choices"):
+            task(train).answer_choices()
 
 
 def test_unknown_split_and_no_text_in_memory():
