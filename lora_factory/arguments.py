@@ -77,7 +77,7 @@ class TrainArguments:
     base_sequences: int = _option(2, "query sequences a task and step of stage 2")
     base_mixtures: float = _option(0.2, "share of stage 2's adapters that serve a mixture of tasks, not one")
     base_stretches: float = _option(
-        0.4, "share that serve a stretch of one task's examples, from two neighbours to all"
+        0.3, "share that serve a stretch of one task's examples, from two neighbours to all"
     )
     base_learning_rate: float = _option(1e-3, "peak learning rate of stage 2")
     base_bias_learning_rate: float = _option(3e-3, "peak learning rate of the bias adapter in stage 2")
@@ -108,14 +108,16 @@ class CompareArguments:
 
     seeds: tuple[int, ...] = _option((0,), "seeds of everything that samples or trains")
     max_tokens: int = _option(2000, "tokens scored a task")
+    max_examples: int = _option(100, "test examples answered a task, where a task has a metric")
     window: int = _option(256, "tokens of context a forward pass")
     examples: int = _option(16, "examples a condition is made of, where a method is conditioned on examples")
+    refine_steps: int = _option(20, "steps on the examples of the methods that are refined on them")
     multitask_rank: int = _option(0, "rank of the multi-task LoRA; 0: that of the zoo")
     multitask_learning_rate: float = _option(0.0, "learning rate of the multi-task LoRA; 0: that of the zoo")
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
-        _positive(self, "max_tokens", "examples")
+        _positive(self, "max_tokens", "max_examples", "examples")
         if not self.seeds or self.window < 4:
             raise LoraFactoryError(f"seeds={self.seeds}, window={self.window}: give a seed, and a window of 4 or more")
 

@@ -22,6 +22,7 @@ from lora_factory.contenders import GENERATED, Contenders, Fold
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import score_examples
 from lora_factory.files import write_json
+from lora_factory.metrics import task_accuracy
 from lora_factory.tasks import Task
 
 __all__ = ["Fold", "compare"]
@@ -134,4 +135,7 @@ def _scored(contenders: Contenders, task: Task, seed: int, method: str, argument
     )
     if not math.isfinite(score.loss):
         raise ArithmeticError(f"the loss is {score.loss}")
-    return {**score.to_dict(), "accuracy": None, "error": None}
+    accuracy = task_accuracy(
+        factory.model, factory.tokenizer, task, max_examples=arguments.max_examples, window=arguments.window
+    )
+    return {**score.to_dict(), "accuracy": accuracy, "error": None}

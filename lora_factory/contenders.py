@@ -26,11 +26,12 @@ from lora_factory.baselines import (
     train_multitask,
     uniform_soup,
 )
-from lora_factory.collect import AdapterFactory
+from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
 from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.encoders import example_features
 from lora_factory.errors import LoraFactoryError
 from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.refine import best_of, refine
 from lora_factory.tasks import Task
 from lora_factory.zoo import AdapterZoo
 
@@ -127,20 +128,51 @@ class Contenders:
         if len(self.ways) > 1:
             self.methods[f"{GENERATED} from text and examples"] = partial(self._generated, list(self.ways))
         self.methods[f"{GENERATED}, no condition"] = partial(self._generated, [])
+        if "hidden" in self.ways:
+            self.methods |= {
+                f"{GENERATED} from examples, best of {len(self._subsets)}": self._best_of,
+                f"{GENERATED} from examples, refined": partial(self._refined, f"{GENERATED} from examples"),
+                f"{MULTITASK}, refined": partial(self._refined, MULTITASK),
+            }
+
+    @property
+    def _subsets(self) -> list[list[str]]:
+        """Every subset of the modalities, the empty one first."""
+        ways = list(self.ways)
+        return [[way for bit, way in enumerate(ways) if number >> bit & 1] for number in range(2 ** len(ways))]
 
     def condition(self, way: str, name: str, seed: int) -> torch.Tensor:
         """A task's vector, shape ``(width,)``: its first description, or the mean over a few of its examples."""
         rows = self.features[way][name]
         if way == "text":
             return rows[0]
+        return rows[self._drawn(name, seed)].mean(0)
+
+    def _drawn(self, name: str, seed: int) -> torch.Tensor:
+        """Which of a task's training examples its condition is made of."""
         source = torch.Generator().manual_seed(seed)
-        return rows[torch.randperm(len(rows), generator=source)[: self.arguments.examples]].mean(0)
+        return torch.randperm(len(self.features["hidden"][name]), generator=source)[: self.arguments.examples]
+
+    def _sequences(self, factory: AdapterFactory, task: Task, seed: int) -> list[TokenSequence]:
+        """The examples of a condition as the base model reads them."""
+        examples = task.examples("train")
+        drawn = [examples[index] for index in self._drawn(task.name, seed).tolist()]
+        return encode_sequences(factory.tokenizer, drawn, factory.arguments)
+
+    def _refined(self, method: str, task: Task, seed: int) -> torch.Tensor:
+        factory, start = self.factory_of(method), self.methods[method](task, seed)
+        return refine(factory, start, self._sequences(factory, task, seed), steps=self.arguments.refine_steps)
+
+    def _best_of(self, task: Task, seed: int) -> torch.Tensor:
+        factory = self._generators_factory
+        candidates = torch.stack([self._generated(ways, task, seed) for ways in self._subsets])
+        return best_of(factory, candidates, self._sequences(factory, task, seed))[0]
 
     def factory_of(self, method: str) -> AdapterFactory:
         """The base model with the slot that a method's weights fit into."""
         if method.startswith(GENERATED):
             return self._generators_factory
-        return self._multitask_factory if method == MULTITASK else self.factory
+        return self._multitask_factory if method.startswith(MULTITASK) else self.factory
 
     @cached_property
     def _generators_factory(self) -> AdapterFactory:

@@ -21,7 +21,8 @@ ORIGINAL_MODEL = "original model"
 ORIGINAL_LORA = "original LoRA"
 ORIGINALS = frozenset({ORIGINAL_LORA, "original LoRA, best"})
 _OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}", f"{GENERATED} from text and examples"}
-_NO_RIVALS = ORIGINALS | _OURS | {f"{name}, sampled" for name in _OURS}  # neither a control nor a baseline
+_VARIANTS = {f"{GENERATED}{FROM_EXAMPLES}, refined", f"{GENERATED}{FROM_EXAMPLES}, best of 4"}
+_NO_RIVALS = ORIGINALS | _OURS | _VARIANTS | {f"{name}, sampled" for name in _OURS}  # neither a control nor a baseline
 GROUPS = {"seen": True, "unseen": False}
 NEEDED_MARGIN = 0.1
 _RESAMPLES = 2000
@@ -238,7 +239,9 @@ def _headrooms(comparison: Mapping[str, Any]) -> defaultdict[tuple[str, bool], d
 def _generated_like(method: str, measured: Collection[tuple[str, bool]]) -> str:
     """The generator's row that a method is compared with: the one that is conditioned as it is."""
     from_examples = f"{GENERATED}{FROM_EXAMPLES}"
-    alike = from_examples if method.removesuffix(", sampled").endswith(FROM_EXAMPLES) else GENERATED
+    if method.endswith(", refined"):
+        return f"{from_examples}, refined"
+    alike = from_examples if FROM_EXAMPLES in method else GENERATED
     return alike if any(name == alike for name, _ in measured) else from_examples
 
 

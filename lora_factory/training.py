@@ -49,6 +49,7 @@ def train_generator(
     *,
     tasks: Sequence[Task] | None = None,
     base_model: str | Path | None = None,
+    bias_adapter: torch.Tensor | None = None,
 ) -> CVAELoRAGenerator:
     """Train a generator on the adapters of a zoo and save it.
 
@@ -57,7 +58,9 @@ def train_generator(
         output_dir: Folder of the generator, replaced when it is there; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
         tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts.
-        base_model: Base model for these hidden states (Eq. 1); default: the one that the zoo names.
+        base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
+        bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
+            hand already; trained here by default.
 
     Returns:
         The trained generator, on the CPU, in evaluation mode.
@@ -96,7 +99,7 @@ def train_generator(
             task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
             for task in tasks
         }
-        start_from(generator, _first_bias(factory, tasks, arguments))
+        start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
         history = train_through_base(generator, factory, data, arguments)
         earlier = arguments.multitask_steps * factory.tokens_a_step
         history = [row | {"tokens": row["tokens"] + earlier} for row in history]

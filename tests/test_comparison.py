@@ -17,6 +17,7 @@ from lora_factory.arguments import CollectArguments, CompareArguments, TrainArgu
 from lora_factory.collect import collect_adapters
 from lora_factory.comparison import Fold, compare
 from lora_factory.contenders import Contenders
+from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks import Task
 from lora_factory.training import train_generator
@@ -32,7 +33,11 @@ SEEN = ("prose", "code", "law")
 
 def make_task(name: str, text: str) -> Task:
     texts = [f"{number} {text}" for number in range(6)]
-    return Task.from_examples(name, [f"Write {name}.", f"More {name}'s text."], texts[:4], texts[4:5], texts[5:])
+    descriptions = [f"Write {name}.", f"More {name}'s text."]
+    if name != "law":
+        return Task.from_examples(name, descriptions, texts[:4], texts[4:5], texts[5:])
+    asked = [Example(f"{text} Is it law?", " yes" if number % 2 else " no") for number, text in enumerate(texts)]
+    return Task.from_examples(name, descriptions, asked[:4], asked[4:5], asked[5:], metric="multiple_choice")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,8 @@ def test_every_method_is_scored_on_every_task(fold: Fold, pico_model_folder: Pat
     assert places == {(task, method) for task in (*SEEN, "verse") for method in result["methods"]}
     assert {cell["task"] for cell in result["cells"] if not cell["seen"]} == {"verse"}
     losses = {(cell["task"], cell["method"]): cell["loss"] for cell in result["cells"]}
+    for cell in result["cells"]:
+        assert (cell["accuracy"] in (0.0, 1.0)) if cell["task"] == "law" else cell["accuracy"] is None
     for task in SEEN:
         assert losses[task, "original LoRA"] < losses[task, "original model"]
         assert losses[task, "retrieval"] < losses[task, "original model"]
@@ -118,7 +125,8 @@ def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path
     for way, rows in clean.features.items():
         dirty.features[way]["verse"] = rows["verse"]  # the same question, asked of what was fitted
     for name in clean.methods:
-        if name not in ("original LoRA", "original LoRA, best"):
+        own = name.startswith("original LoRA") or "refined" in name or "best of" in name  # its own LoRA or examples
+        if not own:
             assert torch.equal(clean.methods[name](fold.unseen[0], 0), dirty.methods[name](poison, 0)), name
 
 

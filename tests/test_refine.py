@@ -1,0 +1,61 @@
+"""Steps on a user's examples, and the choice between adapters by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TRAINING_TEXT
+
+from lora_factory.arguments import CollectArguments
+from lora_factory.base_models import load_base_model
+from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
+from lora_factory.data_source import Example
+from lora_factory.errors import LoraFactoryError
+from lora_factory.refine import best_of, refine
+
+SETTINGS = CollectArguments(sequence_length=24, target_modules="all-linear")
+
+
+@pytest.fixture
+def factory(pico_model_folder: Path) -> AdapterFactory:
+    model, tokenizer = load_base_model(pico_model_folder)
+    return AdapterFactory.attach(model, tokenizer, SETTINGS, "pico/llama", Accelerator(cpu=True))
+
+
+@pytest.fixture
+def sequences(factory: AdapterFactory) -> list[TokenSequence]:
+    return encode_sequences(factory.tokenizer, [Example("", text) for text in TRAINING_TEXT], SETTINGS)
+
+
+def loss(factory: AdapterFactory, adapter: torch.Tensor, sequences: list[TokenSequence]) -> float:
+    factory.slot.load(adapter)
+    return factory.loss(sequences)
+
+
+def test_steps_lower_the_loss_and_none_change_nothing(factory: AdapterFactory, sequences: list[TokenSequence]) -> None:
+    start = factory.initial
+    assert torch.equal(refine(factory, start, sequences, steps=0), start)
+    losses = [loss(factory, refine(factory, start, sequences, steps=steps), sequences) for steps in (0, 5, 40)]
+    assert losses[0] > losses[1] + 0.01 > losses[2] + 0.02, losses
+    before = {name: value.clone() for name, value in factory.model.state_dict().items()}
+    refine(factory, start, sequences, steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in factory.model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops(factory: AdapterFactory, sequences: list[TokenSequence]) -> None:
+    with pytest.raises(LoraFactoryError, match="lower learning_rate"):
+        refine(factory, torch.full_like(factory.initial, torch.inf), sequences, steps=1)
+
+
+def test_the_best_of_several_is_the_one_with_the_lowest_loss(
+    factory: AdapterFactory, sequences: list[TokenSequence]
+) -> None:
+    better = refine(factory, factory.initial, sequences, steps=10)
+    candidates = torch.stack([factory.initial, torch.full_like(better, torch.nan), better, torch.randn(len(better))])
+    chosen, losses = best_of(factory, candidates, sequences)
+    assert torch.equal(chosen, better) and losses[2] == min(losses[0], losses[2], losses[3])
+    with pytest.raises(LoraFactoryError, match="none of 1 adapters"):
+        best_of(factory, candidates[1:2], sequences)
