@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -23,11 +21,14 @@ from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.generator_files import GeneratorSource, read_generator
+from lora_factory.hub_errors import explain
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import adapter_card
 from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE, spread_over_weights
 
-REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is reported, not printed
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
 
 
 @dataclass
@@ -98,31 +99,34 @@ class CVAELoRAGenerator(PreTrainedModel):
     ) -> Any:  # noqa: ANN401
         """Load a generator from a folder or the Hub, strictly: every weight must be there, with its shape, and finite.
 
+        Two files are read, ``config.json`` and ``model.safetensors``; both are bounded and checked first.
+
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             *args: As in transformers.
-            **kwargs: As in transformers: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``dtype``, …
+            **kwargs: As in transformers: ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download``, ``dtype``, ``device_map``, ... A ``config`` is not taken; the folder's is.
 
         Raises:
-            LoraFactoryError: When the folder is damaged, incomplete, or not a generator's.
+            LoraFactoryError: When the files are damaged, incomplete, or not a generator's, or the Hub refuses.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        source = str(pretrained_model_name_or_path)
-        fix = "download it again, or train it again with train_generator"
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        ours = {name: value for name, value in kwargs.items() if name not in SET_BY_AUTO_MODEL}
+        source = GeneratorSource(str(pretrained_model_name_or_path), **hub)
         try:
-            with quiet_transformers(keep_bars=not Path(source).is_dir()):
-                loaded: Any = super().from_pretrained(source, *args, **(kwargs | REPORT))
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            if isinstance(error, LoraFactoryError):
-                raise
-            raise LoraFactoryError(f"cannot load a generator from {source!r}: {error}; {fix}") from error
+            config, state_dict = read_generator(source, cls)
+            with quiet_transformers():
+                loaded: Any = super().from_pretrained(
+                    None, *args, config=config, state_dict=state_dict, output_loading_info=True, **ours
+                )
+        except Exception as error:  # these are somebody else's files: whatever a parser raises, they cannot be loaded
+            raise LoraFactoryError(
+                f"cannot load a generator from {source.name!r}: {explain(error, source.name)}; "
+                "download it again, or train it again with train_generator"
+            ) from error
         model, info = loaded
-        bad = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-        if bad:
-            raise LoraFactoryError(f"the weights in {source!r} do not fit its config ({bad}); {fix}")
-        for name, tensor in model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise LoraFactoryError(f"{name} in {source!r} holds NaN or infinite values; {fix}")
+        model.config.name_or_path, model.config._commit_hash = source.name, source.commit
         return (model, info) if wants_info else model
 
     def forward(
