@@ -213,6 +213,15 @@ def check_public_names(config: CVAELoRAConfig, source: str) -> None:
             )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def is_public_name(name: str) -> bool:
     """Whether a model's name is a Hub id, or one of open_clip's own names, and so means the same everywhere."""
     if name.startswith("open_clip:"):
@@ -223,11 +232,7 @@ def is_public_name(name: str) -> bool:
             model, _, tag = name.partition(":")
             return bool(tag) and tag in open_clip.list_pretrained_tags_by_model(model)
         name = name.removeprefix("hf-hub:")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return is_hub_id(name)
 
 
 def read_weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from lora_factory import __version__
 from lora_factory.adapters import attach_adapter
 from lora_factory.base_models import load_base_model, quiet_transformers
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.files import atomic_folder, write_text
+from lora_factory.generation import write_adapter
 from lora_factory.generator_files import GeneratorSource, read_generator
 from lora_factory.hub_errors import explain
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_card import adapter_card
+from lora_factory.model_card import AdapterCard, origins_of
 from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE, spread_over_weights
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -318,24 +317,12 @@ class CVAELoRAGenerator(PreTrainedModel):
         Returns:
             The folder.
         """
-        vectors = self.conditions(text, conditions)
-        state_dict = self.generate_state_dict(conditions=vectors, seed=seed, temperature=temperature)
         with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
-            self.layout.peft_config().save_pretrained(str(folder))
-            save_file(state_dict, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            generation = {
-                "text": text,
-                "seed": seed,
-                "temperature": temperature,
-                "nearest_tasks": self.nearest_tasks(vectors),
-                "generator": self.config._name_or_path or None,
-                "generator_commit": getattr(self.config, "_commit_hash", None),
-                "base_model": self.layout.base_model,
-                "base_revision": self.layout.base_revision,
-                "lora_factory": __version__,
-            }
-            write_json(folder / "generation.json", generation)
-            write_text(folder / "README.md", adapter_card(generation, Path(save_directory).name))
+            generation = write_adapter(
+                self, folder, text=text, conditions=conditions, seed=seed, temperature=temperature
+            )
+            card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})
+            write_text(folder / "README.md", card.text)
         return Path(save_directory)
 
     def nearest_tasks(self, vectors: Mapping[str, torch.Tensor], count: int = 3) -> list[dict[str, Any]]:
