@@ -307,7 +307,8 @@ def inline(text: object) -> str:
 
 def _python(value: object) -> str:
     """A Python literal that cannot end the code block it stands in."""
-    return repr(value).replace("`", "\\x60")
+    literal = repr(value).replace("`", "\\x60")
+    return literal if '"' in literal else literal.replace("'", '"')
 
 
 def _results(comparison: Mapping[str, Any]) -> dict[str, Any]:

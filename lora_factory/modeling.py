@@ -25,6 +25,7 @@ from lora_factory.hub_errors import explain
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import AdapterCard, origins_of
 from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE, spread_over_weights
+from lora_factory.pushing import HubMixin
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
@@ -47,7 +48,7 @@ class GeneratorOutput(ModelOutput):
     active_latents: torch.Tensor | None = None
 
 
-class CVAELoRAGenerator(PreTrainedModel):
+class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
     """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
 
     The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one

@@ -1,0 +1,144 @@
+"""Generators and adapters on a local hub, through the real clients: the whole way there and back, and every failure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hub_fixtures
+import pytest
+from conftest import attach
+from hub_fixtures import LocalHub
+from huggingface_hub import ModelCard
+from test_modeling import make_generator
+from transformers import LlamaForCausalLM
+
+hub = hub_fixtures.hub
+
+TEXT = "Legal notices and\nlicence `terms` <b>of</b> software"
+HEAD = f"""
+import hashlib, json, sys, time
+from pathlib import Path
+import torch
+from lora_factory import CVAELoRAGenerator, LoraFactoryError
+
+TEXT = {TEXT!r}
+TOKENS = torch.arange(3, 19)[None]
+
+def attempt(function, *arguments, **keywords):
+    try:
+        return function(*arguments, **keywords)
+    except LoraFactoryError as error:
+        return str(error)
+
+@torch.no_grad()
+def fingerprint(model):
+    return hashlib.sha256(model(TOKENS).logits.numpy().tobytes()).hexdigest()
+"""
+
+
+def ask(hub: LocalHub, code: str, **how: Any) -> Any:
+    """Run a test's code after `HEAD`."""
+    return hub.evaluate(HEAD + code, **how)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(hub: LocalHub, pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path) -> Path:
+    """A generator's folder; the hub has the base model and the encoder that it names."""
+    card = "---\nlicense: mit\n---\n"
+    hub.add_repo("alice/encoder", contents(pico_encoder_folder))
+    hub.add_repo("alice/base", {**contents(pico_model_folder), "README.md": card})
+    commit = hub.repos["model", "alice/base"].find().oid
+    layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
+    config = {**layout.lora_config, "task_type": "CAUSAL_LM"}
+    layout = replace(layout, base_model="alice/base", base_revision=commit, lora_config=config)
+    generator = make_generator(layout, Path("alice/encoder"), "token")
+    generator.save_pretrained(tmp_path / "generator")
+    return tmp_path / "generator"
+
+
+def test_there_and_back(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    there = ask(
+        hub,
+        f"""
+generator = CVAELoRAGenerator.from_pretrained({str(folder)!r})
+commits = [generator.push_to_hub("alice/generator", tags=["pico"])]
+commits += [generator.push_adapter(TEXT, "alice/adapter", seed=3, temperature=0.7, private=False)]
+commits += [generator.push_to_hub("alice/generator", revision="v1", commit_message="One", tags=["v1"])]
+commits += [generator.push_to_hub("alice/generator", create_pr=True)]
+model = generator.generate_adapter(TEXT, seed=3, temperature=0.7)
+result = {{"oids": [commit.oid for commit in commits], "pull": commits[-1].pr_url, "logits": fingerprint(model)}}
+""",
+    )
+    assert sorted(hub.files("alice/generator")) == ["README.md", "config.json", "model.safetensors"]
+    repo = hub.repos["model", "alice/generator"]
+    assert [commit.title for commit in repo.history("main")][1:] == ["initial commit"], "one commit a push"
+    assert repo.find("v1").title == "One"
+    assert there["pull"].endswith("/alice/generator/discussions/1")
+    card = hub.files("alice/adapter")["README.md"].decode()
+    again = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    assert f'revision="{there["oids"][0]}"' in again
+
+    back = ask(
+        hub,
+        f"""
+import os
+os.chdir({str(tmp_path)!r})
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModel
+from huggingface_hub import ModelCard
+result = {{"logits": []}}
+for name, how in [("alice/generator", {{"revision": "v1"}}), ("alice/generator", {{}})]:
+    generator = CVAELoRAGenerator.from_pretrained(name, **how)
+    result["logits"].append(fingerprint(generator.generate_adapter(TEXT, seed=3, temperature=0.7)))
+auto = AutoModel.from_pretrained("alice/generator", dtype=torch.float32, device_map="cpu")
+result["logits"].append(fingerprint(auto.generate_adapter(TEXT, seed=3, temperature=0.7)))
+result["logits"].append(fingerprint(AutoPeftModelForCausalLM.from_pretrained("alice/adapter").eval()))
+result["dtype"] = str(CVAELoRAGenerator.from_pretrained("alice/generator", dtype=torch.bfloat16).dtype)
+exec({again!r})
+result["again"] = hashlib.sha256(Path("adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+cards = [ModelCard.load(name) for name in ("alice/generator", "alice/adapter")]
+result["cards"] = [card.validate() for card in cards]
+""",
+        token=None,
+    )
+    assert back["logits"] == [there["logits"]] * 4
+    assert back["dtype"] == "torch.bfloat16"
+    assert f"SHA-256 {back['again']}" in card
+    assert back["cards"] == [None, None]
+    assert ModelCard(card).data.base_model == "alice/base"
+    tags = hub.repos["model", "alice/adapter"].describe()["tags"]
+    assert {"lora-factory", "base_model:adapter:alice/base", "license:unknown", "peft"} <= set(tags)
+
+
+def test_offline_mode_asks_nobody(hub: LocalHub, folder: Path) -> None:
+    hub.add_repo("alice/generator", contents(folder))
+    home = hub.home()
+    code = """
+generator = CVAELoRAGenerator.from_pretrained("alice/generator")
+result = fingerprint(generator.generate_adapter(TEXT))
+"""
+    online = ask(hub, code, home=home)
+    hub.log.clear()
+    offline = ask(
+        hub,
+        code
+        + """
+before = time.monotonic()
+result = [result, attempt(CVAELoRAGenerator.from_pretrained, "alice/other"), attempt(generator.push_to_hub, "alice/x")]
+result.append(time.monotonic() - before)
+""",
+        home=home,
+        HF_HUB_OFFLINE="1",
+    )
+    assert not hub.log
+    assert offline[0] == online
+    assert "alice/other" in offline[1] and "offline mode" in offline[1]
+    assert "unset HF_HUB_OFFLINE" in offline[2]
+    assert offline[3] < 2
