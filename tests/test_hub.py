@@ -71,7 +71,7 @@ generator = CVAELoRAGenerator.from_pretrained({str(folder)!r})
 commits = [generator.push_to_hub("alice/generator", tags=["pico"])]
 commits += [generator.push_adapter(TEXT, "alice/adapter", seed=3, temperature=0.7, private=False)]
 commits += [generator.push_to_hub("alice/generator", revision="v1", commit_message="One", tags=["v1"])]
-commits += [generator.push_to_hub("alice/generator", create_pr=True)]
+commits += [generator.push_to_hub("alice/generator", create_pr=True, tags=["more"])]
 model = generator.generate_adapter(TEXT, seed=3, temperature=0.7)
 result = {{"oids": [commit.oid for commit in commits], "pull": commits[-1].pr_url, "logits": fingerprint(model)}}
 """,
@@ -142,3 +142,115 @@ result.append(time.monotonic() - before)
     assert "alice/other" in offline[1] and "offline mode" in offline[1]
     assert "unset HF_HUB_OFFLINE" in offline[2]
     assert offline[3] < 2
+
+
+HAND_WRITTEN = """---
+license: apache-2.0
+thumbnail: picture.png
+tags: [mine]
+---
+# My page
+
+Written by hand.
+
+## Limits
+
+Old words of the generator's card.
+
+## Thanks
+
+```
+## no heading
+```
+To the caterpillar.
+"""
+
+
+def test_failures_are_explained_and_nothing_is_half_pushed(hub: LocalHub, folder: Path) -> None:
+    hub.add_repo("alice/generator", contents(folder))
+    hub.add_repo("bob/gated", contents(folder), gated="manual")
+    hub.add_repo("bob/open", {"a": "1"})
+    hub.add_repo("alice/existing", {"README.md": HAND_WRITTEN})
+    hub.add_repo("alice/broken-card", {"README.md": "---\n[1, 2\n---\n# Title\n"})
+    hub.fail("/alice/dropped/commit/", drop="upload")
+    hub.fail("/alice/down/commit/", status=503)
+    hub.fail("/alice/taken/commit/", status=409, message="Conflict")
+    hub.fail("/alice/raced/commit/", status=412)
+    hub.fail("/alice/slow/commit/", delay=1.5)
+    hub.fail("/alice/existing/preupload/", status=500)
+    hub.fail("^/storage/", "PUT", drop="upload")
+    hub.fail("/alice/unreachable/", drop="upload", times=None)
+    hub.fail("/alice/refused/", status=500, times=None)
+    result = ask(
+        hub,
+        f"""
+generator = CVAELoRAGenerator.from_pretrained("alice/generator")
+push, load = generator.push_to_hub, CVAELoRAGenerator.from_pretrained
+adapter = generator.push_adapter
+result = {{name: attempt(adapter, TEXT, f"alice/{{name}}") for name in ("dropped", "down", "taken", "raced")}}
+result |= {{
+    "again": adapter(TEXT, "alice/dropped").oid,
+    "slow": push("alice/slow").oid,
+    "existing": push("alice/existing").oid,
+    "broken card": attempt(adapter, TEXT, "alice/broken-card"),
+    "wrong token": attempt(adapter, TEXT, "alice/x", token="hf_wrong"),
+    "read token": attempt(adapter, TEXT, "alice/x", token={hub.read_token!r}),
+    "token=False": attempt(adapter, TEXT, "alice/x", token=False),
+    "not a member": attempt(adapter, TEXT, "bob/x"),
+    "not mine": attempt(adapter, TEXT, "bob/open"),
+    "pull to nowhere": attempt(adapter, TEXT, "alice/nowhere", create_pr=True),
+    "bad id": attempt(adapter, TEXT, "alice/x/y"),
+    "short id": adapter(TEXT, "short").repo_url.repo_id,
+    "pull": adapter(TEXT, "bob/open", create_pr=True).pr_url,
+    "gated": attempt(load, "bob/gated"),
+    "unknown": attempt(load, "alice/unknown"),
+    "no generator": attempt(load, "alice/base"),
+    "no config": attempt(load, "bob/open"),
+    "no revision": attempt(load, "alice/generator", revision="v7"),
+    "unreachable": attempt(load, "alice/unreachable"),
+    "refused": attempt(load, "alice/refused"),
+}}
+""",
+        waits=False,
+    )
+    for name, words in {
+        "dropped": "connection to the Hub failed.*a commit arrives whole or not at all",
+        "down": "503.*try again later",
+        "taken": "409.*collides",
+        "raced": "412.*somebody has committed since",
+        "broken card": "head of the card is no YAML",
+        "wrong token": "401.*token is missing or not valid",
+        "read token": "403.*role 'write'",
+        "token=False": "no access token.*hf auth login",
+        "not a member": "403.*create_pr=True",
+        "not mine": "403.*create_pr=True",
+        "pull to nowhere": "no repository alice/nowhere",
+        "bad id": "'alice/x/y' is no Hub id",
+        "gated": "bob/gated is gated; ask for access",
+        "unknown": "no repository alice/unknown",
+        "no generator": "model_type 'llama', expected 'cvae_lora'",
+        "no config": "lacks a file",
+        "no revision": "no such revision",
+        "unreachable": "connection to the Hub failed",
+        "refused": "500.*try again later",
+    }.items():
+        assert re.search(words, result[name], re.DOTALL), f"{name}: {result[name]}"
+    assert not hub.files("alice/down") and not hub.files("alice/taken")
+    assert ("model", "alice/x") not in hub.repos and ("model", "bob/x") not in hub.repos
+    assert set(hub.files("alice/dropped")) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation.json",
+    }
+    assert result["short id"] == "alice/short" and result["pull"].endswith("/bob/open/discussions/1")
+    assert len(hub.log.matching("/alice/unreachable/")) == 1, "one question, no repetitions"
+    kept = Path(re.search(r"kept in (\S+),", result["down"])[1])
+    assert set(contents(kept)) == set(hub.files("alice/dropped"))
+
+    card = hub.files("alice/existing")["README.md"].decode()
+    assert "Written by hand.\n" in card and "To the caterpillar.\n" in card and "## no heading" in card
+    assert "Old words" not in card
+    head = ModelCard(card).data
+    assert (head.license, head["thumbnail"], head.base_model) == ("apache-2.0", "picture.png", "alice/base")
+    assert {"mine", "lora-factory"} <= set(head.tags)
