@@ -22,6 +22,7 @@ from lora_factory.hub_errors import LOG_IN, explain
 from lora_factory.model_card import keep_handwritten
 
 CARD_FILE = "README.md"
+Writer = Callable[[Path, str], None]  # fills an empty folder, given the repository's full name, with a card in it
 _REQUEST_SECONDS = 10.0
 
 
@@ -44,7 +45,7 @@ class PushOptions(TypedDict, total=False):
 
 
 def push(
-    write: Callable[[Path, str], None],
+    write: Writer,
     repo_id: str,
     *,
     default_message: str,
@@ -58,7 +59,7 @@ def push(
     """Write a folder and upload it in one commit.
 
     Args:
-        write: Fills an empty folder, given the repository's full name, with a card in it.
+        write: Fills the folder.
         repo_id: Hub id; without a namespace it is put into the user's own.
         default_message: First line of the commit, if ``commit_message`` is None.
         repo_type: "model" or "dataset".
@@ -106,6 +107,15 @@ def push(
         )
     shutil.rmtree(folder)
     return commit
+
+
+def preview(write: Writer, repo_id: str) -> tuple[dict[str, int], str]:
+    """What a push would upload: the size in bytes of every file, and the card."""
+    with tempfile.TemporaryDirectory(prefix="lora-factory-") as name:
+        folder = Path(name)
+        write(folder, repo_id)
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        return dict(sorted(files.items())), (folder / CARD_FILE).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

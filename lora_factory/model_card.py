@@ -121,13 +121,15 @@ class AdapterCard:
     Attributes:
         title: Its name: folder or Hub id.
         origins: Base model, and the tasks of its generator.
-        generations: How each was made, by sub-folder; "" for the repository itself.
+        generations: How each was made, by sub-folder; "" for the folder that the card is in.
+        subfolder: That folder's name, if it is one of several in a repository.
         tags: More tags.
     """
 
     title: str
     origins: Origins
     generations: Mapping[str, Generation]
+    subfolder: str | None = None
     tags: Sequence[str] = ()
 
     @property

@@ -16,7 +16,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, safe_name, write_json, write_text
 from lora_factory.generation import Generation, write_adapter
 from lora_factory.generator_files import is_hub_id, is_public_name
-from lora_factory.hub import CARD_FILE, PushOptions, collect_repositories, license_of, push
+from lora_factory.hub import CARD_FILE, PushOptions, Writer, collect_repositories, license_of, push
 from lora_factory.model_card import AdapterCard, Origins, ZooCard, generator_card, origins_of
 
 if TYPE_CHECKING:
@@ -57,12 +57,7 @@ class HubMixin:
             LoraFactoryError: When the generator names a base model or an encoder that others cannot load, or the Hub
                 refuses or cannot be reached.
         """
-        check_pushable(self)
-        base_license = license_of(self.layout.base_model, options.get("token"))
-
-        def write(folder: Path, title: str) -> None:
-            write_generator(self, folder, title, comparison=comparison, tags=tags, base_license=base_license)
-
+        write = generator_writer(self, comparison=comparison, tags=tags, token=options.get("token"))
         commit = push(write, repo_id, default_message="Push generator", **options)
         if not options.get("create_pr"):
             self.config.name_or_path, self.config._commit_hash = commit.repo_url.repo_id, commit.oid
@@ -96,14 +91,9 @@ class HubMixin:
         Raises:
             LoraFactoryError: As for ``save_adapter``, and when the Hub refuses or cannot be reached.
         """
-        check_base_model(self)
-        origins = origins_of(self, license_of(self.layout.base_model, options.get("token")))
-
-        def write(folder: Path, title: str) -> None:
-            made = write_adapter(self, folder, text=text, conditions=conditions, seed=seed, temperature=temperature)
-            card = AdapterCard(title=title, origins=origins, generations={"": made}, tags=tags)
-            write_text(folder / CARD_FILE, card.text)
-
+        write = adapter_writer(
+            self, text, conditions, seed=seed, temperature=temperature, tags=tags, token=options.get("token")
+        )
         return push(write, repo_id, default_message="Push generated adapter", **options)
 
     def push_adapters(  # type: ignore[misc]
@@ -144,43 +134,30 @@ class HubMixin:
             commits = [self.push_adapter(text, f"{repo_id}-{name}", **how) for name, text in texts.items()]
             collect_repositories(collection, [commit.repo_url.repo_id for commit in commits], **options)
             return commits
-        origins = origins_of(self, license_of(self.layout.base_model, options.get("token")))
-
-        def write(folder: Path, title: str) -> None:
-            made: dict[str, Generation] = {}
-            for name, text in texts.items():
-                (folder / name).mkdir()
-                made[name] = write_adapter(
-                    self, folder / name, text=text, conditions=None, seed=seed, temperature=temperature
-                )
-                one = AdapterCard(title=f"{title}/{name}", origins=origins, generations={"": made[name]}, tags=tags)
-                write_text(folder / name / CARD_FILE, one.text)
-            card = AdapterCard(title=title, origins=origins, generations=made, tags=tags)
-            write_text(folder / CARD_FILE, card.text)
-
+        write = adapters_writer(self, texts, seed=seed, temperature=temperature, tags=tags, token=options.get("token"))
         return [push(write, repo_id, default_message=f"Push {len(names)} generated adapters", **options)]
 
 
-def write_generator(
+def generator_writer(
     generator: CVAELoRAGenerator,
-    folder: Path,
-    title: str,
     *,
     comparison: Mapping[str, Any] | str | Path | None = None,
     tags: Sequence[str] = (),
-    base_license: str | None = None,
-) -> None:
-    """Write all files of a generator's repository into an existing folder, the card last.
+    token: str | bool | None = None,
+) -> Writer:
+    """What writes all files of a generator's repository, the card last; see `HubMixin.push_to_hub`.
 
     Raises:
         LoraFactoryError: When the comparison cannot be read, or is one of another base model.
     """
-    generator.save_pretrained(folder)
-    source = Path(generator.config.name_or_path or "")
-    if source.is_dir() and (source / "training.json").is_file():
-        shutil.copyfile(source / "training.json", folder / "training.json")
+    check_base_model(generator)
+    encoder = generator.config.text_encoder
+    if encoder is not None and not is_public_name(encoder):
+        raise LoraFactoryError(
+            f"the generator's text encoder {encoder!r} is no model of the Hub, so others cannot load it; push the "
+            "encoder and set generator.config.text_encoder to its Hub id"
+        )
     results = read_json(comparison) if isinstance(comparison, str | Path) else comparison
-    plot = None
     if results is not None:
         known = isinstance(results, Mapping) and {"cells", "methods"} <= results.keys()
         if not known or results.get("base_model") != generator.layout.base_model:
@@ -188,14 +165,79 @@ def write_generator(
                 f"the comparison is not one of adapters for {generator.layout.base_model}; "
                 "pass the comparison.json that lora-factory evaluate --generator wrote"
             )
-        write_json(folder / COMPARISON_FILE, results)
-        plot = _write_plot(results, folder / PLOT_FILE)
-    card = generator_card(generator, title, base_license=base_license, comparison=results, plot=plot, tags=tags)
-    write_text(folder / CARD_FILE, card)
+    base_license = license_of(generator.layout.base_model, token)
+
+    def write(folder: Path, title: str) -> None:
+        generator.save_pretrained(folder)
+        training = Path(generator.config.name_or_path or "", "training.json")
+        if training.is_file():
+            shutil.copyfile(training, folder / training.name)
+        plot = None
+        if results is not None:
+            write_json(folder / COMPARISON_FILE, results)
+            plot = _write_plot(results, folder / PLOT_FILE)
+        card = generator_card(generator, title, base_license=base_license, comparison=results, plot=plot, tags=tags)
+        write_text(folder / CARD_FILE, card)
+
+    return write
 
 
-def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
-    """Push a zoo as a data set repository; see ``AdapterZoo.push_to_hub``."""
+def adapter_writer(
+    generator: CVAELoRAGenerator,
+    text: str | None,
+    conditions: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    temperature: float = 0.0,
+    tags: Sequence[str] = (),
+    token: str | bool | None = None,
+) -> Writer:
+    """What writes all files of a generated adapter's repository; see `HubMixin.push_adapter`."""
+    check_base_model(generator)
+    origins = origins_of(generator, license_of(generator.layout.base_model, token))
+
+    def write(folder: Path, title: str) -> None:
+        made = write_adapter(generator, folder, text=text, conditions=conditions, seed=seed, temperature=temperature)
+        card = AdapterCard(title=title, origins=origins, generations={"": made}, tags=tags)
+        write_text(folder / CARD_FILE, card.text)
+
+    return write
+
+
+def adapters_writer(
+    generator: CVAELoRAGenerator,
+    texts: Mapping[str, str],
+    *,
+    seed: int = 0,
+    temperature: float = 0.0,
+    tags: Sequence[str] = (),
+    token: str | bool | None = None,
+) -> Writer:
+    """What writes a repository with a folder for each of several adapters; see `HubMixin.push_adapters`."""
+    check_base_model(generator)
+    origins = origins_of(generator, license_of(generator.layout.base_model, token))
+
+    def write(folder: Path, title: str) -> None:
+        made: dict[str, Generation] = {}
+        for name, text in texts.items():
+            (folder / name).mkdir()
+            made[name] = write_adapter(
+                generator, folder / name, text=text, conditions=None, seed=seed, temperature=temperature
+            )
+            one = AdapterCard(title=title, subfolder=name, origins=origins, generations={"": made[name]}, tags=tags)
+            write_text(folder / name / CARD_FILE, one.text)
+        card = AdapterCard(title=title, origins=origins, generations=made, tags=tags)
+        write_text(folder / CARD_FILE, card.text)
+
+    return write
+
+
+def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool | None = None) -> Writer:
+    """What writes a zoo's data set repository; see ``AdapterZoo.push_to_hub``.
+
+    Raises:
+        LoraFactoryError: When a file of the zoo is damaged.
+    """
     if problems := zoo.verify():
         raise LoraFactoryError(f"{len(problems)} files of the zoo are damaged, nothing is pushed: {problems[0]}")
     layout = zoo.layout
@@ -207,7 +249,7 @@ def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **optio
     origins = Origins(
         base_model=layout.base_model,
         base_revision=layout.base_revision,
-        base_license=license_of(layout.base_model, options.get("token")),
+        base_license=license_of(layout.base_model, token),
         tasks=tasks,
     )
     facts = {
@@ -226,6 +268,12 @@ def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **optio
         shutil.copyfile(zoo.folder / "zoo.json", folder / "zoo.json")
         write_text(folder / CARD_FILE, ZooCard(title=title, origins=origins, facts=facts, tags=tags).text)
 
+    return write
+
+
+def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
+    """Push a zoo as a data set repository; see ``AdapterZoo.push_to_hub``."""
+    write = zoo_writer(zoo, tags=tags, token=options.get("token"))
     return push(write, repo_id, default_message="Push zoo", repo_type="dataset", **options)
 
 
@@ -240,21 +288,6 @@ def check_base_model(generator: CVAELoRAGenerator) -> None:
         raise LoraFactoryError(
             f"the adapters name {name!r} as their base model, which others cannot load; collect them with "
             "--base-model-name and the Hub id of the base model"
-        )
-
-
-def check_pushable(generator: CVAELoRAGenerator) -> None:
-    """Check that others can load what a generator needs.
-
-    Raises:
-        LoraFactoryError: When its base model or its text encoder is not one of the Hub.
-    """
-    check_base_model(generator)
-    encoder = generator.config.text_encoder
-    if encoder is not None and not is_public_name(encoder):
-        raise LoraFactoryError(
-            f"the generator's text encoder {encoder!r} is no model of the Hub, so others cannot load it; push the "
-            "encoder and set generator.config.text_encoder to its Hub id"
         )
 
 

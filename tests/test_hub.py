@@ -1,4 +1,4 @@
-"""Generators and adapters on a local hub, through the real clients: the whole way there and back, and every failure."""
+"""Generators and adapters on a local hub, through the real clients: there and back, and every failure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 
 import hub_fixtures
 import pytest
-from conftest import attach
+import torch
+from conftest import attach, random_adapter
 from hub_fixtures import LocalHub
 from huggingface_hub import ModelCard
 from test_modeling import make_generator
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
+
+from lora_factory.layout import AdapterLayout
+from lora_factory.zoo import AdapterZoo, RunRecord
 
 hub = hub_fixtures.hub
 
@@ -254,3 +258,82 @@ result |= {{
     head = ModelCard(card).data
     assert (head.license, head["thumbnail"], head.base_model) == ("apache-2.0", "picture.png", "alice/base")
     assert {"mine", "lora-factory"} <= set(head.tags)
+
+
+def test_batches_zoos_search_and_the_command_line(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    layout = AutoConfig.from_pretrained(folder).layout
+    make_zoo(AdapterLayout.from_dict(layout), tmp_path / "zoo")
+    (folder / "training.json").write_text("{}")
+    result = ask(
+        hub,
+        f"""
+import contextlib, io
+from huggingface_hub import HfApi, snapshot_download
+from lora_factory import AdapterZoo, cli
+from lora_factory.hub import search_generators
+
+def command(*words):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = cli.main(words)
+    return [code, output.getvalue()]
+
+folder, zoo = {str(folder)!r}, AdapterZoo({str(tmp_path / "zoo")!r})
+generator = CVAELoRAGenerator.from_pretrained(folder)
+texts = {{"legal": "Legal notices", "code": "Python code"}}
+result = {{
+    "dry": command("push", "--generator", folder, "--repo-id", "alice/cli", "--dry-run"),
+    "repositories": [repo.id for repo in HfApi().list_models(author="alice")],
+    "cli": command("push", "--generator", folder, "--repo-id", "alice/cli", "--tag", "x", "--private"),
+    "cli adapter": command("push", "--generator", "alice/cli", "--text", "Poems", "--repo-id", "alice/poems"),
+    "search": command("search", "--base-model", "alice/base"),
+    "found": [found.repo_id for found in search_generators("alice/base")],
+    "none": command("search", "--base-model", "alice/other"),
+    "one": [len(generator.push_adapters(texts, "alice/both"))],
+    "each": [it.repo_url.repo_id for it in generator.push_adapters(texts, "alice/a", collection="Mine", seed=1)],
+    "../": attempt(generator.push_adapters, {{"../x": "text"}}, "alice/bad"),
+    "zoo": zoo.push_to_hub("alice/zoo").oid,
+}}
+copy = AdapterZoo(snapshot_download("alice/zoo", repo_type="dataset"))
+result["copy"] = [copy.verify(), copy.fingerprint() == zoo.fingerprint()]
+""",
+    )
+    files = ["README.md", "config.json", "model.safetensors", "training.json"]
+    code, shown = result["dry"]
+    assert code == 0 and re.findall(r"(?m)^ +[\d,]+  (\S+)$", shown) == files
+    assert "# alice/cli" in shown and "license: unknown" in shown
+    assert result["repositories"] == ["alice/encoder", "alice/base"], "a dry run pushes nothing"
+    assert re.fullmatch(r"pushed \S+/alice/cli/commit/\w+\n", result["cli"][1])
+    assert sorted(hub.files("alice/cli")) == files and hub.repos["model", "alice/cli"].private
+    assert result["cli adapter"][0] == 0 and "alice/cli" in hub.files("alice/poems")["README.md"].decode()
+    assert result["found"] == ["alice/cli"] and result["search"][1].startswith("alice/cli  ")
+    assert result["none"] == [0, "no generator for alice/other on the Hub\n"]
+    both = hub.files("alice/both")
+    assert {"README.md", "legal/adapter_model.safetensors", "code/README.md"} <= set(both)
+    assert 'PeftModel.from_pretrained(base, "alice/both", subfolder="legal")' in both["legal/README.md"].decode()
+    assert result["each"] == ["alice/a-legal", "alice/a-code"]
+    (collection,) = hub.collections.values()
+    assert [item["id"] for item in collection["items"]] == result["each"]
+    assert "'../x' cannot be a file name" in result["../"] and ("model", "alice/bad") not in hub.repos
+    assert result["copy"] == [[], True]
+    assert "| poems | 1 | Continue a poem | mit |" in hub.files("alice/zoo", repo_type="dataset")["README.md"].decode()
+
+
+def make_zoo(layout: AdapterLayout, folder: Path) -> None:
+    """A zoo of one run with two snapshots."""
+    record = RunRecord(
+        task="poems",
+        run="seed-0",
+        descriptions=("Continue a poem",),
+        seed=0,
+        base_model=layout.base_model,
+        base_revision=layout.base_revision,
+        steps=2,
+        snapshot_steps=(1, 2),
+        validation_losses=(),
+        train_tokens=1,
+        data_fingerprint="f",
+        versions={},
+        license="mit",
+    )
+    snapshots = torch.stack([random_adapter(layout, seed) for seed in range(2)])
+    AdapterZoo.create(folder, layout).add_run(record, snapshots)
