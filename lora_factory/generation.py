@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory import __version__
+from lora_factory.adapters import ADAPTER_FILE
 from lora_factory.files import sha256_file, write_json
 from lora_factory.generator_files import is_hub_id
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator
 
-ADAPTER_FILE = "adapter_model.safetensors"
 CONDITION_FILE = "condition.safetensors"
 
 

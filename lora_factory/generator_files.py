@@ -137,7 +137,9 @@ def checked_file(folder: Path, name: str, limit: int) -> Path:
         real, home = path.resolve(strict=True), folder.resolve(strict=True)
         status = real.stat()
     except (OSError, RuntimeError) as error:
-        raise LoraFactoryError(f"{path} is missing or cannot be read ({error})") from error
+        raise LoraFactoryError(
+            f"{path} is missing or cannot be read ({error}); name a folder that this package or PEFT wrote"
+        ) from error
     blobs = home.parent.parent / "blobs"
     if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs))):
         raise LoraFactoryError(f"{path} is a link to {real}, outside of its folder; it is not followed")

@@ -294,11 +294,7 @@ class AdapterZoo:
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
-        """Push the zoo as a data set repository, in one commit; `PushOptions` says what the options mean.
-
-        Raises:
-            LoraFactoryError: if a file of the zoo is damaged, or the Hub refuses or cannot be reached.
-        """
+        """Push the zoo as a data set repository in one commit, unless a file is damaged; options: `PushOptions`."""
         from lora_factory.pushing import push_zoo  # here: a zoo that is not pushed needs no network code
 
         return push_zoo(self, repo_id, tags=tags, **options)
