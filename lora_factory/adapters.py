@@ -173,10 +173,11 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
         layout.check(state_dict)
         _check_targets(config, layout)
     except LoraFactoryError as error:
-        raise LoraFactoryError(f"cannot load an adapter from {folder}: {error}") from error
+        raise LoraFactoryError(f"cannot load an adapter from {folder}: {str(error)[:1000]}") from error
     except Exception as error:  # somebody else's files: whatever a parser raises, they cannot be loaded
         raise LoraFactoryError(
-            f"{folder}: adapter_config.json or {ADAPTER_FILE} is damaged ({error}); write or download it again"
+            f"{folder}: adapter_config.json or {ADAPTER_FILE} is damaged ({str(error)[:1000]}); "
+            "write or download it again"
         ) from error
     if odd := sorted({str(tensor.dtype) for tensor in state_dict.values()} - _PRECISIONS):
         raise LoraFactoryError(f"the adapter in {folder} holds {odd}, expected one of {sorted(_PRECISIONS)}")

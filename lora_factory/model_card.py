@@ -295,7 +295,8 @@ def render(template: str, head: Mapping[str, Any], **values: Any) -> str:  # noq
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"md": inline, "python": _python}
     return _join(
-        {name: head[name] for name in YAML_FIELDS if head.get(name)},
+        {name: head[name] for name in YAML_FIELDS if head.get(name)}
+        | {"tags": list(dict.fromkeys(" ".join(tag.split()) for tag in head["tags"]))},
         environment.from_string(source).render(mark=MARK, **values).strip("\n") + "\n",
     )
 

@@ -1,4 +1,4 @@
-"""Model cards: as the golden files have them, valid for the Hub, deaf to what names smuggle in, kind to hand writing."""
+"""Model cards: as the golden files have them, valid for the Hub, nothing smuggled in, hand writing kept."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ CARDS = {
     "zoo": lambda: (
         ZooCard(
             title="alice/zoo",
-            origins=Origins(base_model="pico/llama", base_revision=None, tasks=[{**TASKS[0], "runs": 2}]),
+            origins=Origins(base_model="a/b", base_revision=None, tasks=[{**TASKS[0], "runs": 2}]),
             facts={"runs": "2"},
         ).text
     ),
@@ -148,22 +148,22 @@ def test_nothing_is_smuggled_into_a_card() -> None:
 
 
 def test_the_call_that_makes_an_adapter_again_is_python() -> None:
-    for text in (HOSTILE, 'it\'s "quoted" \\ \u202e', "plain"):
-        card = adapter_card(generation(text=text))
-        code = card.split("```python\n")[2].split("```")[0]
-        calls: list[Any] = []
+    calls: list[Any] = []
 
-        class Recorder:
-            @staticmethod
-            def from_pretrained(*arguments: Any, **keywords: Any) -> type[Recorder]:
-                return Recorder
+    class Recorder:
+        @staticmethod
+        def from_pretrained(*arguments: Any, **keywords: Any) -> type[Recorder]:
+            return Recorder
 
-            @staticmethod
-            def save_adapter(*arguments: Any, **keywords: Any) -> None:
-                calls.append((arguments, keywords))
+        @staticmethod
+        def save_adapter(*arguments: Any, **keywords: Any) -> None:
+            calls.append((arguments, keywords))
 
+    texts = (HOSTILE, 'it\'s "quoted" \\ \u202e', "plain")
+    for text in texts:
+        code = adapter_card(generation(text=text)).split("```python\n")[2].split("```")[0]
         exec(code.split("\n", 1)[1], {"CVAELoRAGenerator": Recorder})
-        assert calls == [((text, "adapter"), {"seed": 3, "temperature": 0.7})]
+    assert calls == [((text, "adapter"), {"seed": 3, "temperature": 0.7}) for text in texts]
 
 
 def test_hand_written_parts_survive() -> None:
