@@ -34,7 +34,10 @@ _REFUSED_OPTIONS = {
     "kasa_config": "it trains singular values besides A and B; train without it",
     "monteclora_config": "it trains a distribution besides A and B; train without it",
     "alora_invocation_tokens": "it acts only after certain tokens; train without it",
+    "layer_replication": "it copies layers of the base model; train without it",
+    "megatron_config": "it makes PEFT import a module that the configuration names; train without it",
 }
+_MAX_PATTERN, _MAX_PATH = 2000, 300  # characters
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -66,6 +69,8 @@ class AdaptedModule:
         keys = (self.key_a.removeprefix(_PREFIX + self.path), self.key_b.removeprefix(_PREFIX + self.path))
         if keys not in _SUFFIXES:
             raise LoraFactoryError(f"{self.key_a!r} and {self.key_b!r} are not the LoRA keys of {self.path!r} in PEFT")
+        if len(self.path) > _MAX_PATH:
+            raise LoraFactoryError(f"{self.path[:50]!r}... is no module: its name has {len(self.path)} characters")
         sizes = (*self.shape_a, *self.shape_b)
         if min(len(self.shape_a), len(self.shape_b)) < 2 or any(type(n) is not int or n < 1 for n in sizes):
             raise LoraFactoryError(f"{self.path}: shapes {self.shape_a} and {self.shape_b} are no LoRA pair")
@@ -131,6 +136,7 @@ def check_plain_lora(config: Mapping[str, Any]) -> None:
         raise LoraFactoryError(
             f'LoraConfig(bias={config["bias"]!r}) is not supported: biases are no LoRA weights; train with bias="none"'
         )
+    _check_patterns(config)
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise LoraFactoryError(
@@ -170,6 +176,20 @@ def plain_json(value: Any) -> Any:  # noqa: ANN401
 def natural_key(text: str) -> list[str | int]:
     """Sort key that compares the numbers in names as numbers: "layer.2" before "layer.10"."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
+
+
+def _check_patterns(config: Mapping[str, Any]) -> None:
+    """Refuse regular expressions that could be made to search for hours: nested repetition, or much of it."""
+    patterns = [name for option in ("rank_pattern", "alpha_pattern") for name in config.get(option) or ()]
+    patterns += [config[option] for option in ("target_modules", "exclude_modules") if config.get(option)]
+    for pattern in patterns:
+        if isinstance(pattern, str) and (
+            len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern) or len(re.findall("[*+{]", pattern)) > 10
+        ):
+            raise LoraFactoryError(
+                f"the pattern {pattern[:100]!r} repeats a group, or repeats too often, to be searched for; "
+                "list the modules instead"
+            )
 
 
 def _pair_keys(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:

@@ -14,15 +14,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from lora_factory.adapted_modules import check_plain_lora
 from lora_factory.errors import LoraFactoryError
+from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, read_json_object
 from lora_factory.layout import AdapterLayout
+
+ADAPTER_FILE = "adapter_model.safetensors"
+MAX_ADAPTER_BYTES = 16 << 30
+_PRECISIONS = {"torch.float32", "torch.float16", "torch.bfloat16"}
 
 
 def attach_adapter(
@@ -219,17 +225,35 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
         LoraFactoryError: When a file is missing or truncated, or the adapter is not a plain LoRA.
     """
     folder = Path(folder)
-    weights = folder / "adapter_model.safetensors"
-    for file in (folder / "adapter_config.json", weights):
-        if not file.is_file():
-            raise LoraFactoryError(f"{file} is missing; name a folder that save_adapter or PEFT wrote")
-    config = LoraConfig.from_pretrained(str(folder))
     try:
-        state_dict = load_file(weights)
-    except SafetensorError as error:
-        raise LoraFactoryError(f"{weights} is damaged ({error}); write or download it again") from error
-    layout = AdapterLayout.from_state_dict(
-        state_dict, config, base_model=config.base_model_name_or_path or "", base_revision=config.revision
-    )
-    layout.check(state_dict)
+        values = read_json_object(checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES))
+        check_plain_lora(values)
+        config = LoraConfig.from_pretrained(str(folder))
+        state_dict = load_file(checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES))
+        layout = AdapterLayout.from_state_dict(
+            state_dict, config, base_model=config.base_model_name_or_path or "", base_revision=config.revision
+        )
+        layout.check(state_dict)
+        _check_targets(config, layout)
+    except LoraFactoryError as error:
+        raise LoraFactoryError(f"cannot load an adapter from {folder}: {str(error)[:1000]}") from error
+    except Exception as error:  # somebody else's files: whatever a parser raises, they cannot be loaded
+        raise LoraFactoryError(
+            f"{folder}: adapter_config.json or {ADAPTER_FILE} is damaged ({str(error)[:1000]}); "
+            "write or download it again"
+        ) from error
+    if odd := sorted({str(tensor.dtype) for tensor in state_dict.values()} - _PRECISIONS):
+        raise LoraFactoryError(f"the adapter in {folder} holds {odd}, expected one of {sorted(_PRECISIONS)}")
     return layout, state_dict
+
+
+def _check_targets(config: LoraConfig, layout: AdapterLayout) -> None:
+    """Weights of a module that the configuration does not name would never be used."""
+    if isinstance(config.target_modules, str) or not config.target_modules:
+        return  # a pattern; attaching compares what it finds in the model with the weights
+    strangers = [module.path for module in layout.modules if not check_target_module_exists(config, module.path)]
+    if strangers:
+        raise LoraFactoryError(
+            f"{len(strangers)} adapted modules, first {strangers[0]!r}, are not among the target_modules "
+            f"{sorted(config.target_modules)} of adapter_config.json; it belongs to another adapter"
+        )

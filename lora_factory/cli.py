@@ -92,6 +92,29 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo")
     evaluate.add_argument("--unseen-zoo", help="with --generator: zoo of the unseen tasks' own LoRAs")
     _add_options(evaluate, CompareArguments)
+
+    push = _command(commands, "push", _push, "push a generator, an adapter that it writes, or a zoo to the Hub")
+    what = push.add_mutually_exclusive_group(required=True)
+    what.add_argument("--generator", help="folder or Hub id of a generator")
+    what.add_argument("--zoo", help="folder of a zoo, which becomes a data set repository")
+    _add_required(push, "--repo-id", "Hub id to push to, user/name")
+    push.add_argument("--text", help="with --generator: push the adapter that it writes for this description")
+    push.add_argument("--seed", type=int, default=0, help="with --text: seed of the latent noise (default: 0)")
+    push.add_argument(
+        "--temperature", type=float, default=0.0, help="with --text: spread of the latent noise (default: 0.0)"
+    )
+    push.add_argument("--comparison", help="with --generator: comparison.json that evaluate wrote, for the card")
+    push.add_argument(
+        "--tag", action="append", default=[], help="one more tag for the card; give it again for several"
+    )
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
+    push.add_argument("--commit-message", help="first line of the commit")
+    push.add_argument("--create-pr", action="store_true", help="propose the commit as a pull request")
+    push.add_argument("--dry-run", action="store_true", help="show the files and the card, and push nothing")
+
+    search = _command(commands, "search", _search, "list the generators on the Hub for a base model")
+    _add_required(search, "--base-model", "Hub id of the base model")
     return parser
 
 
@@ -207,6 +230,58 @@ def _print_scores(console: Console, scores: dict[str, dict[str, TextScore]]) -> 
         table.add_row(model, *(f"{score.perplexity:.2f} / {score.bits_per_character:.3f}" for score in row.values()))
     console.print(table)
     console.print("perplexity / bits per character on the test split; lower is better", soft_wrap=True)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from lora_factory.hub import preview, push
+    from lora_factory.modeling import CVAELoRAGenerator
+    from lora_factory.pushing import adapter_writer, generator_writer, zoo_writer
+    from lora_factory.zoo import AdapterZoo
+
+    if options.zoo:
+        write = zoo_writer(AdapterZoo(options.zoo), tags=options.tag)
+    elif options.text is None:
+        generator = CVAELoRAGenerator.from_pretrained(options.generator)
+        write = generator_writer(generator, comparison=options.comparison, tags=options.tag)
+    else:
+        write = adapter_writer(
+            CVAELoRAGenerator.from_pretrained(options.generator),
+            options.text,
+            seed=options.seed,
+            temperature=options.temperature,
+            tags=options.tag,
+        )
+    console = _console()
+    if options.dry_run:
+        files, card = preview(write, options.repo_id)
+        lines = [f"{size:>14,}  {name}" for name, size in files.items()]
+        words = ["would push to " + options.repo_id, *lines, "", card.rstrip("\n")]
+    else:
+        commit = push(
+            write,
+            options.repo_id,
+            default_message="Push zoo" if options.zoo else "Push adapter" if options.text else "Push generator",
+            repo_type="dataset" if options.zoo else "model",
+            private=options.private,
+            revision=options.revision,
+            commit_message=options.commit_message,
+            create_pr=options.create_pr,
+        )
+        words = [f"pushed {commit.pr_url or commit.commit_url}"]
+    console.print("\n".join(words), markup=False, highlight=False, soft_wrap=True)
+
+
+def _search(options: argparse.Namespace) -> None:
+    from lora_factory.hub import search_generators
+
+    found = search_generators(options.base_model)
+    width = max((len(generator.repo_id) for generator in found), default=0)
+    lines = [
+        f"{generator.repo_id:<{width}}  {generator.downloads:>7,} downloads  licence {generator.license}"
+        for generator in found
+    ]
+    text = "\n".join(lines) or f"no generator for {options.base_model} on the Hub"
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _console(*, stderr: bool = False) -> Console:

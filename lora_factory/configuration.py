@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from lora_factory.files import safe_name
+
 FORMAT_VERSION = 1
+# What turns the values of an older config.json into those of the next version, by the older version.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # beyond these a config.json is not believed
 PAPER_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 
 
@@ -25,7 +32,8 @@ class CVAELoRAConfig(PreTrainedConfig):
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
         modalities: Width of every task vector that the generator listens to, for example ``{"text": 384}``.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.
-        tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license"}`` each.
+        tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license"}`` each, and
+            ``"dataset"`` where the data is one of the Hub.
         zoo_fingerprint: ``AdapterZoo.fingerprint()`` of that zoo.
         decoder: ``"token"`` (default) or ``"conv1d"``, the paper's convolutional network.
         width: Hidden size of the token decoder.
@@ -53,6 +61,21 @@ class CVAELoRAConfig(PreTrainedConfig):
     free_bits: float | int = 0.05
     format_version: int = FORMAT_VERSION
 
+    @classmethod
+    def own_fields(cls) -> set[str]:
+        """The names of the values above, which are all that ``config.json`` has to say."""
+        return {name for name in cls.__annotations__ if name != "model_type"}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401
+        """Build a configuration from JSON values, those of an older format after an upgrade, one version at a time."""
+        values = dict(config_dict)
+        version = values.get("format_version", 1)
+        while isinstance(version, int) and version in UPGRADES and version < FORMAT_VERSION:
+            version += 1
+            values = UPGRADES[version - 1](values) | {"format_version": version}
+        return super().from_dict(values, **kwargs)
+
     def validate_generator(self) -> None:
         """Check what the types cannot say."""
         if self.decoder not in ("token", "conv1d"):
@@ -62,5 +85,28 @@ class CVAELoRAConfig(PreTrainedConfig):
                 f"format_version={self.format_version}: this lora-factory reads versions up to {FORMAT_VERSION}; "
                 "pip install --upgrade lora-factory"
             )
-        if min(self.width, self.depth, self.latent_size, len(self.channels), *self.channels) < 1:
+        sizes = (self.width, self.depth, self.latent_size, len(self.channels), *self.channels)
+        if min(sizes) < 1:
             raise ValueError("width, depth, latent_size and channels must be at least 1")
+        if max(sizes) > MAX_SIZE or max(self.depth, len(self.channels)) > MAX_LAYERS:
+            raise ValueError(f"width, depth, latent_size and channels {sizes} are larger than any real generator's")
+        for name, width in (self.modalities or {}).items():
+            if not re.fullmatch("[a-z][a-z0-9_]{0,30}", name) or not 1 <= width <= MAX_SIZE:
+                raise ValueError(f"modality {name!r} of width {width}: expected a short lower-case name and 1 or more")
+        for task in self.tasks or []:
+            check_task(task)
+
+
+def check_task(task: dict[str, Any]) -> None:
+    """Check one entry of ``tasks``.
+
+    Raises:
+        ValueError: When its name cannot be a file's, a description or the licence is no text, or there is none.
+    """
+    safe_name(task.get("name", ""))
+    descriptions = task.get("descriptions")
+    if not isinstance(descriptions, list) or not descriptions or not all(isinstance(it, str) for it in descriptions):
+        raise ValueError(f"task {task['name']}: descriptions={descriptions!r} must be texts, at least one")
+    for key in ("license", "dataset"):
+        if not isinstance(task.get(key), str | None):
+            raise ValueError(f"task {task['name']}: {key}={task[key]!r} must be a text or null")

@@ -300,7 +300,7 @@ class AdapterLayout:
         """Return the PEFT configuration of adapters of this layout, for inference, naming base model and commit."""
         from peft import LoraConfig
 
-        base = {"base_model_name_or_path": self.base_model, "revision": self.base_revision}
+        base = {"base_model_name_or_path": self.base_model, "revision": self.base_revision, "auto_mapping": None}
         config = LoraConfig.from_peft_type(**(plain_json(self.lora_config) | base | {"inference_mode": True}))
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
         return config

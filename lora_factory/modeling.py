@@ -8,26 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from lora_factory import __version__
 from lora_factory.adapters import attach_adapter
 from lora_factory.base_models import load_base_model, quiet_transformers
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.files import atomic_folder, write_text
+from lora_factory.generation import write_adapter
+from lora_factory.generator_files import GeneratorSource, read_generator
+from lora_factory.hub_errors import explain
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_card import adapter_card
+from lora_factory.model_card import AdapterCard, origins_of
 from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE, spread_over_weights
+from lora_factory.pushing import HubMixin
 
-REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is reported, not printed
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class GeneratorOutput(ModelOutput):
     active_latents: torch.Tensor | None = None
 
 
-class CVAELoRAGenerator(PreTrainedModel):
+class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
     """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
 
     The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one
@@ -99,31 +100,34 @@ class CVAELoRAGenerator(PreTrainedModel):
     ) -> Any:  # noqa: ANN401
         """Load a generator from a folder or the Hub, strictly: every weight must be there, with its shape, and finite.
 
+        Two files are read, ``config.json`` and ``model.safetensors``; both are bounded and checked first.
+
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             *args: As in transformers.
-            **kwargs: As in transformers: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``dtype``, …
+            **kwargs: As in transformers: ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download``, ``dtype``, ``device_map``, ... A ``config`` is not taken; the folder's is.
 
         Raises:
-            LoraFactoryError: When the folder is damaged, incomplete, or not a generator's.
+            LoraFactoryError: When the files are damaged, incomplete, or not a generator's, or the Hub refuses.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        source = str(pretrained_model_name_or_path)
-        fix = "download it again, or train it again with train_generator"
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        ours = {name: value for name, value in kwargs.items() if name not in SET_BY_AUTO_MODEL}
+        source = GeneratorSource(str(pretrained_model_name_or_path), **hub)
         try:
-            with quiet_transformers(keep_bars=not Path(source).is_dir()):
-                loaded: Any = super().from_pretrained(source, *args, **(kwargs | REPORT))
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            if isinstance(error, LoraFactoryError):
-                raise
-            raise LoraFactoryError(f"cannot load a generator from {source!r}: {error}; {fix}") from error
+            config, state_dict = read_generator(source, cls)
+            with quiet_transformers():
+                loaded: Any = super().from_pretrained(
+                    None, *args, config=config, state_dict=state_dict, output_loading_info=True, **ours
+                )
+        except Exception as error:  # these are somebody else's files: whatever a parser raises, they cannot be loaded
+            raise LoraFactoryError(
+                f"cannot load a generator from {source.name!r}: {explain(error, source.name)}; "
+                "download it again, or train it again with train_generator"
+            ) from error
         model, info = loaded
-        bad = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-        if bad:
-            raise LoraFactoryError(f"the weights in {source!r} do not fit its config ({bad}); {fix}")
-        for name, tensor in model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise LoraFactoryError(f"{name} in {source!r} holds NaN or infinite values; {fix}")
+        model.config.name_or_path, model.config._commit_hash = source.name, source.commit
         return (model, info) if wants_info else model
 
     def forward(
@@ -329,24 +333,12 @@ class CVAELoRAGenerator(PreTrainedModel):
         Returns:
             The folder.
         """
-        vectors = self.conditions(text, conditions)
-        state_dict = self.generate_state_dict(conditions=vectors, seed=seed, temperature=temperature)
         with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
-            self.layout.peft_config().save_pretrained(str(folder))
-            save_file(state_dict, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            generation = {
-                "text": text,
-                "seed": seed,
-                "temperature": temperature,
-                "nearest_tasks": self.nearest_tasks(vectors),
-                "generator": self.config._name_or_path or None,
-                "generator_commit": getattr(self.config, "_commit_hash", None),
-                "base_model": self.layout.base_model,
-                "base_revision": self.layout.base_revision,
-                "lora_factory": __version__,
-            }
-            write_json(folder / "generation.json", generation)
-            write_text(folder / "README.md", adapter_card(generation, Path(save_directory).name))
+            generation = write_adapter(
+                self, folder, text=text, conditions=conditions, seed=seed, temperature=temperature
+            )
+            card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})
+            write_text(folder / "README.md", card.text)
         return Path(save_directory)
 
     def nearest_tasks(self, vectors: Mapping[str, torch.Tensor], count: int = 3) -> list[dict[str, Any]]:

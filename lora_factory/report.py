@@ -20,7 +20,15 @@ from lora_factory.plots import draw_plots
 from lora_factory.summaries import Finding, findings, steering_margins, summarise
 from lora_factory.tables import Table, comparison_tables, plain
 
-__all__ = ["html_page", "markdown_tables", "steering_margins", "summarise", "terminal_tables", "write_report"]
+__all__ = [
+    "html_page",
+    "markdown_table",
+    "markdown_tables",
+    "steering_margins",
+    "summarise",
+    "terminal_tables",
+    "write_report",
+]
 
 _TERMINAL_COLUMNS = 6  # beside a row's name: wider tables are cut into several
 
@@ -39,7 +47,7 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
         )
     )
     for table in comparison_tables(comparison):
-        blocks.append(f"## {_markdown(table.title)}\n\n{_markdown_table(table)}\n\n{_markdown(table.note)}")
+        blocks.append(f"## {_markdown(table.title)}\n\n{markdown_table(table)}\n\n{_markdown(table.note)}")
     return "\n\n".join(block.strip() for block in blocks if block) + "\n"
 
 
@@ -96,13 +104,9 @@ def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:
     return path
 
 
-def _markdown(text: str) -> str:
-    """Plain text with what Markdown and HTML would act on made harmless."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
+def markdown_table(table: Table) -> str:
+    """One table in GitHub-flavoured Markdown, the best entries in bold."""
 
-
-def _markdown_table(table: Table) -> str:
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(texts) + " |"
 
@@ -114,6 +118,12 @@ def _markdown_table(table: Table) -> str:
             line(f"**{_markdown(text)}**" if column in bold else _markdown(text) for column, text in enumerate(row))
         )
     return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    """Plain text with what Markdown and HTML would act on made harmless."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
 
 
 def _narrow(table: Table) -> list[Table]:

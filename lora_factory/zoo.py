@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,11 @@ from lora_factory.adapted_modules import natural_key
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, read_json, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from lora_factory.hub import PushOptions
 
 FORMAT_VERSION = 1
 
@@ -307,6 +312,12 @@ class AdapterZoo:
             f"{path.parent.parent.name}/{path.parent.name} {sha256_file(path)}" for path in self._record_paths()
         )
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
+        """Push the zoo as a data set repository in one commit, unless a file is damaged; options: `PushOptions`."""
+        from lora_factory.pushing import push_zoo  # here: a zoo that is not pushed needs no network code
+
+        return push_zoo(self, repo_id, tags=tags, **options)
 
     def _record_paths(self) -> list[Path]:
         """All `<task>/<run>/run.json`, but none in a temporary or hidden folder."""

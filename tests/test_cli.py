@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from lora_factory import LoraFactoryError, __version__, cli
 from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
 
-COMMANDS = ("demo", "collect", "train", "generate", "evaluate")
+COMMANDS = ("demo", "collect", "train", "generate", "evaluate", "push", "search")
 OVERVIEW = """\
 usage: lora-factory [-h] [--version] COMMAND ...
 
@@ -33,6 +33,8 @@ commands:
     train     train a generator on a zoo
     generate  write an adapter from a description
     evaluate  score the base model and adapters on the tasks' test splits
+    push      push a generator, an adapter that it writes, or a zoo to the Hub
+    search    list the generators on the Hub for a base model
 """
 
 

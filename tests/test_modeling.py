@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from lora_factory import modeling
+from lora_factory import generation
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
@@ -397,7 +397,7 @@ def test_a_failing_save_leaves_nothing(
 
     kept = token_generator.save_adapter(TEXT, tmp_path / "kept")
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
-    monkeypatch.setattr(modeling, "save_file", full)
+    monkeypatch.setattr(generation, "save_file", full)
     for name, overwrite in (("new", False), ("kept", True)):
         with pytest.raises(OSError, match="no space left"):
             token_generator.save_adapter("Other text", tmp_path / name, overwrite=overwrite)

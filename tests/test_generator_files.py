@@ -1,0 +1,70 @@
+"""A generator's files: links, sizes and names that a downloaded folder may and may not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.errors import LoraFactoryError
+from lora_factory.generator_files import GeneratorSource, check_public_names, checked_file, is_hub_id, is_public_name
+
+
+def config(base_model: str = "alice/base", text_encoder: str | None = "alice/encoder") -> CVAELoRAConfig:
+    return CVAELoRAConfig(layout={"base_model": base_model}, modalities={"text": 3}, text_encoder=text_encoder)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc", "./encoder", "../encoder", "a/b/c", "open_clip:local-dir:/etc", "open_clip:ViT-B-32:/x.pt"]
+)
+def test_a_downloaded_config_names_no_local_file(name: str) -> None:
+    assert not is_public_name(name)
+    for noun, values in (("text encoder", config(text_encoder=name)), ("base model", config(base_model=name))):
+        with pytest.raises(LoraFactoryError, match=rf"names '{name}' as its {noun}, which is no model of the Hub"):
+            check_public_names(values, "alice/generator")
+
+
+def test_a_hub_id_that_is_a_folder_here_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_public_names(config(), "alice/generator")
+    check_public_names(config(text_encoder="open_clip:ViT-B-32:laion2b_s34b_b79k"), "alice/generator")
+    check_public_names(config(text_encoder="open_clip:hf-hub:alice/clip"), "alice/generator")
+    Path("alice/encoder").mkdir(parents=True)
+    with pytest.raises(LoraFactoryError, match="also the name of a file or folder here, which you did not ask for"):
+        check_public_names(config(), "alice/generator")
+
+
+def test_folders_that_came_from_the_hub_are_known(tmp_path: Path) -> None:
+    for name, downloaded in (("mine", False), ("snapshots/0123", True), ("copy", True)):
+        (tmp_path / name).mkdir(parents=True)
+        if name == "copy":  # as snapshot_download(local_dir=) leaves it
+            (tmp_path / name / ".cache/huggingface").mkdir(parents=True)
+        assert GeneratorSource(str(tmp_path / name)).is_downloaded is downloaded
+    assert GeneratorSource("alice/generator").is_downloaded
+
+
+def test_links_stay_inside(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots/0123", tmp_path / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "abc").write_text("{}")
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    (snapshot / "own").symlink_to("config.json")
+    (snapshot / "out").symlink_to("../../secret")
+    assert checked_file(snapshot, "config.json", 10).read_text() == "{}"
+    assert checked_file(snapshot, "own", 10).read_text() == "{}"
+    with pytest.raises(LoraFactoryError, match="outside of its folder; it is not followed"):
+        checked_file(snapshot, "out", 10)
+    with pytest.raises(LoraFactoryError, match="has 2 bytes, at most 1 are expected"):
+        checked_file(snapshot, "config.json", 1)
+    with pytest.raises(LoraFactoryError, match="is missing"):
+        checked_file(snapshot, "none", 1)
+    with pytest.raises(LoraFactoryError, match="no ordinary file"):
+        checked_file(tmp_path, "blobs", 1 << 20)
+
+
+def test_hub_ids() -> None:
+    assert is_hub_id("alice/base") and is_hub_id("gpt2")
+    assert not any(map(is_hub_id, ["", "/a", "a/", "../a", "a--b", "a b", "a\nb", "a/b/c"]))

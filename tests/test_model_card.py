@@ -1,0 +1,186 @@
+"""Model cards: as the golden files have them, valid for the Hub, nothing smuggled in, hand writing kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_state import card_problems
+from huggingface_hub import ModelCard, metadata_load
+from test_report import make_comparison
+
+from lora_factory.generation import Generation
+from lora_factory.model_card import (
+    YAML_FIELDS,
+    AdapterCard,
+    GeneratorCard,
+    Origins,
+    ZooCard,
+    inline,
+    keep_handwritten,
+    split_card,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HOSTILE = (
+    "x\n---\nlicense: mit\n---\n# <script>alert(1)</script> | `a` [b](javascript:c) ![d](e) {{ 7 * 7 }} ```\n## Limits"
+)
+TASKS: tuple[dict[str, Any], ...] = (
+    {"name": "a", "descriptions": ["Legal notices"], "license": "MIT", "dataset": "alice/legal"},
+    {"name": "code_x", "descriptions": ["Python | code", "Programs"], "license": None},
+)
+ORIGINS = Origins(base_model="pico/llama", base_revision=COMMIT, base_license="apache-2.0", tasks=TASKS)
+VERSIONS = {"lora-factory": "0.1.0", "peft": "0.21.2"}
+
+
+def generation(**changes: Any) -> Generation:
+    values: dict[str, Any] = {
+        "text": "Answer questions\nabout `Linux`",
+        "conditions": (),
+        "seed": 3,
+        "temperature": 0.7,
+        "nearest_tasks": ({"task": "a", "similarity": 0.4321}, {"task": "code_x", "similarity": 0.1}),
+        "distance": 0.5679,
+        "zoo_distance": 0.3,
+        "generator": "alice/generator",
+        "generator_commit": COMMIT,
+        "base_model": "pico/llama",
+        "base_revision": COMMIT,
+        "sha256": "f" * 64,
+        "versions": VERSIONS,
+    }
+    return Generation(**(values | changes))
+
+
+def generator_card(**changes: Any) -> str:
+    values: dict[str, Any] = {"title": "alice/generator", "origins": ORIGINS, "versions": VERSIONS}
+    facts = {"weights of an adapter": "448", "listens to": "text"}
+    return GeneratorCard(**(values | {"facts": facts} | changes)).text
+
+
+def adapter_card(it: Generation, **changes: Any) -> str:
+    values: dict[str, Any] = {"title": "alice/adapter", "origins": ORIGINS, "generations": {"": it}}
+    return AdapterCard(**(values | changes)).text
+
+
+CARDS = {
+    "generator": lambda: generator_card(comparison=make_comparison(), plot="headroom.svg", tags=["mine"]),
+    "generator-bare": lambda: generator_card(
+        origins=Origins(base_model="/home/me/base", base_revision=None), facts={}, title="generator"
+    ),
+    "adapter": lambda: adapter_card(generation()),
+    "adapter-from-vectors": lambda: adapter_card(
+        generation(text=None, conditions=("hidden", "image"), generator="my-generator", generator_commit=None)
+    ),
+    "adapters": lambda: (
+        AdapterCard(
+            title="alice/both", origins=ORIGINS, generations={"legal": generation(), "code": generation(text="Code")}
+        ).text
+    ),
+    "adapters-one": lambda: adapter_card(generation(), title="alice/both", subfolder="legal"),
+    "zoo": lambda: (
+        ZooCard(
+            title="alice/zoo",
+            origins=Origins(base_model="a/b", base_revision=None, tasks=[{**TASKS[0], "runs": 2}]),
+            facts={"runs": "2"},
+        ).text
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_read_as_meant(name: str, tmp_path: Path) -> None:
+    card = CARDS[name]()
+    assert card == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
+    assert card_problems(card) == ([], [])
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert set(metadata_load(tmp_path / "README.md")) <= set(YAML_FIELDS)
+
+
+def test_results_reach_the_model_index() -> None:
+    data = ModelCard(generator_card(comparison=make_comparison())).data
+    values = {(it.dataset_name, it.metric_name): it.metric_value for it in data.eval_results}
+    assert values["a", "Perplexity"] == 3.3201  # exp(1.2), the mean over two seeds
+    assert values["b", "Perplexity of the base model"] == 20.0855
+    assert values["b", "Perplexity with another task's condition"] == 7.3891
+    assert {it.dataset_type for it in data.eval_results if it.dataset_name == "a"} == {"alice/legal"}
+    assert data.model_name == "alice/generator"
+
+
+@pytest.mark.parametrize(
+    ("base", "tasks", "expected"),
+    [
+        ("mit", ["MIT", "mit"], "mit"),
+        ("mit", ["apache-2.0"], "other"),
+        ("mit", [None], "unknown"),
+        (None, ["mit"], "unknown"),
+        ("psf-2.0", ["psf-2.0"], "other"),
+        ("mit\nx: y", ["mit"], "other"),
+    ],
+)
+def test_licences_are_inherited(base: str | None, tasks: list[str | None], expected: str) -> None:
+    rows = [{"name": "x", "license": license} for license in tasks]
+    assert Origins(base_model="a/b", base_revision=None, base_license=base, tasks=rows).license == expected
+
+
+def test_nothing_is_smuggled_into_a_card() -> None:
+    tasks = [{"name": HOSTILE, "descriptions": [HOSTILE], "license": HOSTILE, "dataset": HOSTILE}]
+    origins = Origins(base_model="pico/llama", base_revision=HOSTILE, base_license=HOSTILE, tasks=tasks)
+    hostile = generation(
+        text=HOSTILE, generator=HOSTILE, nearest_tasks=({"task": HOSTILE, "similarity": 1.0},), conditions=(HOSTILE,)
+    )
+    plain = generation(text="x", conditions=("text",))
+    for card, same in (
+        (generator_card(origins=origins, tags=[HOSTILE]), generator_card()),
+        (adapter_card(hostile, origins=origins), adapter_card(plain)),
+    ):
+        assert set(split_card(card)[0]) <= set(split_card(same)[0]) | {"license"}
+        assert split_card(card)[0]["license"] == "other"
+        body = split_card(card)[1]
+        outside = "".join(body.split("```")[::2])
+        assert body.count("```") == same.count("```"), "a code block was opened or closed"
+        assert "<script" not in outside and "](javascript" not in outside and "49" not in card
+        assert [line for line in body.splitlines() if line.startswith("## ")] == [
+            line for line in same.splitlines() if line.startswith("## ")
+        ]
+
+
+def test_the_call_that_makes_an_adapter_again_is_python() -> None:
+    calls: list[Any] = []
+
+    class Recorder:
+        @staticmethod
+        def from_pretrained(*arguments: Any, **keywords: Any) -> type[Recorder]:
+            return Recorder
+
+        @staticmethod
+        def save_adapter(*arguments: Any, **keywords: Any) -> None:
+            calls.append((arguments, keywords))
+
+    texts = (HOSTILE, 'it\'s "quoted" \\ \u202e', "plain")
+    for text in texts:
+        code = adapter_card(generation(text=text)).split("```python\n")[2].split("```")[0]
+        exec(code.split("\n", 1)[1], {"CVAELoRAGenerator": Recorder})
+    assert calls == [((text, "adapter"), {"seed": 3, "temperature": 0.7}) for text in texts]
+
+
+def test_hand_written_parts_survive() -> None:
+    first = adapter_card(generation())
+    assert keep_handwritten(first, first) == first
+    head, body = first.split("---\n\n", 1)
+    edited = f"{head}language: en\n---\n\n{body}\n## My notes\n\nWatch out.\n```\n## Limits\n```\n"
+    second = adapter_card(generation(seed=4))
+    merged = keep_handwritten(second, edited)
+    assert merged.endswith("## My notes\n\nWatch out.\n```\n## Limits\n```\n")
+    assert "seed=4" in merged and "seed=3" not in merged
+    assert merged.count("## Limits") == 2 and ModelCard(merged).data.language == "en"
+    assert keep_handwritten(second, merged) == merged
+    with pytest.raises(ValueError, match="YAML"):
+        keep_handwritten(first, "---\n- a\n---\n")
+
+
+def test_inline_keeps_words_and_disarms_the_rest() -> None:
+    assert inline("snake_case, 50 %\n(ok)") == "snake_case, 50 % (ok)"
+    assert inline("a\x1b[31m<b>|`c`") == "a \\[31m&lt;b&gt;\\|\\`c\\`"
