@@ -73,7 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", _generate, "write an adapter from a description")
     _add_required(generate, "--generator", "folder or Hub id of a generator")
-    _add_required(generate, "--text", "what the adapter is to do, in a sentence")
+    generate.add_argument("--text", help="what the adapter is to do, in a sentence")
+    generate.add_argument(
+        "--examples", help="text file of examples of the task, a blank line between them: beside --text or alone"
+    )
+    generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
     _add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
     generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
     generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
@@ -151,10 +155,19 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from lora_factory.files import read_paragraphs
     from lora_factory.modeling import CVAELoRAGenerator
 
+    if options.text is None and options.examples is None:
+        raise LoraFactoryError("nothing to condition on; give --text, --examples or both")
     generator = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision)
-    generator.save_adapter(options.text, options.output_dir, seed=options.seed, temperature=options.temperature)
+    conditions = None
+    if options.examples is not None:
+        examples = read_paragraphs(options.examples)
+        conditions = generator.encode_examples(examples, options.base_model)
+    generator.save_adapter(
+        options.text, options.output_dir, conditions=conditions, seed=options.seed, temperature=options.temperature
+    )
     _console().print(f"wrote {options.output_dir}", markup=False, highlight=False, soft_wrap=True)
 
 

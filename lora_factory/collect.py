@@ -26,8 +26,9 @@ from lora_factory.base_models import load_base_model
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
+from lora_factory.run_record import RunRecord
 from lora_factory.tasks import Task, load_tasks
-from lora_factory.zoo import AdapterZoo, RunRecord
+from lora_factory.zoo import AdapterZoo
 
 LIBRARIES = ("torch", "transformers", "peft")
 IGNORED = -100  # the label that PyTorch's cross-entropy skips

@@ -28,8 +28,8 @@ from lora_factory.baselines import (
 )
 from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
 from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
-from lora_factory.encoders import example_features
 from lora_factory.errors import LoraFactoryError
+from lora_factory.features import example_features
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.refine import best_of, refine
 from lora_factory.tasks import Task

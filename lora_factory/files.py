@@ -172,3 +172,19 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_paragraphs(path: str | Path) -> list[str]:
+    """The paragraphs of a text file: what stands between blank lines.
+
+    Raises:
+        LoraFactoryError: When the file cannot be read, is no UTF-8 text, or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraFactoryError(f"cannot read {path}: {error}; name a text file") from error
+    paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
+    if not paragraphs:
+        raise LoraFactoryError(f"{path} is empty; put the examples into it, a blank line between them")
+    return paragraphs

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import attach_adapter
-from lora_factory.base_models import load_base_model, quiet_transformers
+from lora_factory.base_models import quiet_transformers
+from lora_factory.conditions import check_conditions, encode_examples, nearest_tasks, open_base
 from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.data_source import Example
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, write_text
@@ -24,28 +24,19 @@ from lora_factory.generator_files import GeneratorSource, read_generator
 from lora_factory.hub_errors import explain
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import AdapterCard, origins_of
-from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE, spread_over_weights
+from lora_factory.networks import (
+    ConditionStandardiser,
+    ConvCVAE,
+    Gaussian,
+    GeneratorOutput,
+    TokenCVAE,
+    spread_over_weights,
+    token_scales,
+)
 from lora_factory.pushing import HubMixin
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
-
-
-@dataclass
-class GeneratorOutput(ModelOutput):
-    """What :meth:`CVAELoRAGenerator.forward` returns.
-
-    Attributes:
-        loss: The objective to minimise.
-        reconstruction: Mean squared error of the standardised weights; 1 is what the bias adapter alone would reach.
-        kl: KL(posterior, prior) in nats an adapter, batch mean.
-        active_latents: How many latents carry more than 0.01 nats.
-    """
-
-    loss: torch.Tensor | None = None
-    reconstruction: torch.Tensor | None = None
-    kl: torch.Tensor | None = None
-    active_latents: torch.Tensor | None = None
 
 
 class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
@@ -261,26 +252,43 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         vectors = dict(conditions or {})
         if text is not None:
             vectors["text"] = self.text_encoder.encode([text])[0]
-        if not vectors:
-            raise LoraFactoryError('nothing to condition on; pass a text: generate_adapter("Legal notices")')
-        for name, vector in vectors.items():
-            width = self.config.modalities.get(name)
-            if width is None or vector.shape != (width,):
-                raise LoraFactoryError(
-                    f"condition {name!r} has shape {tuple(vector.shape)}; this generator takes "
-                    f"{self.config.modalities}"
-                )
+        check_conditions(vectors, self.config.modalities or {})
         return vectors
+
+    def encode_examples(
+        self,
+        examples: Sequence[Example | str],
+        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
+
+        Args:
+            examples: Texts, or prompts with their completions; from 4 to 32 is what training saw.
+            base_model: Model, folder or Hub id; by default the one that the generator's layout names.
+            tokenizer: The tokenizer of a live model; a folder or Hub id has its own.
+
+        Returns:
+            ``{"hidden": vector}``, to be passed as ``conditions``.
+
+        Raises:
+            LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
+                without its tokenizer.
+        """
+        return encode_examples(self.config.modalities or {}, self.layout, examples, base_model, tokenizer)
 
     def generate_adapter(
         self,
         text: str | None = None,
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         *,
+        examples: Sequence[Example | str] | None = None,
         conditions: Mapping[str, torch.Tensor] | None = None,
         seed: int = 0,
         temperature: float = 0.0,
         adapter_name: str = "default",
+        is_trainable: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
 
@@ -288,24 +296,28 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             text: What the adapter is for.
             base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
                 A ``PeftModel`` gets one more adapter (or has the one of this name overwritten).
+            examples: A few examples of the task, beside ``text`` or instead of it; see :meth:`encode_examples`.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
             temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
             adapter_name: The adapter's name in the returned model.
+            is_trainable: Whether the adapter is left open to training, as a start for fine-tuning.
+            tokenizer: With ``examples`` and a live model: its tokenizer.
 
         Returns:
-            A ``peft.PeftModel`` in evaluation mode with the adapter active.
+            A ``peft.PeftModel`` with the adapter active, in evaluation mode unless it is trainable.
 
         Raises:
             LoraFactoryError: When the text is empty, or the base model has not the modules or sizes of the layout.
         """
-        state_dict = self.generate_state_dict(text, conditions=conditions, seed=seed, temperature=temperature)
-        model = base_model
-        if model is None or isinstance(model, str | Path):
-            model, _ = load_base_model(
-                model or self.layout.base_model, revision=None if model else self.layout.base_revision
-            )
-        return attach_adapter(model, self.layout, state_dict, adapter_name)
+        model, vectors = base_model, dict(conditions or {})
+        if examples is not None:
+            model, tokenizer = open_base(self.layout, base_model, tokenizer)
+            vectors |= self.encode_examples(examples, model, tokenizer)
+        state_dict = self.generate_state_dict(text, conditions=vectors, seed=seed, temperature=temperature)
+        attached = attach_adapter(open_base(self.layout, model)[0], self.layout, state_dict, adapter_name)
+        attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
+        return attached.train(is_trainable)
 
     def save_adapter(
         self,
@@ -343,16 +355,8 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
 
     def nearest_tasks(self, vectors: Mapping[str, torch.Tensor], count: int = 3) -> list[dict[str, Any]]:
         """The zoo's tasks whose vectors are nearest by cosine similarity, best first: ``{"task", "similarity"}``."""
-        names = [task["name"] for task in self.config.tasks or []]
-        similarities = [
-            nn.functional.cosine_similarity(self.get_buffer(f"{name}_task_vectors"), vector[None].to(self.bias))
-            for name, vector in vectors.items()
-        ]
-        values, indices = torch.stack(similarities).mean(0).topk(min(count, len(names)))
-        return [
-            {"task": names[index], "similarity": round(value, 4)}
-            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-        ]
+        known = {name: self.get_buffer(f"{name}_task_vectors") for name in vectors}
+        return nearest_tasks([task["name"] for task in self.config.tasks or []], known, vectors, count)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -375,14 +379,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         """
         means = torch.stack([snapshots.mean(0) for snapshots in weights.values()])
         self.bias.copy_(means.mean(0))
-        total = sum(len(snapshots) for snapshots in weights.values())
-        bias = self.bias.cpu()
-        variance = torch.stack([(rows - bias).square().sum(0) for rows in weights.values()]).sum(0) / total
-        tokens = self.layout.to_tokens(variance)
-        scales = [rows.mean(-1).sqrt() for rows in tokens.values()]
-        used = [torch.where(scale > 0, scale, scale[scale > 0].mean().nan_to_num(0.0)) for scale in scales]
-        floored = [torch.maximum(scale, 0.05 * scale.mean()).clamp_min(1e-8) for scale in used]
-        self.token_scale.copy_(torch.cat(floored))
+        self.token_scale.copy_(token_scales(self.layout, weights, self.bias.cpu()))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         groups = {name: torch.cat([_group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
         self.standardiser.fit({name: rows if name == "text" else groups[name] for name, rows in vectors.items()})

@@ -13,8 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.utils.generic import ModelOutput
 
 from lora_factory.layout import AdapterLayout, TokenGroup
+
+
+@dataclass
+class GeneratorOutput(ModelOutput):
+    """What ``CVAELoRAGenerator.forward`` returns.
+
+    Attributes:
+        loss: The objective to minimise.
+        reconstruction: Mean squared error of the standardised weights; 1 is what the bias adapter alone would reach.
+        kl: KL(posterior, prior) in nats an adapter, batch mean.
+        active_latents: How many latents carry more than 0.01 nats.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    active_latents: torch.Tensor | None = None
 
 
 @dataclass
@@ -273,6 +291,26 @@ class ConvCVAE(nn.Module):
         hidden = self.latent(torch.cat([latent, condition], dim=-1)).view(len(latent), *self.start)
         mean = self.decoder(hidden)[:, 0, : self.size]
         return mean, torch.full_like(mean, -math.inf)
+
+
+def token_scales(layout: AdapterLayout, weights: Mapping[str, torch.Tensor], center: torch.Tensor) -> torch.Tensor:
+    """Root mean square deviation of every token's weights from ``center``, shape ``(tokens,)``.
+
+    Floored at a twentieth of its group's mean, which is also that of tokens that no adapter uses.
+
+    Args:
+        layout: The adapters' layout.
+        weights: Snapshots ``(n, D)`` of every task.
+        center: Shape ``(D,)``.
+    """
+    total = sum(len(snapshots) for snapshots in weights.values())
+    variance = torch.stack([(rows - center).square().sum(0) for rows in weights.values()]).sum(0) / total
+    scales = []
+    for rows in layout.to_tokens(variance).values():
+        scale = rows.mean(-1).sqrt()
+        used = torch.where(scale > 0, scale, scale[scale > 0].mean().nan_to_num(0.0))
+        scales.append(torch.maximum(used, 0.05 * used.mean()).clamp_min(1e-8))
+    return torch.cat(scales)
 
 
 def spread_over_weights(layout: AdapterLayout, per_token: torch.Tensor) -> torch.Tensor:

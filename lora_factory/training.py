@@ -20,8 +20,9 @@ from lora_factory.base_models import load_base_model
 from lora_factory.baselines import train_multitask
 from lora_factory.collect import AdapterFactory
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
-from lora_factory.encoders import TextEncoder, example_features
+from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
+from lora_factory.features import example_features
 from lora_factory.files import atomic_folder, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,13 +17,12 @@ from lora_factory.adapted_modules import natural_key
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, read_json, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
+from lora_factory.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from lora_factory.hub import PushOptions
-
-FORMAT_VERSION = 1
 
 _ZOO_FILE = "zoo.json"
 _RECORD_FILE = "run.json"
@@ -32,95 +30,6 @@ _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _CHECKPOINTS_FILE = "checkpoints.safetensors"
 _REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, _CHECKPOINTS_FILE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """How one run was made; `run.json`.
-
-    Attributes:
-        task: the task's name.
-        run: the run's name, for example "seed-0".
-        descriptions: texts that describe the task, at least one.
-        seed: seed of the run.
-        base_model: Hub id (or folder) of the base model.
-        base_revision: commit of the base model, or None.
-        steps: optimizer steps in all.
-        snapshot_steps: the step of every snapshot, K of them, rising.
-        validation_losses: loss of every snapshot in nats a token; empty when none was measured.
-        train_tokens: tokens that training saw.
-        data_fingerprint: fingerprint of the task's data.
-        versions: versions of the packages that made the run.
-        arguments: the settings that the run was made with.
-        sha256: SHA-256 (hex) of every other file in the run folder; `AdapterZoo.add_run` fills it in.
-        license: licence of the data.
-
-    Raises:
-        LoraFactoryError: if a name is no file name, or descriptions or snapshots are missing or do not match.
-    """
-
-    task: str
-    run: str
-    descriptions: tuple[str, ...]
-    seed: int
-    base_model: str
-    base_revision: str | None
-    steps: int
-    snapshot_steps: tuple[int, ...]
-    validation_losses: tuple[float, ...]
-    train_tokens: int
-    data_fingerprint: str
-    versions: Mapping[str, str] = field(hash=False)
-    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
-    license: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the record at birth."""
-        for name in (self.task, self.run, *self.sha256):
-            safe_name(name)
-        where = f"{self.task}/{self.run}"
-        if (
-            isinstance(self.descriptions, str)
-            or not self.descriptions
-            or not all(text.strip() for text in self.descriptions)
-        ):
-            raise LoraFactoryError(f"{where} needs at least one description and none empty; got {self.descriptions}")
-        if not self.snapshot_steps or list(self.snapshot_steps) != sorted(set(self.snapshot_steps)):
-            raise LoraFactoryError(
-                f"{where}: snapshot_steps must be at least one and rising; got {self.snapshot_steps}"
-            )
-        if len(self.validation_losses) not in (0, len(self.snapshot_steps)):
-            raise LoraFactoryError(
-                f"{where}: {len(self.validation_losses)} validation losses for {len(self.snapshot_steps)} snapshots; "
-                "give one a snapshot, or none"
-            )
-        if not all(math.isfinite(loss) for loss in self.validation_losses):
-            raise LoraFactoryError(
-                f"{where}: validation losses {self.validation_losses} must be finite; lower the learning rate"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunRecord:
-        """Rebuild a record from `to_dict`'s JSON.
-
-        Raises:
-            LoraFactoryError: for an unknown format version, missing, unknown or wrong entries.
-        """
-        _check_version(values, "run")
-        values = {name: value for name, value in values.items() if name != "format_version"}
-        different = sorted({entry.name for entry in fields(cls)} ^ set(values))
-        if different:
-            raise LoraFactoryError(f"entries {different} of the run's record are missing or unknown")
-        try:
-            lists = {name: tuple(values[name]) for name in ("descriptions", "snapshot_steps", "validation_losses")}
-            return cls(**(values | lists | {"sha256": _object(values["sha256"])}))
-        except (TypeError, AttributeError) as error:
-            raise LoraFactoryError(f"the run's record holds a value of the wrong type: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON values, for `from_dict`."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
 
 
 class AdapterZoo:
@@ -148,9 +57,9 @@ class AdapterZoo:
                 f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
             )
         try:
-            values = _object(read_json(path))
-            _check_version(values, "zoo")
-            self.layout = AdapterLayout.from_dict(_object(values.get("layout")))
+            values = json_object(read_json(path))
+            check_version(values, "zoo")
+            self.layout = AdapterLayout.from_dict(json_object(values.get("layout")))
         except LoraFactoryError as error:
             raise LoraFactoryError(_located(path, error)) from error
         self._whole_files: set[Path] = set()
@@ -229,7 +138,7 @@ class AdapterZoo:
         if not self.has_run(task, run):
             raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
         try:
-            record = RunRecord.from_dict(_object(read_json(path)))
+            record = RunRecord.from_dict(json_object(read_json(path)))
             if (record.task, record.run) != (task, run):
                 raise LoraFactoryError(f"it is the record of {record.task}/{record.run}")
             if not set(_REQUIRED_FILES) <= set(record.sha256):
@@ -395,21 +304,6 @@ class AdapterZoo:
             except LoraFactoryError as error:
                 problems.append(str(error))
         return problems
-
-
-def _check_version(values: Mapping[str, Any], noun: str) -> None:
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise LoraFactoryError(
-            f"the {noun}'s format_version is {version!r}, this lora-factory reads {FORMAT_VERSION}; "
-            "update it with pip install -U lora-factory"
-        )
-
-
-def _object(values: Any) -> dict[str, Any]:  # noqa: ANN401
-    if not isinstance(values, dict):
-        raise LoraFactoryError(f"a JSON object was expected, found {type(values).__name__}")
-    return values
 
 
 def _located(path: Path, error: LoraFactoryError) -> str:

@@ -17,8 +17,9 @@ from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedT
 
 from lora_factory.adapters import adapter_parameters
 from lora_factory.base_models import embedded_text_encoder
-from lora_factory.encoders import MINILM, FeatureCache, HiddenStateEncoder, TextEncoder, task_vector
+from lora_factory.encoders import MINILM, HiddenStateEncoder, TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
+from lora_factory.features import FeatureCache
 
 TEXTS = ["The old man reads a letter.", "fox", "Permission is hereby granted, free of charge, to any person. " * 9]
 

@@ -242,3 +242,17 @@ def test_the_module_imports_nothing_heavy():
     root = str(Path(files.__file__).parent.parent)
     script = "import sys, lora_factory.files; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
+
+
+def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
+    file = tmp_path / "examples.txt"
+    file.write_text("\n\none\n  two\n \n\nthree\n", encoding="utf-8")
+    assert files.read_paragraphs(file) == ["one\n  two", "three"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(LoraFactoryError, match="name a text file"):
+        files.read_paragraphs(file)
+    file.write_text(" \n\n")
+    with pytest.raises(LoraFactoryError, match="is empty"):
+        files.read_paragraphs(file)
+    with pytest.raises(LoraFactoryError, match="cannot read"):
+        files.read_paragraphs(tmp_path)

@@ -17,7 +17,8 @@ from test_modeling import make_generator
 from transformers import AutoConfig, LlamaForCausalLM
 
 from lora_factory.layout import AdapterLayout
-from lora_factory.zoo import AdapterZoo, RunRecord
+from lora_factory.run_record import RunRecord
+from lora_factory.zoo import AdapterZoo
 
 hub = hub_fixtures.hub
 

@@ -18,8 +18,8 @@ from lora_factory.adapters import AdapterSlot, adapters_in_batch, wrap_base
 from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.collect import AdapterFactory, collect_adapters
-from lora_factory.encoders import example_features
 from lora_factory.errors import LoraFactoryError
+from lora_factory.features import example_features
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task
 from lora_factory.through_base import TaskData, query_loss, start_from, train_through_base

@@ -11,7 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import attach
-from transformers import LlamaForCausalLM
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lora_factory.arguments import TrainArguments
 from lora_factory.base_models import load_base_model
@@ -20,9 +22,10 @@ from lora_factory.encoders import HiddenStateEncoder, TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.run_record import RunRecord
 from lora_factory.tasks import Task
 from lora_factory.training import build_generator, calibrate_spread, fit, sample_episode, solve_heads, train_generator
-from lora_factory.zoo import AdapterZoo, RunRecord
+from lora_factory.zoo import AdapterZoo
 
 DESCRIPTIONS = {
     "code": ("def add(left, right): return left + right", "print(index) for index in range(10)"),
@@ -184,7 +187,7 @@ def test_training_fits_mean_and_spread(zoo: AdapterZoo, arguments: TrainArgument
         cold = error(generator, zoo, task, text=texts[0])
         warm = [error(generator, zoo, task, text=texts[0], temperature=1.0, seed=seed) for seed in range(3)]
         assert cold < min(warm)
-        assert 0.5 * spread < sum(warm) / 3 < 4 * spread
+        assert 0.5 * spread < sum(warm) / 3 < 4.5 * spread
 
 
 def test_solved_heads_lower_the_reconstruction_error(zoo: AdapterZoo, arguments: TrainArguments) -> None:
@@ -219,7 +222,7 @@ def test_hidden_states_and_texts_each_suffice(
 ) -> None:
     train_generator(zoo, tmp_path / "generator", arguments, tasks=tasks, base_model=pico_model_folder)
     generator = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
-    assert generator.config.modalities == {"text": 32, "hidden": 64}
+    assert generator.config.modalities == {"text": 32, "hidden": 96}
     encoder = HiddenStateEncoder(*load_base_model(pico_model_folder))
     for task in tasks:
         hidden = {"hidden": task_vector(encoder.encode(task.examples("train")))}
@@ -280,3 +283,67 @@ def test_wrong_inputs_leave_an_earlier_generator_alone(
 def test_arguments_are_checked_at_birth(options: dict[str, object]) -> None:
     with pytest.raises(LoraFactoryError, match=next(iter(options))):
         TrainArguments(**options)
+
+
+@pytest.fixture(scope="module")
+def listening(
+    zoo: AdapterZoo,
+    arguments: TrainArguments,
+    tasks: list[Task],
+    pico_model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> CVAELoRAGenerator:
+    folder = tmp_path_factory.mktemp("listening") / "generator"
+    return train_generator(zoo, folder, arguments, tasks=tasks, base_model=pico_model_folder)
+
+
+def test_adapters_from_examples(
+    listening: CVAELoRAGenerator, pico_model_folder: Path, pico_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    examples = ["def add(left, right):", "return left + right"]
+    condition = listening.encode_examples(examples, pico_model_folder)
+    assert condition["hidden"].shape == (listening.config.modalities["hidden"],)
+    expected = listening.generate_state_dict(conditions=condition)
+    model = listening.generate_adapter(base_model=pico_model_folder, examples=examples)
+    live = LlamaForCausalLM.from_pretrained(pico_model_folder)
+    again = listening.generate_adapter(base_model=live, examples=examples, tokenizer=pico_tokenizer)
+    for made in (model, again):
+        found = get_peft_model_state_dict(made, save_embedding_layers=False)
+        assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in expected)
+    both = listening.generate_adapter("Add numbers.", pico_model_folder, examples=examples)
+    found = get_peft_model_state_dict(both, save_embedding_layers=False)
+    assert any(not torch.allclose(found[key], expected[key]) for key in expected)
+    listening.save_adapter(None, tmp_path / "adapter", conditions=condition)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+    with pytest.raises(LoraFactoryError, match="pass tokenizer="):
+        listening.generate_adapter(base_model=LlamaForCausalLM.from_pretrained(pico_model_folder), examples=examples)
+    with pytest.raises(LoraFactoryError, match="is empty"):
+        listening.encode_examples(["text", ""], pico_model_folder)
+
+
+def test_a_generator_of_texts_alone_says_so_when_given_examples(
+    trained: tuple[CVAELoRAGenerator, Path], pico_model_folder: Path
+) -> None:
+    with pytest.raises(LoraFactoryError, match="listens to text and not to examples"):
+        trained[0].encode_examples(["text"], pico_model_folder)
+
+
+def test_a_generated_adapter_is_a_start_for_training(
+    trained: tuple[CVAELoRAGenerator, Path], pico_model_folder: Path
+) -> None:
+    frozen = trained[0].generate_adapter("Add numbers.", pico_model_folder)
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+    model = trained[0].generate_adapter("Add numbers.", pico_model_folder, is_trainable=True)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert model.training and names and all("lora_" in name for name in names)
+    ids = torch.arange(12)[None]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(4):
+        loss = model(ids, labels=ids).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]

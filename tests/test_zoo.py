@@ -17,7 +17,8 @@ from lora_factory import zoo as zoo_module
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import sha256_file
 from lora_factory.layout import AdapterLayout
-from lora_factory.zoo import AdapterZoo, RunRecord
+from lora_factory.run_record import RunRecord
+from lora_factory.zoo import AdapterZoo
 
 BASE, COMMIT = "someone/pico", "0123abc"
 RUN_FILES = ["adapter_config.json", "adapter_model.safetensors", "checkpoints.safetensors", "run.json"]

@@ -1,0 +1,103 @@
+"""Vectors of texts and examples, kept on disk so that none is computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.data_source import Example
+from lora_factory.encoders import HiddenStateEncoder
+from lora_factory.files import cache_folder
+
+if TYPE_CHECKING:
+    from lora_factory.tasks import Task
+
+FEATURE_EXAMPLES = 128  # training examples a task whose hidden states are computed
+
+
+def example_features(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> dict[str, Tensor]:
+    """Hidden states of every task's first 128 training examples on the frozen base, from the cache where they are.
+
+    Args:
+        model: The base model, with or without adapters attached.
+        tokenizer: Its tokenizer.
+        tasks: Tasks with training examples.
+
+    Returns:
+        Shape ``(examples, width)`` by the name of the task; a progress bar shows on the main process.
+    """
+    encoder, cache = HiddenStateEncoder(model, tokenizer), FeatureCache(cache_folder() / "features")
+
+    def encode(texts: list[str]) -> Tensor:
+        return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
+
+    states = {}
+    for task in tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process):
+        texts = ["\0".join(row) for row in task.examples("train")[:FEATURE_EXAMPLES]]
+        states[task.name] = cache.get_or_compute(encoder.identifier, texts, encode)
+    return states
+
+
+class FeatureCache:
+    """Vectors of texts on disk, one small safetensors file each, so that no text is encoded twice.
+
+    Args:
+        folder: Where the files lie; made on the first write. Several processes may share it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Remember the folder."""
+        self.folder = Path(folder)
+
+    def get_or_compute(self, identifier: str, texts: Sequence[str], function: Callable[[list[str]], Tensor]) -> Tensor:
+        """Read the vectors of texts, computing those that are missing.
+
+        Args:
+            identifier: Names the encoder, as ``TextEncoder.identifier`` does; other encoders, other vectors.
+            texts: At least one text.
+            function: Encodes the missing texts, each once, in their order: shape ``(missing, width)``.
+
+        Returns:
+            The vectors in the order of the texts, shape ``(texts, width)``.
+        """
+        cached = ((text, self._read(identifier, text)) for text in dict.fromkeys(texts))
+        known = {text: vector for text, vector in cached if vector is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            computed = function(missing).cpu()
+            for text, vector in zip(missing, computed, strict=True):
+                self._write(identifier, text, vector)
+                known[text] = vector
+        return torch.stack([known[text] for text in texts])
+
+    def _file(self, identifier: str, text: str) -> Path:
+        key = hashlib.sha256("\0".join((identifier, text)).encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def _read(self, identifier: str, text: str) -> Tensor | None:
+        """The cached vector; None when there is none, or when its file is damaged and will be written anew."""
+        try:
+            return load_file(self._file(identifier, text))["vector"]
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def _write(self, identifier: str, text: str, vector: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".tmp-", delete=False) as file:
+            file.write(save({"vector": vector.contiguous()}, metadata={"format": "pt"}))
+        os.replace(file.name, self._file(identifier, text))
