@@ -63,7 +63,9 @@ def compare(
         diagnostics.append(contenders.diagnostics())
         budgets.update(contenders.budgets())
         if fold.history:
-            curves[f"generator, fold {fold.number}, seed {contenders.seeds[0]}"] = list(fold.history)
+            curves[f"generator, fold {fold.number}, seed {contenders.seeds[0]}"] = [
+                {name: value for name, value in row.items() if name != "tokens"} for row in fold.history
+            ]
         first = first or {
             "methods": list(contenders.methods),
             "storage": contenders.storage(),
@@ -105,6 +107,7 @@ def _cells(fold: Fold, contenders: Contenders, arguments: CompareArguments, log:
             "seen": task not in fold.unseen,
             "method": method,
             "data": task.fingerprint(),
+            "metric": [task.metric, *task.choices],
             "zoo": fold.zoo.fingerprint(),
             "settings": {name: value for name, value in asdict(arguments).items() if name != "seeds"},
             "generator": contenders.generator_fingerprint if method.startswith(GENERATED) else None,

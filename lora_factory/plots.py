@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import fmean
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_factory.errors import LoraFactoryError
@@ -124,7 +125,7 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
                 _interval(axes, row + offset, found.headroom, colour, face)
     axes.set_xlim(_LEFT_END - 0.05, _RIGHT_END + 0.05)
     axes.set_ylim(len(summaries) - 0.4, -0.6)
-    axes.set_yticks(range(len(summaries)), [_short(summary.method) for summary in summaries])
+    axes.set_yticks(range(len(summaries)), ["\n".join(wrap(_short(summary.method, 48), 25)) for summary in summaries])
     axes.set_xticks([0, 1], ["0\noriginal model", "1\noriginal LoRA"])
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
     _legend(figure, [_Entry("seen tasks", "o", blue), _Entry("unseen tasks", "o", orange, hollow=True)])

@@ -25,6 +25,7 @@ _VARIANTS = {f"{GENERATED}{FROM_EXAMPLES}, refined", f"{GENERATED}{FROM_EXAMPLES
 _NO_RIVALS = ORIGINALS | _OURS | _VARIANTS | {f"{name}, sampled" for name in _OURS}  # neither a control nor a baseline
 GROUPS = {"seen": True, "unseen": False}
 NEEDED_MARGIN = 0.1
+_LEAD = 0.005  # what two decimals show
 _RESAMPLES = 2000
 
 
@@ -129,7 +130,9 @@ def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
             group: _summarise_group(headrooms[method, seen], headrooms[_generated_like(method, headrooms), seen])
             for group, seen in GROUPS.items()
         }
-        beats = [name for name, group in groups.items() if group and method not in _NO_RIVALS and group.lead.mean > 0]
+        beats = [
+            name for name, group in groups.items() if group and method not in _NO_RIVALS and group.lead.mean >= _LEAD
+        ]
         budget = comparison.get("budgets", {}).get(method)
         summaries.append(
             MethodSummary(
@@ -294,15 +297,17 @@ def _result_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
 
 def _steering_sentences(margins: Mapping[str, Interval]) -> Iterator[Finding]:
     """Whether the generator listens to its condition."""
-    for group, margin in margins.items():
+    for name, margin in margins.items():
+        group, _, way = name.partition(",")
+        where = f"On {group} tasks{way}"
         if margin.mean < NEEDED_MARGIN:
             yield Finding(
-                f"On {group} tasks the generator ignores its condition: another task's condition serves it as well, "
+                f"{where} the generator ignores its condition: another task's condition serves it as well, "
                 f"or nearly (steering margin {margin}; at least {NEEDED_MARGIN} is needed).",
                 warning=True,
             )
         elif not math.isnan(margin.mean):
-            yield Finding(f"On {group} tasks the generator follows its condition: steering margin {margin}.")
+            yield Finding(f"{where} the generator follows its condition: steering margin {margin}.")
 
 
 def _rival_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:

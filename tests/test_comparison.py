@@ -146,7 +146,7 @@ def test_folds_and_seeds_of_their_own_are_joined(fold: Fold, pico_model_folder: 
     assert {(cell["fold"], cell["seed"]) for cell in result["cells"]} == {(0, 0), (1, 7)}
     assert [(row["fold"], row["seed"]) for row in result["diagnostics"]] == [(0, 0), (1, 7)]
     assert result["seeds"] == [0, 7] and result["folds"] == [["verse"]]
-    assert result["curves"] == {"generator, fold 1, seed 7": history}
+    assert result["curves"] == {"generator, fold 1, seed 7": [{"step": 1, "loss": 2.0}]}
     assert result["budgets"]["generated"] - result["budgets"]["multi-task LoRA"] == 250  # 500 in one of two folds
 
 
