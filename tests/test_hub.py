@@ -46,7 +46,7 @@ def fingerprint(model):
 
 def ask(hub: LocalHub, code: str, **how: Any) -> Any:
     """Run a test's code after `HEAD`."""
-    return hub.evaluate(HEAD + code, **how)
+    return hub.evaluate(HEAD + code, timeout=300.0, **how)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

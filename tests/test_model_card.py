@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_nothing_is_smuggled_into_a_card() -> None:
         body = split_card(card)[1]
         outside = "".join(body.split("```")[::2])
         assert body.count("```") == same.count("```"), "a code block was opened or closed"
-        assert "<script" not in outside and "](javascript" not in outside and "49" not in card
+        assert "<script" not in outside and not re.search(r"(?<!\\)\]\(javascript", outside) and "49" not in card
         assert [line for line in body.splitlines() if line.startswith("## ")] == [
             line for line in same.splitlines() if line.startswith("## ")
         ]
