@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.nn import functional
 from tqdm.auto import tqdm
 
@@ -24,6 +25,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE
 from lora_factory.tasks import Task
+from lora_factory.training_state import TrainingCheckpoint, TrainingState
 
 VALIDATIONS = 10  # how often a training is scored, the end included
 FINAL_RATE = 0.05  # learning rate at the end, as a share of its peak
@@ -111,8 +113,11 @@ def train_through_base(
     data: Mapping[str, TaskData],
     arguments: TrainArguments,
     held_out: Mapping[str, TaskData] | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> list[dict[str, float]]:
     """Train the generator and its bias adapter; afterwards it has the weights that validated best.
+
+    With several processes, each draws episodes of its own and the gradients are averaged.
 
     Args:
         generator: Statistics fitted; its bias adapter is where the training starts.
@@ -120,9 +125,11 @@ def train_through_base(
         data: The zoo's tasks.
         arguments: ``base_steps`` and what else starts with ``base_``.
         held_out: Tasks to validate on; by default the validation splits of ``data``.
+        checkpoint: Where the state is kept now and then; a training that was cut off goes on from there, with the
+            result that it would have had.
 
     Returns:
-        One record a validation: step, training loss, validation loss, in nats a token.
+        One record a validation: step, training loss and validation loss in nats a token, tokens read so far.
 
     Raises:
         LoraFactoryError: When a loss is not finite.
@@ -131,46 +138,45 @@ def train_through_base(
     generator.to(accelerator.device).train()
     generator.bias.requires_grad_(True)
     network = [parameter for name, parameter in generator.named_parameters() if name != "bias"]
-    groups: list[dict[str, Any]] = [
-        {"params": [generator.bias], "lr": arguments.base_bias_learning_rate, "weight_decay": 0.0},
-        {"params": network, "lr": arguments.base_learning_rate, "weight_decay": 0.01},
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(total))
-    source = torch.Generator().manual_seed(arguments.seed)
-    best, best_state, history, running, tokens = math.inf, None, [], 0.0, 0
+    groups: list[dict[str, Any]] = [{"params": [generator.bias], "weight_decay": 0.0}, {"params": network}]
+    peaks = (arguments.base_bias_learning_rate, arguments.base_learning_rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    source = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
+    state = TrainingState()
+    if checkpoint is not None:
+        state = checkpoint.restore(generator, optimizer, source, accelerator) or state
     due = {math.ceil(total * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
-    bar = tqdm(total=total, desc="train through the base", disable=not accelerator.is_local_main_process)
+    hidden = not accelerator.is_local_main_process
+    bar = tqdm(total=total, initial=state.step, desc="train through the base", disable=hidden)
     with factory.slot.disabled():
-        for step in range(1, total + 1):
+        while state.step < total:
+            state.step += 1
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * _rate(state.step - 1, total)
             loss, read = _episode_loss(generator, factory, data, arguments, source)
-            tokens += read
             if not torch.isfinite(loss):
                 raise LoraFactoryError(
-                    f"the loss through the base is {loss.item()} at step {step}; lower base_learning_rate "
+                    f"the loss through the base is {loss.item()} at step {state.step}; lower base_learning_rate "
                     f"(now {arguments.base_learning_rate})"
                 )
             accelerator.backward(loss)
+            _average_gradients(accelerator, [generator.bias, *network])
             accelerator.clip_grad_norm_([generator.bias, *network], arguments.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
-            running += 0.02 * (loss.item() - running) if step > 1 else loss.item()
+            state.count(loss.item(), read * accelerator.num_processes)
             bar.update()
-            if step in due:
+            if state.step in due:
                 validation = validate(generator, factory, held_out or data)
-                history.append(
-                    {"step": step, "loss": round(running, 5), "validation": round(validation, 5), "tokens": tokens}
-                )
-                bar.set_postfix(loss=f"{running:.3f}", validation=f"{validation:.3f}")
-                if validation < best:
-                    best = validation
-                    best_state = {name: value.detach().clone() for name, value in generator.state_dict().items()}
+                state.record(validation, generator)
+                bar.set_postfix(loss=f"{state.running:.3f}", validation=f"{validation:.3f}")
+            if checkpoint is not None:
+                checkpoint.save_now_and_then(state, generator, optimizer, source, accelerator)
     bar.close()
     generator.bias.requires_grad_(False)
-    if best_state is not None:
-        generator.load_state_dict(best_state)
-    return history
+    if state.best_weights is not None:
+        generator.load_state_dict(state.best_weights)
+    return state.history
 
 
 @torch.no_grad()
@@ -312,14 +318,19 @@ def _index(rows: Any, source: torch.Generator) -> int:  # noqa: ANN401
     return int(torch.randint(len(rows), (), generator=source))
 
 
-def _rate(total: int) -> Any:  # noqa: ANN401
+def _rate(step: int, total: int) -> float:
     """Linear warm-up over 30 steps at most, then a cosine to a twentieth of the peak."""
     warmup = min(30, max(1, total // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, total - warmup)
-        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return rate
+def _average_gradients(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Mean over processes; a modality that one of them has not drawn counts as no gradient there."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(gradient, "mean")

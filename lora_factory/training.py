@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,13 +24,14 @@ from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.features import example_features
-from lora_factory.files import atomic_folder, write_json, write_text
+from lora_factory.files import atomic_folder, sha256_text, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
 from lora_factory.tasks import Task
 from lora_factory.through_base import TaskData, start_from, train_through_base
+from lora_factory.training_state import TrainingCheckpoint
 from lora_factory.zoo import AdapterZoo
 
 # Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
@@ -95,13 +97,16 @@ def train_generator(
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths, layout)
     generator.fit_statistics(weights, features)
+    checkpoint = None
     if arguments.base_steps and factory is not None and tasks is not None:
         data = {
             task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
             for task in tasks
         }
         start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
-        history = train_through_base(generator, factory, data, arguments)
+        facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
+        checkpoint = TrainingCheckpoint(f"{output_dir}.training", sha256_text(json.dumps(facts)))
+        history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
         earlier = arguments.multitask_steps * factory.tokens_a_step
         history = [row | {"tokens": row["tokens"] + earlier} for row in history]
     else:
@@ -110,6 +115,8 @@ def train_generator(
     calibrate_spread(generator, weights, features)
     if accelerator.is_main_process:
         save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
+        if checkpoint is not None:
+            checkpoint.remove()
     accelerator.wait_for_everyone()
     return generator
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task
 from lora_factory.through_base import TaskData, query_loss, start_from, train_through_base
 from lora_factory.training import build_generator, train_generator
+from lora_factory.training_state import TrainingCheckpoint
 from lora_factory.zoo import AdapterZoo
 
 SETTINGS = CollectArguments(
@@ -233,3 +235,47 @@ def test_the_base_model_may_have_no_slot(zoo: AdapterZoo, pico_model_folder: Pat
         wrapped = wrap_base(model, zoo.layout.peft_config())
         AdapterSlot(wrapped, zoo.layout).load(adapter)
         torch.testing.assert_close(plain, wrapped(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+class CutOff(Exception):
+    """What ends the training in the middle."""
+
+
+def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
+    zoo: AdapterZoo,
+    factory: AdapterFactory,
+    arguments: TrainArguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = replace(arguments, base_steps=20)
+    generator, data = prepared(zoo, factory, short)
+    whole = train_through_base(generator, factory, data, short)
+    expected = {name: value.clone() for name, value in generator.state_dict().items()}
+
+    def checkpoint(key: str = "this") -> TrainingCheckpoint:
+        return TrainingCheckpoint(tmp_path / "state", key, every_seconds=0)
+
+    query, calls = through_base.query_loss, []
+
+    def cut_off(*words: Any) -> torch.Tensor:
+        calls.append(words)
+        if len(calls) == 40:
+            raise CutOff
+        return query(*words)
+
+    generator, data = prepared(zoo, factory, short)
+    monkeypatch.setattr(through_base, "query_loss", cut_off)
+    with pytest.raises(CutOff):
+        train_through_base(generator, factory, data, short, checkpoint=checkpoint())
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    before = len(calls)
+    generator, data = prepared(zoo, factory, short)
+    history = train_through_base(generator, factory, data, short, checkpoint=checkpoint())
+    again = len(calls) - before
+    assert history == whole and 0 < again < 60
+    assert all(torch.equal(value, expected[name]) for name, value in generator.state_dict().items())
+    generator, data = prepared(zoo, factory, short)  # the state of another training is left alone
+    train_through_base(generator, factory, data, replace(short, base_steps=2), checkpoint=checkpoint("other"))
+    checkpoint().remove()
+    assert not list(tmp_path.iterdir())
