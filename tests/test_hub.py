@@ -146,7 +146,7 @@ result.append(time.monotonic() - before)
     assert offline[0] == online
     assert "alice/other" in offline[1] and "offline mode" in offline[1]
     assert "unset HF_HUB_OFFLINE" in offline[2]
-    assert offline[3] < 2
+    assert offline[3] < 20, "the clients' own retries take 25 seconds and more"
 
 
 HAND_WRITTEN = """---
