@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,3 +282,48 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
     train_through_base(generator, factory, data, replace(short, base_steps=2), checkpoint=checkpoint("other"))
     checkpoint().remove()
     assert not list(tmp_path.iterdir())
+
+
+TWO_PROCESSES = """
+import sys, torch
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from accelerate import Accelerator
+from lora_factory.arguments import TrainArguments
+from lora_factory.base_models import load_base_model
+from lora_factory.collect import AdapterFactory
+from lora_factory.through_base import train_through_base
+from lora_factory.zoo import AdapterZoo
+from test_through_base import SETTINGS, prepared
+
+zoo, accelerator = AdapterZoo(sys.argv[1]), Accelerator(cpu=True)
+model, tokenizer = load_base_model(sys.argv[2])
+factory = AdapterFactory.attach(model, tokenizer, SETTINGS, zoo.layout.base_model, accelerator)
+arguments = TrainArguments(text_encoder=sys.argv[3], width=16, base_steps=3)
+generator, data = prepared(zoo, factory, arguments)
+history = train_through_base(generator, factory, data, arguments)
+weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
+both = accelerator.gather(weights[None])
+assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+if accelerator.is_main_process:
+    print("tokens", history[-1]["tokens"])
+"""
+
+
+def test_two_processes_train_one_generator(
+    zoo: AdapterZoo, pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path, factory: AdapterFactory
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(zoo.folder), str(pico_model_folder), str(pico_encoder_folder)]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = TrainArguments(text_encoder=str(pico_encoder_folder), width=16, base_steps=3)
+    generator, data = prepared(zoo, factory, alone)
+    tokens = train_through_base(generator, factory, data, alone)[-1]["tokens"]
+    assert int(done.stdout.split("tokens")[1]) > 1.5 * tokens
