@@ -36,13 +36,22 @@ def loss(factory: AdapterFactory, adapter: torch.Tensor, sequences: list[TokenSe
 
 
 def test_steps_lower_the_loss_and_none_change_nothing(factory: AdapterFactory, sequences: list[TokenSequence]) -> None:
-    start = factory.initial
+    start, sequences = factory.initial, sequences[:3] * 4
     assert torch.equal(refine(factory, start, sequences, steps=0), start)
     losses = [loss(factory, refine(factory, start, sequences, steps=steps), sequences) for steps in (0, 5, 40)]
     assert losses[0] > losses[1] + 0.01 > losses[2] + 0.02, losses
     before = {name: value.clone() for name, value in factory.model.state_dict().items()}
     refine(factory, start, sequences, steps=2)
     assert all(torch.equal(value, before[name]) for name, value in factory.model.state_dict().items())
+
+
+def test_steps_that_do_not_help_elsewhere_are_not_taken(
+    factory: AdapterFactory, sequences: list[TokenSequence]
+) -> None:
+    ours, foreign = sequences[:1], sequences[-1:]
+    start = refine(factory, factory.initial, ours, steps=60, learning_rate=1e-2)  # too few to hold one out
+    assert loss(factory, start, ours) < loss(factory, factory.initial, ours) - 0.5
+    assert torch.equal(refine(factory, start, [*ours, *foreign * 3], steps=40, learning_rate=1e-2), start)
 
 
 def test_a_loss_that_is_not_finite_stops(factory: AdapterFactory, sequences: list[TokenSequence]) -> None:
