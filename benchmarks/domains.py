@@ -26,7 +26,7 @@ from lora_factory.baselines import train_multitask
 from lora_factory.collect import collect_adapters
 from lora_factory.comparison import Fold, compare
 from lora_factory.report import terminal_tables, write_report
-from lora_factory.training import zoo_factory
+from lora_factory.training import training_history, zoo_factory
 
 COLLECT = CollectArguments(
     rank=4,
@@ -75,10 +75,11 @@ def make_fold(zoo: AdapterZoo, base: Path, output: Path, number: int, seed: int,
         arguments = replace(TRAIN, seed=seed, multitask_steps=COLLECT.steps * len(seen))
         bias = multitask_lora(known, base, output, seed, seen)
         train_generator(known, folder, arguments, tasks=seen, base_model=base, bias_adapter=bias)
-    history = json.loads((folder / "training.json").read_text())["history"]
     generator = CVAELoRAGenerator.from_pretrained(folder)
     originals = zoo.select([task.name for task in unseen], run)
-    return Fold(seen, unseen, known, originals, generator, number=number, seeds=(seed,), history=history)
+    return Fold(
+        seen, unseen, known, originals, generator, number=number, seeds=(seed,), history=training_history(folder)
+    )
 
 
 def multitask_lora(known: AdapterZoo, base: Path, output: Path, seed: int, seen: tuple) -> torch.Tensor:

@@ -186,6 +186,7 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
     from lora_factory.tasks import load_tasks
+    from lora_factory.training import training_history
     from lora_factory.zoo import AdapterZoo
 
     zoo = AdapterZoo(options.zoo)
@@ -195,6 +196,7 @@ def _compare(options: argparse.Namespace) -> None:
         zoo=zoo,
         originals=AdapterZoo(options.unseen_zoo) if options.unseen_zoo else None,
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
+        history=training_history(options.generator),
     )
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
@@ -219,6 +221,7 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
             load_tasks(options.tasks),
             base_model=options.base_model,
             max_tokens=options.max_tokens,
+            window=options.window,
             progress=status.update,
         )
     results = Path(options.output) / "evaluation.json"

@@ -145,6 +145,7 @@ def evaluate_adapters(
     base_model: str | Path | None = None,
     *,
     max_tokens: int | None = None,
+    window: int = 512,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, TextScore]]:
     """Score a base model and adapters for it on every task's test split.
@@ -154,6 +155,7 @@ def evaluate_adapters(
         tasks: What to score them on.
         base_model: Hub id or folder of the base model; default: the one that the first adapter names.
         max_tokens: Score at most this many tokens a task.
+        window: Tokens a forward pass and text; windows overlap by a quarter.
         progress: Called with what is being scored, before each task and model.
 
     Returns:
@@ -178,7 +180,9 @@ def evaluate_adapters(
         for task in tasks:
             if progress:
                 progress(f"scoring {name} on {task.name}")
-            row[task.name] = score_examples(model, tokenizer, task.examples("test"), max_tokens=max_tokens)
+            row[task.name] = score_examples(
+                model, tokenizer, task.examples("test"), window=window, stride=window * 3 // 4, max_tokens=max_tokens
+            )
         return row
 
     scores = {"base model": score("base model", model)}

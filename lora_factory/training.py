@@ -24,7 +24,7 @@ from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.features import example_features
-from lora_factory.files import atomic_folder, sha256_text, write_json, write_text
+from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
@@ -301,6 +301,12 @@ def save_generator(generator: CVAELoRAGenerator, output_dir: str | Path, trainin
         write_json(folder / "training.json", training)
         write_text(folder / "README.md", generator_card(generator, Path(output_dir).name))
     generator.config.name_or_path = str(output_dir)  # where a push finds training.json
+
+
+def training_history(folder: str | Path) -> list[dict[str, float]]:
+    """The training losses that a generator's folder has in ``training.json``; none where there is no such file."""
+    path = Path(folder) / "training.json"
+    return list(read_json(path)["history"]) if path.is_file() else []
 
 
 def zoo_factory(

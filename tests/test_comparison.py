@@ -95,9 +95,7 @@ def test_finished_cells_are_not_repeated(
     assert compare(fold, pico_model_folder, output, ARGUMENTS)["cells"] == first["cells"]
 
 
-def test_the_same_seeds_give_the_same_table(
-    fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path
-) -> None:
+def test_the_same_seeds_give_the_same_table(fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path) -> None:
     first = compare(fold, pico_model_folder, output, ARGUMENTS)
     assert compare(fold, pico_model_folder, tmp_path, ARGUMENTS)["cells"] == first["cells"]
 

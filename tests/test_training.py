@@ -24,7 +24,15 @@ from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.run_record import RunRecord
 from lora_factory.tasks import Task
-from lora_factory.training import build_generator, calibrate_spread, fit, sample_episode, solve_heads, train_generator
+from lora_factory.training import (
+    build_generator,
+    calibrate_spread,
+    fit,
+    sample_episode,
+    solve_heads,
+    train_generator,
+    training_history,
+)
 from lora_factory.zoo import AdapterZoo
 
 DESCRIPTIONS = {
@@ -347,3 +355,9 @@ def test_a_generated_adapter_is_a_start_for_training(
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+def test_the_losses_of_a_training_stay_beside_it(trained: tuple[CVAELoRAGenerator, Path], tmp_path: Path) -> None:
+    history = training_history(trained[1])
+    assert history[0]["step"] == 0 and history[-1]["step"] == 49 and history[-1]["loss"] < history[0]["loss"]
+    assert training_history(tmp_path) == []
