@@ -239,7 +239,8 @@ class TokenCVAE(nn.Module):
 class ConvCVAE(nn.Module):
     """The paper's CVAE: 1-D convolutions over ``[l; v]`` (Eq. 2), back from ``[z; v]`` (Eq. 5), prior N(0, I) (Eq. 7).
 
-    Kernel 7, stride 2, batch normalisation; the number of channels is the number of layers, 12 in the paper.
+    Kernel 7, stride 2 (1 once nothing is left to halve), batch normalisation; the number of channels is the number of
+    layers, 12 in the paper.
 
     Args:
         layout: The adapters' layout.
@@ -254,20 +255,20 @@ class ConvCVAE(nn.Module):
         super().__init__()
         self.size, self.widths = layout.size, dict(widths)
         condition = sum(self.widths.values())
-        length = self.size + condition
+        length, strides = self.size + condition, []
         pairs = list(zip([1, *channels[:-1]], channels, strict=True))
         for _ in pairs:
-            length = math.ceil(length / 2)
+            strides.append(2 if length > 1 else 1)
+            length = math.ceil(length / strides[-1])
         self.start = (channels[-1], length)
-        self.encoder = nn.Sequential(*(_convolution(nn.Conv1d(i, o, 7, stride=2, padding=3), o) for i, o in pairs))
+        layers = list(zip(pairs, strides, strict=True))
+        self.encoder = nn.Sequential(
+            *(_convolution(nn.Conv1d(i, o, 7, stride=stride, padding=3), o) for (i, o), stride in layers)
+        )
         self.posterior_head = nn.Linear(channels[-1] * length, 2 * latent_size)
         self.latent = nn.Linear(latent_size + condition, channels[-1] * length)
-        inner = [
-            _convolution(nn.ConvTranspose1d(o, i, 7, stride=2, padding=3, output_padding=1), i)
-            for i, o in reversed(pairs[1:])
-        ]
-        last = nn.ConvTranspose1d(channels[0], 1, 7, stride=2, padding=3, output_padding=1)
-        self.decoder = nn.Sequential(*inner, last)
+        inner = [_convolution(_expansion(o, i, stride), i) for (i, o), stride in reversed(layers[1:])]
+        self.decoder = nn.Sequential(*inner, _expansion(channels[0], 1, strides[0]))
         self.latent_size = latent_size
 
     def embed_condition(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
@@ -319,6 +320,11 @@ def spread_over_weights(layout: AdapterLayout, per_token: torch.Tensor) -> torch
     return layout.from_tokens(
         {group.name: part[:, None].expand(-1, group.length) for group, part in zip(layout.groups, parts, strict=True)}
     )
+
+
+def _expansion(channels_in: int, channels_out: int, stride: int) -> nn.ConvTranspose1d:
+    """The transposed convolution that undoes one of the encoder's lengths, to at least what it was."""
+    return nn.ConvTranspose1d(channels_in, channels_out, 7, stride=stride, padding=3, output_padding=stride - 1)
 
 
 def _convolution(layer: nn.Module, channels: int) -> nn.Sequential:

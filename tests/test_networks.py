@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from lora_factory.configuration import PAPER_CHANNELS, paper_channels
 from lora_factory.layout import AdapterLayout
 from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE
 
@@ -171,3 +172,24 @@ def test_convolutions_fit_any_number_of_weights(layout: AdapterLayout, channels:
         condition = network.embed_condition({"text": normal(2, widths["text"])}, 2)
         latent = network.posterior(normal(2, layout.size), condition).mean
         assert network.decode(latent, condition)[0].shape == (2, layout.size)
+
+
+def test_a_deep_convolutional_network_stays_as_long_as_its_input(layout: AdapterLayout) -> None:
+    network = ConvCVAE(layout, {"text": 3}, channels=paper_channels(20), latent_size=4).eval()
+    lengths = []
+    for layer in network.decoder:
+        layer.register_forward_hook(lambda _module, _inputs, output: lengths.append(output.shape[-1]))
+    condition = network.embed_condition({"text": normal(1, 3)}, 1)
+    mean, _ = network.decode(normal(1, 4), condition)
+    assert mean.shape == (1, layout.size) and max(lengths) < 2 * (layout.size + 3)
+    assert network.posterior(normal(1, layout.size), condition).mean.shape == (1, 4)
+    assert len(network.encoder) == len(network.decoder) == 20
+
+
+@pytest.mark.parametrize(("depth", "middle"), [(10, (128, 128)), (11, (128, 256, 128)), (12, PAPER_CHANNELS[4:8])])
+def test_channels_double_and_halve(depth: int, middle: tuple[int, ...]) -> None:
+    channels = paper_channels(depth)
+    assert len(channels) == depth and channels == channels[::-1] and channels[0] == 8
+    start = (depth - len(middle)) // 2
+    assert channels[start : start + len(middle)] == middle
+    assert paper_channels(12) == PAPER_CHANNELS and max(paper_channels(20)) == 256
