@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from lora_factory.adapters import adapters_in_batch
 from lora_factory.arguments import TrainArguments
 from lora_factory.collect import IGNORED, AdapterFactory, TokenSequence, collate, encode_example, encode_sequences
+from lora_factory.conditions import random_subset
 from lora_factory.errors import LoraFactoryError
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE
@@ -292,12 +293,8 @@ def _conditions(
     """Task vectors of a random subset of the modalities, sometimes of none; noise on those of texts."""
     if torch.rand((), generator=source) < UNCONDITIONED:
         return {}
-    names = list(generator.config.modalities)
-    subset = int(torch.randint(1, 2 ** len(names), (), generator=source))
     conditions = {}
-    for bit, name in enumerate(names):
-        if not subset >> bit & 1:
-            continue
+    for name in random_subset(list(generator.config.modalities), source):
         vectors = torch.stack([_task_vector(name, mixture, source) for mixture in mixtures])
         if name == "text":
             noise = arguments.base_noise * generator.standardiser.length(name)

@@ -20,6 +20,7 @@ from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.baselines import train_multitask
 from lora_factory.collect import AdapterFactory
+from lora_factory.conditions import random_subset
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
@@ -286,7 +287,7 @@ def sample_episode(
     tasks = [names[index] for index in order.tolist()]
     adapters = torch.stack([_draw(weights[task], source) for task in tasks])
     conditions = {}
-    for name in _present(list(features), source):
+    for name in random_subset(list(features), source):
         support = MAX_SUPPORT if name == "hidden" else 1
         drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
         drawn = drawn + noise * generator.standardiser.length(name) * torch.randn(drawn.shape, generator=source)
@@ -343,12 +344,6 @@ def _known(zoo: AdapterZoo, tasks: Sequence[Task]) -> list[Task]:
     if missing := [name for name in zoo.tasks if name not in known]:
         raise LoraFactoryError(f"no examples of the zoo's tasks {missing}; pass the task file that it was made of")
     return [known[name] for name in zoo.tasks]
-
-
-def _present(names: list[str], source: torch.Generator) -> list[str]:
-    """A random non-empty subset of the modalities (modality dropout)."""
-    drawn = int(torch.randint(1, 2 ** len(names), (), generator=source))
-    return [name for bit, name in enumerate(names) if drawn >> bit & 1]
 
 
 def _support_mean(rows: torch.Tensor, largest: int, source: torch.Generator) -> torch.Tensor:
