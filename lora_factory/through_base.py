@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch.nn import functional
 from tqdm.auto import tqdm
 
@@ -137,6 +138,8 @@ def train_through_base(
     """
     accelerator, total = factory.accelerator, arguments.base_steps
     generator.to(accelerator.device).train()
+    for tensor in generator.state_dict().values():  # features of other batches differ in their last digits
+        tensor.copy_(broadcast(tensor.clone()))
     generator.bias.requires_grad_(True)
     network = [parameter for name, parameter in generator.named_parameters() if name != "bias"]
     groups: list[dict[str, Any]] = [{"params": [generator.bias], "weight_decay": 0.0}, {"params": network}]
