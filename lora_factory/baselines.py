@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
+from lora_factory.sequences import TokenSequence, encode_sequences
 from lora_factory.tasks import Task
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike

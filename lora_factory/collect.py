@@ -7,31 +7,17 @@ after any interruption.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from lora_factory import __version__
-from lora_factory.adapters import AdapterSlot, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model
-from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
-from lora_factory.run_record import RunRecord
+from lora_factory.factory import AdapterFactory, comparable_settings
 from lora_factory.tasks import Task, load_tasks
 from lora_factory.zoo import AdapterZoo
-
-LIBRARIES = ("torch", "transformers", "peft")
-IGNORED = -100  # the label that PyTorch's cross-entropy skips
 
 
 def collect_adapters(
@@ -77,263 +63,6 @@ def collect_adapters(
     return AdapterZoo(output_dir)
 
 
-@dataclass
-class AdapterFactory:
-    """One base model with one LoRA slot, trained on one task after another.
-
-    Attributes:
-        model: The base model with the LoRA attached.
-        slot: Writes weights into the LoRA slot in place.
-        initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
-    """
-
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    arguments: CollectArguments
-    layout: AdapterLayout
-    slot: AdapterSlot
-    initial: torch.Tensor
-    accelerator: Accelerator
-
-    @classmethod
-    def attach(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        arguments: CollectArguments,
-        base_model_name: str,
-        accelerator: Accelerator,
-    ) -> AdapterFactory:
-        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base."""
-        targets = arguments.target_modules
-        lora_config = LoraConfig(
-            r=arguments.rank,
-            lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type="CAUSAL_LM",
-        )
-        revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            peft_model = wrap_base(model, lora_config)
-        state_dict = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-        layout = AdapterLayout.from_state_dict(
-            state_dict, lora_config, base_model=base_model_name, base_revision=revision
-        )
-        initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        return cls(peft_model, tokenizer, arguments, layout, AdapterSlot(peft_model, layout), initial, accelerator)
-
-    def train(self, task: Task, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
-        """Fine-tune the slot on one task.
-
-        Args:
-            task: What to learn.
-            seed: Order of the data.
-            label: What the progress bar says.
-
-        Returns:
-            The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
-        """
-        train = encode_sequences(self.tokenizer, task.examples("train"), self.arguments)
-        total, every = self.schedule(len(train))
-        kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
-        batches = _batches(train, self.arguments.batch_size, seed)
-        snapshots, losses, tokens = self.fit(batches, [self.validation(task)], kept, label)
-        return self._record(task, seed, tuple(kept), losses, tokens), snapshots
-
-    def fit(
-        self,
-        batches: Iterator[list[TokenSequence]],
-        validation: Sequence[list[TokenSequence]],
-        kept: Sequence[int],
-        label: str,
-    ) -> tuple[torch.Tensor, tuple[float, ...], int]:
-        """Train the slot from the shared initialisation.
-
-        Args:
-            batches: Training batches, as many as asked for.
-            validation: Sets of sequences; a snapshot's loss is the mean over the sets.
-            kept: Rising steps after which a snapshot is taken; the last one ends the training.
-            label: What the progress bar and errors say.
-
-        Returns:
-            Snapshots ``(len(kept), D)``, float32, their validation losses in nats a token, and the tokens read.
-
-        Raises:
-            LoraFactoryError: When a training loss is not finite.
-        """
-        arguments, total = self.arguments, kept[-1]
-        self.slot.load(self.initial)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * arguments.warmup_ratio), total)
-        snapshots, losses, tokens = [], [], 0
-        bar = tqdm(total=total, desc=label, unit="step", disable=not self.accelerator.is_local_main_process)
-        for step in range(1, total + 1):
-            tokens += self._step(batches, optimizer, parameters, label, step)
-            schedule.step()
-            bar.update()
-            if step in kept:
-                snapshots.append(self._weights())
-                losses.append(sum(self.loss(sequences) for sequences in validation) / len(validation))
-                bar.set_postfix(validation=f"{losses[-1]:.3f}")
-        bar.close()
-        return torch.stack(snapshots), tuple(losses), tokens
-
-    @property
-    def tokens_a_step(self) -> int:
-        """Tokens that one optimizer step reads at most; exactly these where sequences are packed."""
-        arguments = self.arguments
-        return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
-
-    def validation(self, task: Task) -> list[TokenSequence]:
-        """The sequences of a task's validation split that snapshots are scored on."""
-        sequences = encode_sequences(self.tokenizer, task.examples("validation"), self.arguments)
-        return sequences[: self.arguments.validation_sequences]
-
-    def schedule(self, sequences: int) -> tuple[int, int]:
-        """Optimizer steps in all, and steps between snapshots."""
-        arguments = self.arguments
-        if not arguments.epochs:
-            return arguments.steps, arguments.snapshot_every
-        per_epoch = math.ceil(sequences / (arguments.batch_size * arguments.gradient_accumulation))
-        return per_epoch * arguments.epochs, per_epoch * arguments.snapshot_every
-
-    def _step(
-        self,
-        batches: Iterator[list[TokenSequence]],
-        optimizer: torch.optim.Optimizer,
-        parameters: list[torch.nn.Parameter],
-        label: str,
-        step: int,
-    ) -> int:
-        """One optimizer step; returns the number of tokens that it read."""
-        self.model.train()
-        tokens = 0
-        for _ in range(self.arguments.gradient_accumulation):
-            batch = next(batches)
-            loss = self._forward(batch)
-            if not torch.isfinite(loss):
-                raise LoraFactoryError(
-                    f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate "
-                    f"(now {self.arguments.learning_rate}) or look for damaged text"
-                )
-            self.accelerator.backward(loss)  # divides by the accumulation steps itself
-            tokens += sum(len(sequence.tokens) for sequence in batch)
-        self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return tokens
-
-    def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
-        return self.model(**collate(batch, self.tokenizer.pad_token_id or 0, self.accelerator.device)).loss
-
-    def _weights(self) -> torch.Tensor:
-        state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        return self.layout.flatten({key: value.detach().float().cpu() for key, value in state_dict.items()})
-
-    @torch.no_grad()
-    def loss(self, sequences: list[TokenSequence]) -> float:
-        """Mean loss in nats a scored token."""
-        self.model.eval()
-        total, scored = 0.0, 0
-        for start in range(0, len(sequences), self.arguments.batch_size):
-            batch = sequences[start : start + self.arguments.batch_size]
-            count = sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
-            total += self._forward(batch).item() * count
-            scored += count
-        return total / scored
-
-    def _record(
-        self, task: Task, seed: int, steps: tuple[int, ...], losses: tuple[float, ...], tokens: int
-    ) -> RunRecord:
-        return RunRecord(
-            task=task.name,
-            run=f"seed-{seed}",
-            descriptions=task.descriptions,
-            seed=seed,
-            base_model=self.layout.base_model,
-            base_revision=self.layout.base_revision,
-            steps=steps[-1],
-            snapshot_steps=steps,
-            validation_losses=losses,
-            train_tokens=tokens,
-            data_fingerprint=task.fingerprint(),
-            versions={"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}},
-            arguments=_comparable(self.arguments),
-            license=task.license,
-        )
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """One training sequence: token ids and labels of equal length; label -100 is not scored."""
-
-    tokens: list[int]
-    labels: list[int]
-
-
-def encode_sequences(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], arguments: CollectArguments
-) -> list[TokenSequence]:
-    """Tokenise examples into sequences of at most ``sequence_length`` tokens, with the loss on the completion only.
-
-    With packing, examples follow each other (closed by the end-of-text token) and every sequence is full, unless all
-    the text is shorter than one. Without it, each example is cut into its own sequences.
-
-    Raises:
-        LoraFactoryError: When no token is left to learn from.
-    """
-    length = arguments.sequence_length
-    encoded = [encode_example(tokenizer, example, length) for example in examples]
-    if arguments.packing:
-        stream = TokenSequence([t for s in encoded for t in s.tokens], [label for s in encoded for label in s.labels])
-        whole = max(length, len(stream.tokens) // length * length)
-        encoded = [TokenSequence(stream.tokens[:whole], stream.labels[:whole])]
-    cut = [
-        TokenSequence(sequence.tokens[start : start + length], sequence.labels[start : start + length])
-        for sequence in encoded
-        for start in range(0, len(sequence.tokens), length)
-    ]
-    sequences = [sequence for sequence in cut if any(label != IGNORED for label in sequence.labels[1:])]
-    if not sequences:
-        raise LoraFactoryError(f"{len(examples)} examples hold no token to learn from; give longer texts")
-    return sequences
-
-
-def collate(batch: Sequence[TokenSequence], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Pad sequences on the right to the batch's longest; tensors of shape ``(batch, tokens)``."""
-    longest = max(len(sequence.tokens) for sequence in batch)
-
-    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
-    return {
-        "input_ids": padded([sequence.tokens for sequence in batch], pad_token_id),
-        "labels": padded([sequence.labels for sequence in batch], IGNORED),
-        "attention_mask": padded([[1] * len(sequence.tokens) for sequence in batch], 0),
-    }
-
-
-def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -> TokenSequence:
-    """One example as tokens; an over-long prompt loses its beginning, so that the completion stays."""
-    prompt = tokenizer(example.prompt).input_ids if example.prompt else []
-    completion = tokenizer(example.completion, add_special_tokens=not prompt).input_ids
-    completion = completion + [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
-    if prompt:
-        prompt = prompt[-max(1, length - len(completion)) :]
-    return TokenSequence(prompt + completion, [IGNORED] * len(prompt) + completion)
-
-
-def _batches(sequences: list[TokenSequence], size: int, seed: int) -> Iterator[list[TokenSequence]]:
-    """Endless shuffled batches; an epoch's last batch may be smaller."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(sequences), generator=generator).tolist()
-        for start in range(0, len(order), size):
-            yield [sequences[index] for index in order[start : start + size]]
-
-
 def _pairs(tasks: Sequence[Task], arguments: CollectArguments) -> list[tuple[Task, int]]:
     return [(task, seed) for seed in arguments.seeds for task in tasks]
 
@@ -346,7 +75,7 @@ def _finished(zoo: AdapterZoo, task: Task, seed: int, factory: AdapterFactory) -
     record = zoo.record(task.name, run)
     if record.descriptions != task.descriptions:
         zoo.describe(record, task.descriptions)
-    wanted = {**_comparable(factory.arguments), "data_fingerprint": task.fingerprint()}
+    wanted = {**comparable_settings(factory.arguments), "data_fingerprint": task.fingerprint()}
     found = {**record.arguments, "data_fingerprint": record.data_fingerprint}
     different = sorted(name for name in wanted if wanted[name] != found.get(name))
     if different:
@@ -356,8 +85,3 @@ def _finished(zoo: AdapterZoo, task: Task, seed: int, factory: AdapterFactory) -
             "choose another output_dir, or delete that run folder to collect it again"
         )
     return True
-
-
-def _comparable(arguments: CollectArguments) -> dict[str, object]:
-    """The settings that a run depends on; the list of seeds is not one of them."""
-    return {name: value for name, value in asdict(arguments).items() if name != "seeds"}

@@ -26,12 +26,13 @@ from lora_factory.baselines import (
     train_multitask,
     uniform_soup,
 )
-from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
 from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.refine import best_of, refine
+from lora_factory.sequences import TokenSequence, encode_sequences
 from lora_factory.tasks import Task
 from lora_factory.zoo import AdapterZoo
 

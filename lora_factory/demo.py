@@ -28,9 +28,10 @@ from lora_factory.adapters import AdapterSlot, attach_adapter
 from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
 from lora_factory.base_models import EMBEDDED_BASE_MODEL, embedded_base_model, load_base_model
 from lora_factory.cells import CellLog
-from lora_factory.collect import LIBRARIES, collect_adapters
+from lora_factory.collect import collect_adapters
 from lora_factory.corpus import build_corpus
 from lora_factory.evaluation import TextScore, headroom, score_examples
+from lora_factory.factory import LIBRARIES
 from lora_factory.files import write_json
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_factory.collect import AdapterFactory, TokenSequence
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
+from lora_factory.sequences import TokenSequence
 from lora_factory.through_base import query_loss
 
 LEARNING_RATE = 1e-3

@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 
 from lora_factory.adapters import adapters_in_batch
 from lora_factory.arguments import TrainArguments
-from lora_factory.collect import IGNORED, AdapterFactory, TokenSequence, collate, encode_example, encode_sequences
 from lora_factory.conditions import random_subset
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE
+from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_example, encode_sequences
 from lora_factory.tasks import Task
 from lora_factory.training_state import TrainingCheckpoint, TrainingState
 

@@ -19,11 +19,11 @@ from transformers import get_cosine_schedule_with_warmup
 from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.baselines import train_multitask
-from lora_factory.collect import AdapterFactory
 from lora_factory.conditions import random_subset
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
 from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
 from lora_factory.layout import AdapterLayout

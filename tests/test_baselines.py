@@ -23,8 +23,9 @@ from lora_factory.baselines import (
     train_multitask,
     uniform_soup,
 )
-from lora_factory.collect import AdapterFactory, TokenSequence
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
+from lora_factory.sequences import TokenSequence
 from lora_factory.tasks import Task
 
 

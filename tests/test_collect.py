@@ -17,9 +17,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lora_factory import cli
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import IGNORED, AdapterFactory, collate, collect_adapters, encode_sequences
+from lora_factory.collect import collect_adapters
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
+from lora_factory.sequences import IGNORED, collate, encode_sequences
 from lora_factory.tasks import Task, save_tasks
 from lora_factory.zoo import AdapterZoo
 

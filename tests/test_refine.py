@@ -11,10 +11,11 @@ from conftest import TRAINING_TEXT
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model
-from lora_factory.collect import AdapterFactory, TokenSequence, encode_sequences
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
 from lora_factory.refine import best_of, refine
+from lora_factory.sequences import TokenSequence, encode_sequences
 
 SETTINGS = CollectArguments(sequence_length=24, target_modules="all-linear")
 

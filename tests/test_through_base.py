@@ -21,8 +21,9 @@ from lora_factory import through_base
 from lora_factory.adapters import AdapterSlot, adapters_in_batch, wrap_base
 from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_models import load_base_model
-from lora_factory.collect import AdapterFactory, collect_adapters
+from lora_factory.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task
@@ -293,7 +294,7 @@ from dataclasses import replace
 from accelerate import Accelerator
 from lora_factory.arguments import TrainArguments
 from lora_factory.base_models import load_base_model
-from lora_factory.collect import AdapterFactory
+from lora_factory.factory import AdapterFactory
 from lora_factory.through_base import train_through_base
 from lora_factory.zoo import AdapterZoo
 from test_through_base import SETTINGS, prepared
