@@ -24,7 +24,8 @@ from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
 from lora_factory.baselines import train_multitask
 from lora_factory.collect import collect_adapters
-from lora_factory.comparison import Fold, compare
+from lora_factory.comparison import compare
+from lora_factory.fold import Fold
 from lora_factory.report import terminal_tables, write_report
 from lora_factory.training import training_history, zoo_factory
 
@@ -41,7 +42,7 @@ COLLECT = CollectArguments(
 # The rank and learning rate that suit the multi-task LoRA best of 4 and 16, 5e-3 and 1e-2 (first fold, 2,500 steps).
 COMPARE = CompareArguments(max_tokens=4000, multitask_rank=16, multitask_learning_rate=5e-3)
 TRAIN = TrainArguments(
-    width=128, base_rank=16, base_steps=2000, multitask_learning_rate=5e-3, base_bias_learning_rate=1e-3
+    width=128, base_rank=16, base_steps=300, multitask_learning_rate=5e-3, base_bias_learning_rate=1e-3
 )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,11 @@ def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout,
             handle.remove()
 
 
+def without_adapters(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
+    """A context in which a model is its base model alone."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
 def _add_lora(factors_a: Tensor, factors_b: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
     """A module's output plus the LoRA of every share of the batch; ``factors_a`` is ``(n, *shape of A)``."""
     (values,) = inputs
@@ -194,7 +199,7 @@ class AdapterSlot:
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the model is its base model alone."""
-        return self.model.disable_adapter()
+        return without_adapters(self.model)
 
 
 def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ class CompareArguments:
     max_examples: int = _option(100, "test examples answered a task, where a task has a metric")
     window: int = _option(256, "tokens of context a forward pass")
     examples: int = _option(16, "examples a condition is made of, where a method is conditioned on examples")
-    refine_steps: int = _option(20, "steps on the examples of the methods that are refined on them")
+    refine_steps: int = _option(60, "steps at most on the examples of the methods that are refined on them")
     multitask_rank: int = _option(0, "rank of the multi-task LoRA; 0: that of the zoo")
     multitask_learning_rate: float = _option(0.0, "learning rate of the multi-task LoRA; 0: that of the zoo")
 

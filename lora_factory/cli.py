@@ -182,7 +182,8 @@ def _compare(options: argparse.Namespace) -> None:
     if not options.zoo:
         raise LoraFactoryError("--generator needs --zoo, the folder of the zoo that the generator was trained on")
     arguments = _read_options(options, CompareArguments)
-    from lora_factory.comparison import Fold, compare
+    from lora_factory.comparison import compare
+    from lora_factory.fold import Fold
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
     from lora_factory.tasks import load_tasks

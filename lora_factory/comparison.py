@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 from lora_factory import __version__
 from lora_factory.arguments import CompareArguments
 from lora_factory.cells import CellLog
-from lora_factory.contenders import GENERATED, Contenders, Fold
+from lora_factory.contenders import Contenders
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import score_examples
 from lora_factory.factory import LIBRARIES
 from lora_factory.files import write_json
+from lora_factory.fold import Fold
 from lora_factory.metrics import task_accuracy
+from lora_factory.summaries import GENERATED
 from lora_factory.tasks import Task
 
 __all__ = ["Fold", "compare"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_factory.base_loss import FrozenBase
 from lora_factory.base_models import load_base_model
 from lora_factory.data_source import Example
 from lora_factory.encoders import HiddenStateEncoder, task_vector
@@ -44,15 +45,29 @@ def random_subset(modalities: Sequence[str], source: torch.Generator) -> list[st
 
 
 def open_base(
+    layout: AdapterLayout, base_model: str | Path | PreTrainedModel | PeftModel | None
+) -> PreTrainedModel | PeftModel:
+    """The live base model of a layout, loaded unless it is one."""
+    if base_model is None or isinstance(base_model, str | Path):
+        return _load(layout, base_model)[0]
+    return base_model
+
+
+def open_reader(
     layout: AdapterLayout,
     base_model: str | Path | PreTrainedModel | PeftModel | None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | None]:
-    """The live base model of a layout, loaded unless it is one, and its tokenizer as far as it is known."""
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> FrozenBase:
+    """The same with its tokenizer, to read examples with.
+
+    Raises:
+        LoraFactoryError: When a live model comes without its tokenizer.
+    """
     if base_model is None or isinstance(base_model, str | Path):
-        revision = None if base_model else layout.base_revision
-        return load_base_model(base_model or layout.base_model, revision=revision)
-    return base_model, tokenizer
+        return FrozenBase(*_load(layout, base_model), layout)
+    if tokenizer is None:
+        raise LoraFactoryError("examples and a live base model need its tokenizer; pass tokenizer=")
+    return FrozenBase(base_model, tokenizer, layout)
 
 
 def encode_examples(
@@ -68,10 +83,8 @@ def encode_examples(
             f"this generator listens to {', '.join(modalities)} and not to examples; pass a text, or train one with "
             "train_generator(zoo, output_dir, tasks=tasks)"
         )
-    model, tokenizer = open_base(layout, base_model, tokenizer)
-    if tokenizer is None:
-        raise LoraFactoryError("examples and a live base model need its tokenizer; pass tokenizer=")
-    return {"hidden": task_vector(HiddenStateEncoder(model, tokenizer).encode(examples))}
+    base = open_reader(layout, base_model, tokenizer)
+    return {"hidden": task_vector(HiddenStateEncoder(base.model, base.tokenizer).encode(examples))}
 
 
 def nearest_tasks(
@@ -93,3 +106,7 @@ def nearest_tasks(
         {"task": names[index], "similarity": round(value, 4)}
         for value, index in zip(values.tolist(), indices.tolist(), strict=True)
     ]
+
+
+def _load(layout: AdapterLayout, base_model: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_base_model(base_model or layout.base_model, revision=None if base_model else layout.base_revision)

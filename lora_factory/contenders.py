@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,62 +27,17 @@ from lora_factory.baselines import (
     uniform_soup,
 )
 from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
-from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
-from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.fold import Fold
 from lora_factory.refine import best_of, refine
 from lora_factory.sequences import TokenSequence, encode_sequences
+from lora_factory.summaries import ANOTHER_TASK, FROM_EXAMPLES, GENERATED, UNREFINED
 from lora_factory.tasks import Task
-from lora_factory.zoo import AdapterZoo
 
-GENERATED = "generated"
 MULTITASK = "multi-task LoRA"
-WAYS = {"text": "", "hidden": " from examples"}  # how a method's name says what it is conditioned on
+WAYS = {"text": "", "hidden": FROM_EXAMPLES}  # how a method's name says what it is conditioned on
 SHOWN_EXAMPLES = 24  # examples a task in the plot of hidden states
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What one comparison is about.
-
-    Attributes:
-        seen: Tasks of the zoo that generator and baselines were made from.
-        unseen: Tasks of which neither text, checkpoint nor description was in it.
-        zoo: The seen tasks' adapters.
-        originals: The unseen tasks' own adapters: the unit of their headroom, shown to no method.
-        generator: The generator trained on ``zoo``.
-        number: The fold's number in a series of them.
-        seeds: Seeds to compare for this fold alone, where every seed has a zoo and a generator of its own.
-        history: The generator's training losses, as ``training.json`` has them.
-    """
-
-    seen: tuple[Task, ...]
-    unseen: tuple[Task, ...]
-    zoo: AdapterZoo
-    originals: AdapterZoo | None
-    generator: CVAELoRAGenerator
-    number: int = 0
-    seeds: tuple[int, ...] = ()
-    history: Sequence[Mapping[str, float]] = ()
-
-    def __post_init__(self) -> None:
-        """Check that nothing unseen was seen."""
-        if {task.name for task in self.seen} != set(self.zoo.tasks):
-            raise LoraFactoryError(
-                f"the seen tasks {sorted(task.name for task in self.seen)} are not the zoo's: {self.zoo.tasks}; "
-                "pass the tasks that it was collected from"
-            )
-        leaked = sorted({task.name for task in self.unseen} & set(self.zoo.tasks))
-        if leaked:
-            raise LoraFactoryError(f"the unseen tasks {leaked} are in the zoo {self.zoo.folder}; leave them out of it")
-        if self.generator.config.zoo_fingerprint != self.zoo.fingerprint():
-            raise LoraFactoryError(
-                f"the generator was not trained on the zoo {self.zoo.folder} as it is now; "
-                "train it again with train_generator"
-            )
-        if self.unseen and self.originals is None:
-            raise LoraFactoryError("unseen tasks need their own LoRAs as a unit; collect them into a zoo of their own")
 
 
 class Contenders:
@@ -122,17 +77,20 @@ class Contenders:
             self.methods |= {
                 f"{GENERATED}{suffix}": partial(self._generated, [name]),
                 f"{GENERATED}{suffix}, sampled": partial(self._generated, [name], temperature=1.0),
-                f"{GENERATED}{suffix}, another task": partial(self._generated, [name], another=True),
+                f"{GENERATED}{suffix}{ANOTHER_TASK}": partial(self._generated, [name], another=True),
             }
         if "text" in self.ways:
             self.methods[f"{GENERATED}, gibberish"] = self._from_gibberish
         if len(self.ways) > 1:
-            self.methods[f"{GENERATED} from text and examples"] = partial(self._generated, list(self.ways))
+            self.methods[f"{GENERATED} from text and examples, unrefined"] = partial(self._generated, list(self.ways))
         self.methods[f"{GENERATED}, no condition"] = partial(self._generated, [])
         if "hidden" in self.ways:
             self.methods |= {
-                f"{GENERATED} from examples, best of {len(self._subsets)}": self._best_of,
-                f"{GENERATED} from examples, refined": partial(self._refined, f"{GENERATED} from examples"),
+                # the first two as generate_adapter(examples=…) writes them
+                f"{GENERATED}{FROM_EXAMPLES}": partial(self._refined, GENERATED),
+                f"{GENERATED}{FROM_EXAMPLES}{ANOTHER_TASK}": partial(self._refined, GENERATED, another=True),
+                UNREFINED: partial(self._generated, ["hidden"]),
+                f"{GENERATED}{FROM_EXAMPLES}, best of {len(self._subsets)}": self._best_of,
                 f"{MULTITASK}, refined": partial(self._refined, MULTITASK),
             }
 
@@ -154,20 +112,23 @@ class Contenders:
         source = torch.Generator().manual_seed(seed)
         return torch.randperm(len(self.features["hidden"][name]), generator=source)[: self.arguments.examples]
 
-    def _sequences(self, factory: AdapterFactory, task: Task, seed: int) -> list[TokenSequence]:
-        """The examples of a condition as the base model reads them."""
-        examples = task.examples("train")
-        drawn = [examples[index] for index in self._drawn(task.name, seed).tolist()]
+    def _sequences(self, factory: AdapterFactory, name: str, seed: int) -> list[TokenSequence]:
+        """The examples of a task's condition as the base model reads them."""
+        examples = next(task for task in (*self.fold.seen, *self.fold.unseen) if task.name == name).examples("train")
+        drawn = [examples[index] for index in self._drawn(name, seed).tolist()]
         return encode_sequences(factory.tokenizer, drawn, factory.arguments)
 
-    def _refined(self, method: str, task: Task, seed: int) -> torch.Tensor:
-        factory, start = self.factory_of(method), self.methods[method](task, seed)
-        return refine(factory, start, self._sequences(factory, task, seed), steps=self.arguments.refine_steps)
+    def _refined(self, method: str, task: Task, seed: int, *, another: bool = False) -> torch.Tensor:
+        factory, name, steps = self.factory_of(method), self._asked(task, another=another), self.arguments.refine_steps
+        start = (
+            self._multitask(seed) if method == MULTITASK else self._generated(["hidden"], task, seed, another=another)
+        )
+        return refine(factory, start, self._sequences(factory, name, seed), steps=steps)
 
     def _best_of(self, task: Task, seed: int) -> torch.Tensor:
         factory = self._generators_factory
         candidates = torch.stack([self._generated(ways, task, seed) for ways in self._subsets])
-        return best_of(factory, candidates, self._sequences(factory, task, seed))[0]
+        return best_of(factory, candidates, self._sequences(factory, task.name, seed))[0]
 
     def factory_of(self, method: str) -> AdapterFactory:
         """The base model with the slot that a method's weights fit into."""
@@ -345,8 +306,12 @@ class Contenders:
     def _generated(
         self, ways: Sequence[str], task: Task, seed: int, *, temperature: float = 0.0, another: bool = False
     ) -> torch.Tensor:
-        name = other_task(task.name, [*self.weights, task.name]) if another else task.name
+        name = self._asked(task, another=another)
         return self._from({way: self.condition(way, name, seed) for way in ways}, seed, temperature)
+
+    def _asked(self, task: Task, *, another: bool) -> str:
+        """Whose condition is given for a task: its own, or as a control another seen task's."""
+        return other_task(task.name, [*self.weights, task.name]) if another else task.name
 
     def _from_gibberish(self, task: Task, seed: int) -> torch.Tensor:
         return self._from({"text": self.fold.generator.text_encoder.encode([gibberish(seed)])[0]}, seed)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from lora_factory.adapters import attach_adapter
 from lora_factory.base_models import quiet_transformers
-from lora_factory.conditions import check_conditions, encode_examples, nearest_tasks, open_base
+from lora_factory.conditions import check_conditions, encode_examples, nearest_tasks, open_base, open_reader
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.encoders import TextEncoder
@@ -30,10 +30,12 @@ from lora_factory.networks import (
     Gaussian,
     GeneratorOutput,
     TokenCVAE,
+    group_means,
     spread_over_weights,
     token_scales,
 )
 from lora_factory.pushing import HubMixin
+from lora_factory.refine import STEPS, refine_state_dict
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
@@ -156,7 +158,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardised weights ``(batch, D)`` and the embedded condition ``(batch, width)`` of a training batch."""
         weights = (adapters - self.bias) / self.weight_scale
-        return weights, self.network.embed_condition(self._standard_conditions(conditions), len(adapters))
+        return weights, self.network.embed_condition(self.standardiser.all(conditions), len(adapters))
 
     def _token_loss(
         self,
@@ -200,7 +202,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         No condition at all is a valid one: every modality is then replaced by its learned absence.
         """
         generator = torch.Generator().manual_seed(seed)
-        condition = self.network.embed_condition(self._standard_conditions(conditions), batch)
+        condition = self.network.embed_condition(self.standardiser.all(conditions), batch)
         latent = self.network.prior(condition).sample(temperature, generator)
         mean, log_std = self.network.decode(latent, condition)
         if temperature > 0:
@@ -272,8 +274,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             ``{"hidden": vector}``, to be passed as ``conditions``.
 
         Raises:
-            LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
-                without its tokenizer.
+            LoraFactoryError: When this generator was trained without examples, or one is empty.
         """
         return encode_examples(self.config.modalities or {}, self.layout, examples, base_model, tokenizer)
 
@@ -289,6 +290,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         adapter_name: str = "default",
         is_trainable: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        refine_steps: int = STEPS,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
 
@@ -296,13 +298,16 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             text: What the adapter is for.
             base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
                 A ``PeftModel`` gets one more adapter (or has the one of this name overwritten).
-            examples: A few examples of the task, beside ``text`` or instead of it; see :meth:`encode_examples`.
+            examples: A few examples of the task, beside ``text`` or instead of it: a condition as
+                :meth:`encode_examples` makes it, and what the written adapter is refined on.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
             temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
             adapter_name: The adapter's name in the returned model.
             is_trainable: Whether the adapter is left open to training, as a start for fine-tuning.
             tokenizer: With ``examples`` and a live model: its tokenizer.
+            refine_steps: With ``examples``: steps that the written adapter is trained on them at most, as far as that
+                helps on those left out (:func:`lora_factory.refine.refine`); 0 leaves it as the network wrote it.
 
         Returns:
             A ``peft.PeftModel`` with the adapter active, in evaluation mode unless it is trainable.
@@ -312,10 +317,14 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         """
         model, vectors = base_model, dict(conditions or {})
         if examples is not None:
-            model, tokenizer = open_base(self.layout, base_model, tokenizer)
-            vectors |= self.encode_examples(examples, model, tokenizer)
+            base = open_reader(self.layout, base_model, tokenizer)
+            model = base.model
+            if "hidden" in (self.config.modalities or {}) or not (text or vectors) or not refine_steps:
+                vectors |= self.encode_examples(examples, model, base.tokenizer)
         state_dict = self.generate_state_dict(text, conditions=vectors, seed=seed, temperature=temperature)
-        attached = attach_adapter(open_base(self.layout, model)[0], self.layout, state_dict, adapter_name)
+        if examples is not None:
+            state_dict = refine_state_dict(base, state_dict, examples, refine_steps)
+        attached = attach_adapter(open_base(self.layout, model), self.layout, state_dict, adapter_name)
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
 
@@ -381,18 +390,10 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         self.bias.copy_(means.mean(0))
         self.token_scale.copy_(token_scales(self.layout, weights, self.bias.cpu()))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
-        groups = {name: torch.cat([_group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
+        groups = {name: torch.cat([group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
         self.standardiser.fit({name: rows if name == "text" else groups[name] for name, rows in vectors.items()})
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
-
-    def _standard_conditions(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: self.standardiser(name, vector) for name, vector in conditions.items()}
-
-
-def _group_means(rows: torch.Tensor) -> torch.Tensor:
-    """Means over four consecutive rows each, and over the rest."""
-    return torch.stack([group.mean(0) for group in rows.split(4)])
 
 
 AutoConfig.register("cvae_lora", CVAELoRAConfig)

@@ -97,6 +97,10 @@ class ConditionStandardiser(nn.Module):
         centred = vector - self.get_buffer(f"{name}_mean")
         return centred @ self.get_buffer(f"{name}_basis").T / self.get_buffer(f"{name}_scale")
 
+    def all(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The coordinates of several modalities' task vectors."""
+        return {name: self(name, vectors) for name, vectors in conditions.items()}
+
     def length(self, name: str) -> float:
         """How far a task vector is from the mean one, in the units of the encoder."""
         return float(self.get_buffer(f"{name}_scale")) * math.sqrt(self.spanned(name))
@@ -339,3 +343,8 @@ def _gaussian(parameters: torch.Tensor) -> Gaussian:
     """Split into mean and log-variance; the latter is kept within e^±10, where half precision still holds it."""
     mean, log_variance = parameters.chunk(2, dim=-1)
     return Gaussian(mean, log_variance.clamp(-10, 10))
+
+
+def group_means(rows: torch.Tensor) -> torch.Tensor:
+    """Means over four consecutive rows each, and over the rest."""
+    return torch.stack([group.mean(0) for group in rows.split(4)])

@@ -1,42 +1,48 @@
-"""Take an adapter a few steps further on a user's own examples, and choose between adapters by their loss there."""
+"""From generated weights to better ones by a user's own examples: a few cross-validated steps, or best of several."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lora_factory.adapters import without_adapters
+from lora_factory.arguments import CollectArguments
+from lora_factory.base_loss import Base, query_loss
+from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import TokenSequence
-from lora_factory.through_base import query_loss
+from lora_factory.sequences import TokenSequence, encode_sequences
 
+STEPS = 60  # at most
 LEARNING_RATE = 1e-3
-BATCH = 16  # sequences a step
-CHECK_EVERY = 5  # steps between looks at the held-out sequences
+PARTS = 4  # copies of the adapter, each trained without its part of the examples
+BATCH = 8  # sequences a step and copy
+CHECK_EVERY = 3  # steps between looks at the parts left out
+PATIENCE = 3  # looks without a lower loss before it stops
 
 
 def refine(
-    factory: AdapterFactory,
+    base: Base,
     adapter: Tensor,
     sequences: Sequence[TokenSequence],
     *,
-    steps: int = 20,
+    steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
 ) -> Tensor:
-    """Fine-tune an adapter on a few examples with Adam, as long as that helps on those that it is not trained on.
+    """Fine-tune an adapter on a few examples with Adam, as far as that helps on examples it is not trained on.
 
-    Every fourth sequence is held out; the weights with the lowest loss on these are returned, which may be the adapter
-    as it was. With fewer than four sequences all are trained on, to the end.
+    Four copies of the adapter learn side by side, each without another quarter of the sequences. Where their mean loss
+    on the quarters left out is lowest they stop, which may be at once; their mean is returned. So all examples are
+    used, for the weights as well as for the choice, and averaging takes out some of what each has learned by heart.
 
     Args:
-        factory: The frozen base model.
+        base: The frozen base model, its tokenizer and the layout.
         adapter: Shape ``(D,)``, for example a generated one.
-        sequences: The examples, from ``encode_sequences``.
-        steps: Optimizer steps of up to 16 sequences each; 0 returns the adapter as it is.
+        sequences: The examples, from ``encode_sequences``; a single one cannot be left out, so nothing changes.
+        steps: Optimizer steps at most; 0 returns the adapter as it is.
         learning_rate: Adam's, constant.
 
     Returns:
@@ -45,38 +51,55 @@ def refine(
     Raises:
         LoraFactoryError: When the loss is not finite.
     """
-    held_out = list(sequences[::4]) if len(sequences) >= 4 else []
-    train = [row for number, row in enumerate(sequences) if number % 4] if held_out else list(sequences)
-    weights = adapter.detach().clone().to(factory.accelerator.device).requires_grad_(True)
+    start = adapter.detach().cpu().clone()
+    parts = min(PARTS, len(sequences))
+    if parts < 2 or steps < 1:
+        return start
+    held_out, train = _left_out(sequences, parts)
+    weights = start.to(base.model.device).repeat(parts, 1).requires_grad_(True)
     optimizer = torch.optim.Adam([weights], lr=learning_rate)
-    hidden = not factory.accelerator.is_local_main_process
-    with factory.slot.disabled():
-        best, chosen = _loss(factory, weights, held_out), weights.detach().clone()
-        for step in tqdm(range(1, steps + 1), desc="refine", disable=hidden, delay=2, leave=False):
-            batch = [train[((step - 1) * BATCH + row) % len(train)] for row in range(min(BATCH, len(train)))]
-            loss = query_loss(factory, weights[None], [batch])
+    source = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(rows), generator=source).tolist() for rows in train]
+    best, chosen, looks = torch.inf, start, 0
+    with without_adapters(base.model):
+        for step in tqdm(range(steps + 1), desc="refine on the examples", delay=2, leave=False):
+            if step % CHECK_EVERY == 0 or step == steps:
+                measured = _mean_loss(base, weights, held_out)
+                if measured < best:
+                    best, chosen, looks = measured, weights.detach().mean(0).cpu(), 0
+                elif (looks := looks + 1) == PATIENCE:
+                    break
+            count = min(BATCH, *map(len, train))
+            taken = [
+                [rows[order[(step * count + row) % len(rows)]] for row in range(count)]
+                for rows, order in zip(train, orders, strict=True)
+            ]
+            loss = query_loss(base, weights, taken)
             if not torch.isfinite(loss):
                 raise LoraFactoryError(
                     f"the loss is {loss.item()} at step {step}; lower learning_rate={learning_rate}"
                 )
             optimizer.zero_grad()
-            loss.backward()
+            (loss * parts).backward()
             optimizer.step()
-            if step % CHECK_EVERY == 0 or step == steps:
-                measured = _loss(factory, weights, held_out)
-                if not held_out or measured < best:
-                    best, chosen = measured, weights.detach().clone()
-    return chosen.cpu()
+    return chosen
+
+
+def refine_state_dict(
+    base: Base, state_dict: Mapping[str, Tensor], examples: Sequence[Example | str], steps: int
+) -> dict[str, Tensor]:
+    """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
+    rows = [Example("", example) if isinstance(example, str) else Example(*example) for example in examples]
+    sequences = encode_sequences(base.tokenizer, rows, CollectArguments())
+    return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
 
 @torch.no_grad()
-def best_of(
-    factory: AdapterFactory, adapters: Tensor, sequences: Sequence[TokenSequence]
-) -> tuple[Tensor, list[float]]:
+def best_of(base: Base, adapters: Tensor, sequences: Sequence[TokenSequence]) -> tuple[Tensor, list[float]]:
     """The adapter with the lowest loss on a user's examples.
 
     Args:
-        factory: The frozen base model.
+        base: The frozen base model, its tokenizer and the layout.
         adapters: Candidates of shape ``(n, D)``.
         sequences: The examples, from ``encode_sequences``.
 
@@ -86,13 +109,24 @@ def best_of(
     Raises:
         LoraFactoryError: When no candidate has a finite loss.
     """
-    with factory.slot.disabled():
-        losses = torch.stack([query_loss(factory, adapter[None], [sequences]) for adapter in adapters])
+    with without_adapters(base.model):
+        losses = torch.stack([query_loss(base, adapter[None], [sequences]) for adapter in adapters])
     if not torch.isfinite(losses).any():
         raise LoraFactoryError(f"none of {len(adapters)} adapters has a finite loss on the examples; check them")
     return adapters[losses.nan_to_num(torch.inf).argmin()], losses.tolist()
 
 
+def _left_out(
+    sequences: Sequence[TokenSequence], parts: int
+) -> tuple[list[Sequence[TokenSequence]], list[Sequence[TokenSequence]]]:
+    """Neighbouring sequences, which may be of one example, in equal parts; and for each part all the others."""
+    bounds = [len(sequences) * part // parts for part in range(parts + 1)]
+    held_out = [sequences[start:end] for start, end in pairwise(bounds)]
+    train: list[Sequence[TokenSequence]] = [[*sequences[:start], *sequences[end:]] for start, end in pairwise(bounds)]
+    return held_out, train
+
+
 @torch.no_grad()
-def _loss(factory: AdapterFactory, weights: Tensor, sequences: Sequence[TokenSequence]) -> float:
-    return float(query_loss(factory, weights[None], [sequences])) if sequences else math.inf
+def _mean_loss(base: Base, weights: Tensor, held_out: Sequence[Sequence[TokenSequence]]) -> float:
+    losses = [query_loss(base, row[None], [rows]) for row, rows in zip(weights, held_out, strict=True)]
+    return float(torch.stack(losses).mean())

@@ -20,8 +20,9 @@ ANOTHER_TASK = ", another task"
 ORIGINAL_MODEL = "original model"
 ORIGINAL_LORA = "original LoRA"
 ORIGINALS = frozenset({ORIGINAL_LORA, "original LoRA, best"})
-_OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}", f"{GENERATED} from text and examples"}
-_VARIANTS = {f"{GENERATED}{FROM_EXAMPLES}, refined", f"{GENERATED}{FROM_EXAMPLES}, best of 4"}
+_OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}"}
+UNREFINED = f"{GENERATED}{FROM_EXAMPLES}, unrefined"
+_VARIANTS = {UNREFINED, f"{GENERATED} from text and examples, unrefined", f"{GENERATED}{FROM_EXAMPLES}, best of 4"}
 _NO_RIVALS = ORIGINALS | _OURS | _VARIANTS | {f"{name}, sampled" for name in _OURS}  # neither a control nor a baseline
 GROUPS = {"seen": True, "unseen": False}
 NEEDED_MARGIN = 0.1
@@ -240,12 +241,12 @@ def _headrooms(comparison: Mapping[str, Any]) -> defaultdict[tuple[str, bool], d
 
 
 def _generated_like(method: str, measured: Collection[tuple[str, bool]]) -> str:
-    """The generator's row that a method is compared with: the one that is conditioned as it is."""
-    from_examples = f"{GENERATED}{FROM_EXAMPLES}"
-    if method.endswith(", refined"):
-        return f"{from_examples}, refined"
-    alike = from_examples if FROM_EXAMPLES in method else GENERATED
-    return alike if any(name == alike for name, _ in measured) else from_examples
+    """The generator's row that a method is compared with: the one that makes of the same what it does."""
+    names, from_examples = {name for name, _ in measured}, f"{GENERATED}{FROM_EXAMPLES}"
+    if method.startswith(from_examples) or method.endswith(", refined"):
+        return from_examples
+    alike = UNREFINED if FROM_EXAMPLES in method else GENERATED
+    return alike if alike in names else from_examples
 
 
 def _difference(values: Mapping[Place, float], others: Mapping[Place, float]) -> dict[Place, float]:

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch.nn import functional
 from tqdm.auto import tqdm
 
-from lora_factory.adapters import adapters_in_batch
 from lora_factory.arguments import TrainArguments
+from lora_factory.base_loss import query_loss
 from lora_factory.conditions import random_subset
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE
-from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_example, encode_sequences
+from lora_factory.sequences import TokenSequence, encode_example, encode_sequences
 from lora_factory.tasks import Task
 from lora_factory.training_state import TrainingCheckpoint, TrainingState
 
@@ -198,25 +197,6 @@ def validate(generator: CVAELoRAGenerator, factory: AdapterFactory, data: Mappin
             losses.append(float(query_loss(factory, vector, [task.validation])))
     generator.train(training)
     return sum(losses) / len(losses)
-
-
-def query_loss(
-    factory: AdapterFactory, adapters: torch.Tensor, queries: Sequence[Sequence[TokenSequence]]
-) -> torch.Tensor:
-    """Mean over tasks of the mean loss a scored token, each task's sequences read with its own adapter.
-
-    Args:
-        factory: The frozen base model.
-        adapters: Shape ``(tasks, D)``.
-        queries: For every task equally many sequences.
-    """
-    inputs = collate([row for rows in queries for row in rows], factory.tokenizer.pad_token_id or 0, adapters.device)
-    labels = inputs.pop("labels")[:, 1:]
-    with adapters_in_batch(factory.model, factory.layout, adapters):
-        logits = factory.model(**inputs, use_cache=False).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    scored = (labels != IGNORED).view(len(adapters), -1).sum(1)
-    return (losses.view(len(adapters), -1).sum(1) / scored).mean()
 
 
 def _episode_loss(

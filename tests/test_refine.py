@@ -14,7 +14,7 @@ from lora_factory.base_models import load_base_model
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
-from lora_factory.refine import best_of, refine
+from lora_factory.refine import best_of, refine, refine_state_dict
 from lora_factory.sequences import TokenSequence, encode_sequences
 
 SETTINGS = CollectArguments(sequence_length=24, target_modules="all-linear")
@@ -49,10 +49,20 @@ def test_steps_lower_the_loss_and_none_change_nothing(factory: AdapterFactory, s
 def test_steps_that_do_not_help_elsewhere_are_not_taken(
     factory: AdapterFactory, sequences: list[TokenSequence]
 ) -> None:
-    ours, foreign = sequences[:1], sequences[-1:]
-    start = refine(factory, factory.initial, ours, steps=60, learning_rate=1e-2)  # too few to hold one out
+    ours, foreign = sequences[:1], sequences[-4:]
+    start = refine(factory, factory.initial, ours * 2, learning_rate=1e-2)
     assert loss(factory, start, ours) < loss(factory, factory.initial, ours) - 0.5
-    assert torch.equal(refine(factory, start, [*ours, *foreign * 3], steps=40, learning_rate=1e-2), start)
+    ended = loss(factory, refine(factory, start, foreign, learning_rate=1e-2), foreign)
+    assert ended <= loss(factory, start, foreign) + 1e-3
+    assert torch.equal(refine(factory, start, ours, learning_rate=1e-2), start)  # a single one cannot be left out
+
+
+def test_a_state_dict_is_refined_on_a_users_examples(factory: AdapterFactory) -> None:
+    state_dict = factory.layout.unflatten(factory.initial)
+    better = refine_state_dict(factory, state_dict, TRAINING_TEXT[:3] * 4, 30)
+    assert better.keys() == state_dict.keys()
+    sequences = encode_sequences(factory.tokenizer, [Example("", text) for text in TRAINING_TEXT[:3]], SETTINGS)
+    assert loss(factory, factory.layout.flatten(better), sequences) < loss(factory, factory.initial, sequences) - 0.01
 
 
 def test_a_loss_that_is_not_finite_stops(factory: AdapterFactory, sequences: list[TokenSequence]) -> None:

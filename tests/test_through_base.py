@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from lora_factory import through_base
 from lora_factory.adapters import AdapterSlot, adapters_in_batch, wrap_base
 from lora_factory.arguments import CollectArguments, TrainArguments
+from lora_factory.base_loss import query_loss
 from lora_factory.base_models import load_base_model
 from lora_factory.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
@@ -27,7 +28,7 @@ from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task
-from lora_factory.through_base import TaskData, query_loss, start_from, train_through_base
+from lora_factory.through_base import TaskData, start_from, train_through_base
 from lora_factory.training import build_generator, train_generator
 from lora_factory.training_state import TrainingCheckpoint
 from lora_factory.zoo import AdapterZoo
