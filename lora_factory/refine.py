@@ -19,7 +19,7 @@ from lora_factory.sequences import TokenSequence, encode_sequences
 STEPS = 60  # at most
 LEARNING_RATE = 1e-3
 PARTS = 4  # copies of the adapter, each trained without its part of the examples
-BATCH = 8  # sequences a step and copy
+BATCH = 4  # sequences a step and copy
 CHECK_EVERY = 3  # steps between looks at the parts left out
 PATIENCE = 3  # looks without a lower loss before it stops
 
