@@ -50,7 +50,7 @@ def open_base(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | None]:
     """The live base model of a layout, loaded unless it is one, and its tokenizer as far as it is known."""
     if base_model is None or isinstance(base_model, str | Path):
-        revision = None if base_model else layout.base_revision
+        revision = layout.base_revision if base_model in (None, layout.base_model) else None
         return load_base_model(base_model or layout.base_model, revision=revision)
     return base_model, tokenizer
 
