@@ -264,8 +264,9 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
         raise LoraFactoryError(f"{len(problems)} files of the zoo are damaged, nothing is pushed: {problems[0]}")
     layout = zoo.layout
     records = {task: [zoo.record(task, run) for run in zoo.runs(task)] for task in zoo.tasks}
+    known = ("descriptions", "license", "dataset")
     tasks = [
-        {**{key: getattr(runs[0], key) for key in ("descriptions", "license", "dataset")}, "name": name, "runs": len(runs)}
+        {"name": name, "runs": len(runs), **{key: getattr(runs[0], key) for key in known}}
         for name, runs in records.items()
     ]
     origins = Origins(
