@@ -197,7 +197,7 @@ def _current_card(api: HfApi, where: Mapping[str, Any], revision: str | None) ->
         path = Path(api.hf_hub_download(**where, filename=CARD_FILE, revision=revision))
     except EntryNotFoundError:
         return None
-    return checked_file(path.parent, CARD_FILE, MAX_CONFIG_BYTES).parent / CARD_FILE
+    return checked_file(path.parent, CARD_FILE, MAX_CONFIG_BYTES)
 
 
 @contextmanager
