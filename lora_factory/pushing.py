@@ -63,7 +63,7 @@ class HubMixin:
             self.config.name_or_path, self.config._commit_hash = commit.repo_url.repo_id, commit.oid
         return commit
 
-    def save_pretrained(  # type: ignore[misc,override]
+    def save_pretrained(  # type: ignore[misc]
         self: CVAELoRAGenerator,
         save_directory: str | Path,
         *args: Any,  # noqa: ANN401

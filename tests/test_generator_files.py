@@ -88,7 +88,7 @@ def test_options_are_parted_from_those_of_transformers() -> None:
     with pytest.raises(LoraFactoryError, match="subfolder='deep'"):
         GeneratorSource.from_options("alice/generator", {"subfolder": "deep"})
     GeneratorSource.from_options("alice/generator", {"adapter_kwargs": {"_adapter_model_path": "alice/generator"}})
-    with pytest.raises(LoraFactoryError, match="'evil/generator' holds an adapter_config.json"):
+    with pytest.raises(LoraFactoryError, match=r"'evil/generator' holds an adapter_config\.json"):
         GeneratorSource.from_options("generator", {"adapter_kwargs": {"_adapter_model_path": "evil/generator"}})
 
 
