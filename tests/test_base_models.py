@@ -79,7 +79,7 @@ def test_quiet_puts_things_back_also_after_an_error():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nobody/nothing", "neither a folder nor in the Hub's cache, and .*network.*\n.*pip install"),
+        ("nobody/nothing", "neither a folder nor in the Hub's cache, and offline mode is on.*\n.*pip install"),
         ("./nowhere", "no base model folder './nowhere'"),
         ("not a name", "nor in the Hub's cache, and Repo id must"),
         ("", "no base model folder ''"),
