@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
@@ -23,11 +24,12 @@ from transformers import PreTrainedModel
 
 from lora_factory.adapted_modules import check_plain_lora
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, read_json_object
+from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
 from lora_factory.layout import AdapterLayout
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30
+_LOGGER = logging.getLogger(__name__)
 _PRECISIONS = {"torch.float32", "torch.float16", "torch.bfloat16"}
 
 
@@ -43,6 +45,7 @@ def attach_adapter(
         LoraFactoryError: When a module of the layout is missing in the model or has another size.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _warn_of_another_base(base, layout)
     modules = dict(base.named_modules())
     for adapted in layout.modules:
         weight = getattr(getattr(modules.get(adapted.path), "base_layer", modules.get(adapted.path)), "weight", None)
@@ -250,6 +253,19 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     if odd := sorted({str(tensor.dtype) for tensor in state_dict.values()} - _PRECISIONS):
         raise LoraFactoryError(f"the adapter in {folder} holds {odd}, expected one of {sorted(_PRECISIONS)}")
     return layout, state_dict
+
+
+def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:
+    """Say so when a model from the Hub is another one, or at another commit, than an adapter was made for."""
+    config: Any = model.config
+    name, commit = config.name_or_path, getattr(config, "_commit_hash", None)  # absent on a local folder
+    if not commit or Path(name).exists() or not is_hub_id(layout.base_model) or Path(layout.base_model).exists():
+        return
+    if name != layout.base_model or (layout.base_revision and commit != layout.base_revision):
+        _LOGGER.warning(
+            "the adapter is for %s at commit %s, the base model is %s at commit %s; pass base_model=%r",
+            *(layout.base_model, layout.base_revision or "unknown", name, commit, layout.base_model),
+        )
 
 
 def _check_targets(config: LoraConfig, layout: AdapterLayout) -> None:

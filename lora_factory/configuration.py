@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name
 
 FORMAT_VERSION = 1
@@ -32,8 +33,8 @@ class CVAELoRAConfig(PreTrainedConfig):
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
         modalities: Width of every task vector that the generator listens to, for example ``{"text": 384}``.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.
-        tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license"}`` each, and
-            ``"dataset"`` where the data is one of the Hub.
+        tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license",
+            "dataset"}`` each, the data set by its Hub id, null when it has none.
         zoo_fingerprint: ``AdapterZoo.fingerprint()`` of that zoo.
         decoder: ``"token"`` (default) or ``"conv1d"``, the paper's convolutional network.
         width: Hidden size of the token decoder.
@@ -68,23 +69,14 @@ class CVAELoRAConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401
-        """Build a configuration from JSON values, those of an older format after an upgrade, one version at a time."""
-        values = dict(config_dict)
-        version = values.get("format_version", 1)
-        while isinstance(version, int) and version in UPGRADES and version < FORMAT_VERSION:
-            version += 1
-            values = UPGRADES[version - 1](values) | {"format_version": version}
-        return super().from_dict(values, **kwargs)
+        """Build a configuration from JSON values, those of an older format after an `upgrade`."""
+        return super().from_dict(upgrade(config_dict), **kwargs)
 
     def validate_generator(self) -> None:
         """Check what the types cannot say."""
         if self.decoder not in ("token", "conv1d"):
             raise ValueError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
-        if not 1 <= self.format_version <= FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={self.format_version}: this lora-factory reads versions up to {FORMAT_VERSION}; "
-                "pip install --upgrade lora-factory"
-            )
+        check_version(self.format_version)
         sizes = (self.width, self.depth, self.latent_size, len(self.channels), *self.channels)
         if min(sizes) < 1:
             raise ValueError("width, depth, latent_size and channels must be at least 1")
@@ -95,6 +87,33 @@ class CVAELoRAConfig(PreTrainedConfig):
                 raise ValueError(f"modality {name!r} of width {width}: expected a short lower-case name and 1 or more")
         for task in self.tasks or []:
             check_task(task)
+
+
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a ``config.json`` as this version writes them: older ones are changed, one version at a time.
+
+    Raises:
+        LoraFactoryError: When the format is newer than this version, or its number is none.
+    """
+    upgraded = dict(values)
+    oldest = upgraded.get("format_version", 1)
+    check_version(oldest)
+    for version in range(oldest, FORMAT_VERSION):
+        upgraded = UPGRADES[version](upgraded) | {"format_version": version + 1}
+    return upgraded
+
+
+def check_version(version: object) -> None:
+    """Refuse a format that this version does not know.
+
+    Raises:
+        LoraFactoryError: When it is newer, or no version's number.
+    """
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise LoraFactoryError(
+            f"format_version={version!r}: this lora-factory reads versions up to {FORMAT_VERSION}; "
+            "pip install --upgrade lora-factory"
+        )
 
 
 def check_task(task: dict[str, Any]) -> None:

@@ -97,6 +97,11 @@ class DataSource:
         """The format of local files, None for a local folder and for the Hub."""
         return self.path if self.path in LOCAL_FORMATS else _FORMAT_OF_ENDING.get(Path(self.path).suffix.lower())
 
+    @property
+    def hub_id(self) -> str | None:
+        """The data set's id on the Hub; None for local files and folders, which have no public name."""
+        return None if self.format is not None or Path(self.path).expanduser().is_dir() else self.path
+
     def local_files(self) -> dict[str, list[str]]:
         """The existing local files per split of the source, patterns resolved and sorted.
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import adapter_parameters
-from lora_factory.base_models import embedded_text_encoder, quiet_transformers
+from lora_factory.base_models import check_on_hub, embedded_text_encoder, quiet_transformers
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen, pad_tokens
@@ -208,6 +208,8 @@ class _SentenceEncoder:
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
         installed = embedded_text_encoder() if name == MINILM and revision is None else None
         source = str(installed or name)
+        if not Path(source).is_dir() and source.count("/") < 2:
+            check_on_hub(source, revision, "text encoder")
         try:
             with quiet_transformers(keep_bars=not Path(source).is_dir()):
                 self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)

@@ -210,6 +210,7 @@ class AdapterFactory:
             versions={"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}},
             arguments=comparable_settings(self.arguments),
             license=task.license,
+            dataset=task.dataset,
         )
 
 

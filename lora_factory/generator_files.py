@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from torch import nn
 
-from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.configuration import CVAELoRAConfig, upgrade
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 
@@ -26,6 +26,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENS = 4_000_000  # of one adapter; Llama-3 70B with rank 64 on every linear layer has 72,000
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+SET_BY_AUTO_MODEL = (
+    *("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code", "subfolder"),
+)
 _HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _REQUEST_SECONDS = 10.0
@@ -51,6 +55,27 @@ class GeneratorSource:
     local_files_only: bool = False
     force_download: bool = False
     commit: str | None = dataclasses.field(default=None, init=False)
+
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any]) -> tuple[GeneratorSource, dict[str, Any]]:
+        """A source from the options of ``from_pretrained``, and those of them that are left to transformers.
+
+        Raises:
+            LoraFactoryError: When they lead to something else than the whole of this folder or repository.
+        """
+        if options.get("subfolder"):
+            raise LoraFactoryError(
+                f"subfolder={options['subfolder']!r}: a generator has a folder or repository of its own; name that"
+            )
+        detour = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
+        if detour not in (None, name):
+            raise LoraFactoryError(
+                f"{detour!r} holds an adapter_config.json, by which AutoModel loads {name!r} in its place; "
+                "load what you want with CVAELoRAGenerator.from_pretrained"
+            )
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        dropped = {*HUB_OPTIONS, *SET_BY_AUTO_MODEL}
+        return cls(name, **hub), {key: value for key, value in options.items() if key not in dropped}
 
     @property
     def is_folder(self) -> bool:
@@ -94,6 +119,8 @@ class GeneratorSource:
                 url = hf_hub_url(self.name, name, revision=revision)
                 size = get_hf_file_metadata(url, token=self.token, timeout=_REQUEST_SECONDS).size or 0
             except (httpx2.TransportError, HfHubHTTPError) as error:
+                if self.force_download:
+                    raise
                 try:
                     return Path(hf_hub_download(self.name, name, local_files_only=True, **options))
                 except OSError:
@@ -179,6 +206,7 @@ def read_config(path: Path) -> CVAELoRAConfig:
             f"{path} has model_type {values.get('model_type')!r}, expected {CVAELoRAConfig.model_type!r}; "
             "name a folder or Hub id that train_generator or push_to_hub wrote"
         )
+    values = upgrade(values)
     known = {"dtype", *CVAELoRAConfig.own_fields()}
     config = CVAELoRAConfig.from_dict({name: value for name, value in values.items() if name in known})
     if values.get("dtype", "float32") not in ("float32", "float16", "bfloat16"):

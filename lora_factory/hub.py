@@ -17,11 +17,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from lora_factory import __version__
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import write_text
-from lora_factory.generator_files import is_hub_id
+from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, is_hub_id
 from lora_factory.hub_errors import LOG_IN, explain
 from lora_factory.model_card import keep_handwritten
 
 CARD_FILE = "README.md"
+OPTIONAL_FILES = ("comparison.json", "headroom.svg", "condition.safetensors")  # a push without them removes old ones
 Writer = Callable[[Path, str], None]  # fills an empty folder, given the repository's full name, with a card in it
 _REQUEST_SECONDS = 10.0
 
@@ -95,15 +96,18 @@ def push(
             where["repo_id"] = api.create_repo(**where, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(**where, branch=revision, exist_ok=True)
-        if (old := _current_card(api, where, revision)) is not None:
+        old = _current_card(api, where, revision)
+        if old is not None:
             card = folder / CARD_FILE
-            write_text(card, keep_handwritten(card.read_text(encoding="utf-8"), old))
+            write_text(card, keep_handwritten(card.read_text(encoding="utf-8"), old.read_text(encoding="utf-8")))
         commit = api.upload_folder(
             **where,
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or f"{default_message} with lora-factory {__version__}",
             create_pr=create_pr,
+            parent_commit=old.parent.name if old else None,  # what others wrote into the card since is not lost
+            delete_patterns=list(OPTIONAL_FILES),
         )
     shutil.rmtree(folder)
     return commit
@@ -187,13 +191,13 @@ def _api(token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="lora-factory", library_version=__version__)
 
 
-def _current_card(api: HfApi, where: Mapping[str, Any], revision: str | None) -> str | None:
-    """The card that a push would replace."""
+def _current_card(api: HfApi, where: Mapping[str, Any], revision: str | None) -> Path | None:
+    """The card that a push would replace, in the folder of its commit."""
     try:
-        path = api.hf_hub_download(**where, filename=CARD_FILE, revision=revision)
+        path = Path(api.hf_hub_download(**where, filename=CARD_FILE, revision=revision))
     except EntryNotFoundError:
         return None
-    return Path(path).read_text(encoding="utf-8")
+    return checked_file(path.parent, CARD_FILE, MAX_CONFIG_BYTES)
 
 
 @contextmanager

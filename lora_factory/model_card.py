@@ -220,7 +220,7 @@ def origins_of(generator: CVAELoRAGenerator, base_license: str | None = None) ->
 
 def eval_results(comparison: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
     """A comparison's mean perplexities over seeds and folds: generated, original and control, a task each."""
-    datasets = {task["name"]: task.get("dataset") for task in tasks}
+    datasets = {task["name"]: task["dataset"] for task in tasks if is_hub_id(task.get("dataset") or "")}
     found: dict[tuple[str, str], list[float]] = {}
     for cell in comparison["cells"]:
         if cell["method"] in _RESULTS_OF and cell.get("perplexity") is not None:
@@ -229,7 +229,7 @@ def eval_results(comparison: Mapping[str, Any], tasks: Sequence[Mapping[str, Any
         EvalResult(
             task_type="text-generation",
             dataset_name=task,
-            dataset_type=datasets.get(task) or "unknown",
+            dataset_type=datasets.get(task, "unknown"),
             dataset_split="test",
             metric_type="perplexity",
             metric_name=name,
@@ -253,7 +253,8 @@ def keep_handwritten(card: str, old: str) -> str:
     head, body = split_card(card)
     old_head, old_body = split_card(old)
     tags = [*head.get("tags", ()), *_listed(old_head.get("tags"))]
-    merged = {**old_head, **head, "tags": list(dict.fromkeys(map(str, tags)))}
+    old_head.pop("model-index", None)  # the results of what is being replaced
+    merged = {**old_head, **head, "tags": list(dict.fromkeys(str(tag) for tag in tags if isinstance(tag, str | int)))}
     if old_head.get("license", "unknown") != "unknown":
         merged["license"] = old_head["license"]
     ours = our_headings()
@@ -272,9 +273,9 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
     """
     import yaml
 
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    match = re.match(r"\s*---[ \t]*\r?\n(?:(.*?)\r?\n)?---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
     try:
-        head = yaml.safe_load(match[1]) if match else {}
+        head = yaml.safe_load(match[1] or "") if match else {}
     except yaml.YAMLError as error:
         raise ValueError(f"the head of the card is no YAML: {error}") from error
     if not isinstance(head or {}, dict):

@@ -37,9 +37,6 @@ from lora_factory.networks import (
 from lora_factory.pushing import HubMixin
 from lora_factory.refine import STEPS, refine_state_dict
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
-
 
 class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
     """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
@@ -105,9 +102,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             LoraFactoryError: When the files are damaged, incomplete, or not a generator's, or the Hub refuses.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        ours = {name: value for name, value in kwargs.items() if name not in SET_BY_AUTO_MODEL}
-        source = GeneratorSource(str(pretrained_model_name_or_path), **hub)
+        source, ours = GeneratorSource.from_options(str(pretrained_model_name_or_path), kwargs)
         try:
             config, state_dict = read_generator(source, cls)
             with quiet_transformers():
@@ -115,9 +110,9 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
                     None, *args, config=config, state_dict=state_dict, output_loading_info=True, **ours
                 )
         except Exception as error:  # these are somebody else's files: whatever a parser raises, they cannot be loaded
+            remedy = "" if isinstance(error, OSError) else "; download it, or train it with train_generator, again"
             raise LoraFactoryError(
-                f"cannot load a generator from {source.name!r}: {explain(error, source.name)}; "
-                "download it again, or train it again with train_generator"
+                f"cannot load a generator from {source.name!r}: {explain(error, source.name)}{remedy}"
             ) from error
         model, info = loaded
         model.config.name_or_path, model.config._commit_hash = source.name, source.commit

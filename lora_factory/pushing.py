@@ -63,6 +63,28 @@ class HubMixin:
             self.config.name_or_path, self.config._commit_hash = commit.repo_url.repo_id, commit.oid
         return commit
 
+    def save_pretrained(  # type: ignore[misc]
+        self: CVAELoRAGenerator,
+        save_directory: str | Path,
+        *args: Any,  # noqa: ANN401
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Save the generator, as in transformers; with ``push_to_hub`` it is then pushed, as `push_to_hub` does it.
+
+        Args:
+            save_directory: The folder.
+            *args: As in transformers.
+            push_to_hub: Push as well, with a card.
+            repo_id: Where to; default: the folder's name in the user's own namespace.
+            **kwargs: As in transformers, and with ``push_to_hub`` its options.
+        """
+        options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **options)
+
     def push_adapter(  # type: ignore[misc]
         self: CVAELoRAGenerator,
         text: str | None,
@@ -169,7 +191,7 @@ def generator_writer(
 
     def write(folder: Path, title: str) -> None:
         generator.save_pretrained(folder)
-        training = Path(generator.config.name_or_path or "", "training.json")
+        training = Path(generator.config.name_or_path or "no folder", "training.json")
         if training.is_file():
             shutil.copyfile(training, folder / training.name)
         plot = None
@@ -242,8 +264,9 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
         raise LoraFactoryError(f"{len(problems)} files of the zoo are damaged, nothing is pushed: {problems[0]}")
     layout = zoo.layout
     records = {task: [zoo.record(task, run) for run in zoo.runs(task)] for task in zoo.tasks}
+    known = ("descriptions", "license", "dataset")
     tasks = [
-        {"name": name, "descriptions": runs[0].descriptions, "license": runs[0].license, "runs": len(runs)}
+        {"name": name, "runs": len(runs), **{key: getattr(runs[0], key) for key in known}}
         for name, runs in records.items()
     ]
     origins = Origins(

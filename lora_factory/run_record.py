@@ -33,6 +33,7 @@ class RunRecord:
         arguments: the settings that the run was made with.
         sha256: SHA-256 (hex) of every other file in the run folder; `AdapterZoo.add_run` fills it in.
         license: licence of the data.
+        dataset: id on the Hub of the data set, if it came from there.
 
     Raises:
         LoraFactoryError: if a name is no file name, or descriptions or snapshots are missing or do not match.
@@ -53,6 +54,7 @@ class RunRecord:
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     license: str | None = None
+    dataset: str | None = None
 
     def __post_init__(self) -> None:
         """Check the record at birth."""
@@ -87,7 +89,8 @@ class RunRecord:
             LoraFactoryError: for an unknown format version, missing, unknown or wrong entries.
         """
         check_version(values, "run")
-        values = {name: value for name, value in values.items() if name != "format_version"}
+        values = {"dataset": None, **values}  # older records lack it
+        del values["format_version"]
         different = sorted({entry.name for entry in fields(cls)} ^ set(values))
         if different:
             raise LoraFactoryError(f"entries {different} of the run's record are missing or unknown")
@@ -98,8 +101,11 @@ class RunRecord:
             raise LoraFactoryError(f"the run's record holds a value of the wrong type: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON values, for `from_dict`."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """Return the record as JSON values, for `from_dict`; without a data set it is what older versions wrote."""
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.dataset is None:
+            del values["dataset"]
+        return values
 
 
 def check_version(values: Mapping[str, Any], noun: str) -> None:

@@ -105,6 +105,11 @@ class Task:
         task._examples.update(_complete(found, name))
         return task
 
+    @property
+    def dataset(self) -> str | None:
+        """The id on the Hub of the data set that the examples come from; None for local and given ones."""
+        return self.data.hub_id if self.data else None
+
     def examples(self, split: Split) -> list[Example]:
         """The examples of one split, loaded on first use and kept; rows without text are left out.
 

@@ -132,7 +132,8 @@ def build_generator(
     tasks = []
     for task in zoo.tasks:
         record = zoo.record(task, zoo.runs(task)[0])
-        tasks.append({"name": task, "descriptions": list(record.descriptions), "license": record.license})
+        about = {"license": record.license, "dataset": record.dataset}
+        tasks.append({"name": task, "descriptions": list(record.descriptions), **about})
     config = CVAELoRAConfig(
         layout=(layout or zoo.layout).to_dict(),
         modalities=modalities,

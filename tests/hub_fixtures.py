@@ -41,6 +41,9 @@ class LocalHub(HubServer):
         settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home or self.home()), "HF_HUB_DISABLE_XET": "1"}
         settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost"}
         settings |= {"HF_TOKEN": token or self.token} if token is not None else {}
+        temporary = self.folder / "tmp"  # failed pushes keep their folder there
+        temporary.mkdir(exist_ok=True)
+        settings["TMPDIR"] = str(temporary)
         return kept | settings | extra
 
     def run(

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lora_factory import configuration
 from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.errors import LoraFactoryError
 
 
 def test_older_formats_are_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +29,7 @@ def test_older_formats_are_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch
     ("values", "message"),
     [
         ({"format_version": 2}, "reads versions up to 1; pip install --upgrade lora-factory"),
+        ({"format_version": 2, "width": "what only a newer version knows"}, "reads versions up to 1"),
         ({"format_version": 0}, "format_version=0"),
         ({"depth": 10**6}, "larger than any real generator's"),
         ({"modalities": {"../x": 3}}, "modality '../x'"),
@@ -38,6 +40,6 @@ def test_older_formats_are_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(StrictDataclassError) as caught:
+    with pytest.raises((StrictDataclassError, LoraFactoryError)) as caught:
         CVAELoRAConfig.from_dict(values)
     assert message in str(caught.value)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
+from lora_factory import configuration
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator_files import GeneratorSource, check_public_names, checked_file, is_hub_id, is_public_name
+from lora_factory.generator_files import (
+    GeneratorSource,
+    check_public_names,
+    checked_file,
+    is_hub_id,
+    is_public_name,
+    read_config,
+)
 
 
 def config(base_model: str = "alice/base", text_encoder: str | None = "alice/encoder") -> CVAELoRAConfig:
@@ -68,3 +78,28 @@ def test_links_stay_inside(tmp_path: Path) -> None:
 def test_hub_ids() -> None:
     assert is_hub_id("alice/base") and is_hub_id("gpt2")
     assert not any(map(is_hub_id, ["", "/a", "a/", "../a", "a--b", "a b", "a\nb", "a/b/c"]))
+
+
+def test_options_are_parted_from_those_of_transformers() -> None:
+    options = {"revision": "v1", "token": "t", "dtype": "float32", "config": "theirs", "subfolder": ""}
+    source, rest = GeneratorSource.from_options("alice/generator", options)
+    assert (source.name, source.revision, source.token) == ("alice/generator", "v1", "t")
+    assert rest == {"dtype": "float32"}
+    with pytest.raises(LoraFactoryError, match="subfolder='deep'"):
+        GeneratorSource.from_options("alice/generator", {"subfolder": "deep"})
+    GeneratorSource.from_options("alice/generator", {"adapter_kwargs": {"_adapter_model_path": "alice/generator"}})
+    with pytest.raises(LoraFactoryError, match=r"'evil/generator' holds an adapter_config\.json"):
+        GeneratorSource.from_options("generator", {"adapter_kwargs": {"_adapter_model_path": "evil/generator"}})
+
+
+def test_fields_of_older_and_newer_formats_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "cvae_lora", "format_version": 9, "width": {"of": "a later version"}}))
+    with pytest.raises(LoraFactoryError, match="format_version=9: this lora-factory reads versions up to 1"):
+        read_config(path)
+    monkeypatch.setattr(configuration, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(configuration, "UPGRADES", {1: lambda values: {"width": values["size"]}})
+    path.write_text(json.dumps({"model_type": "cvae_lora", "size": 0}))
+    with pytest.raises(StrictDataclassError) as caught:
+        read_config(path)
+    assert "width, depth, latent_size and channels must be at least 1" in str(caught.value)

@@ -56,16 +56,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def folder(hub: LocalHub, pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path) -> Path:
     """A generator's folder; the hub has the base model and the encoder that it names."""
+    return publish_base(hub, pico_model_folder, pico_encoder_folder, tmp_path / "generator")
+
+
+def publish_base(
+    hub: LocalHub, pico_model_folder: Path, pico_encoder_folder: Path, folder: Path, base: str = "alice/base"
+) -> Path:
+    """Put a base model and an encoder on the hub, and a generator that names them into a folder."""
     card = "---\nlicense: mit\n---\n"
     hub.add_repo("alice/encoder", contents(pico_encoder_folder))
-    hub.add_repo("alice/base", {**contents(pico_model_folder), "README.md": card})
-    commit = hub.repos["model", "alice/base"].find().oid
+    hub.add_repo(base, {**contents(pico_model_folder), "README.md": card})
+    commit = hub.repos["model", base].find().oid
     layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
     config = {**layout.lora_config, "task_type": "CAUSAL_LM"}
-    layout = replace(layout, base_model="alice/base", base_revision=commit, lora_config=config)
+    layout = replace(layout, base_model=base, base_revision=commit, lora_config=config)
     generator = make_generator(layout, Path("alice/encoder"), "token")
-    generator.save_pretrained(tmp_path / "generator")
-    return tmp_path / "generator"
+    generator.save_pretrained(folder)
+    return folder
 
 
 def test_there_and_back(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
@@ -126,6 +133,9 @@ def test_offline_mode_asks_nobody(hub: LocalHub, folder: Path) -> None:
     hub.add_repo("alice/generator", contents(folder))
     home = hub.home()
     code = """
+calls = []
+network = ("socket.connect", "socket.getaddrinfo", "socket.sendto")
+sys.addaudithook(lambda event, arguments: calls.append(event) if event in network else None)
 generator = CVAELoRAGenerator.from_pretrained("alice/generator")
 result = fingerprint(generator.generate_adapter(TEXT))
 """
@@ -137,12 +147,12 @@ result = fingerprint(generator.generate_adapter(TEXT))
         + """
 before = time.monotonic()
 result = [result, attempt(CVAELoRAGenerator.from_pretrained, "alice/other"), attempt(generator.push_to_hub, "alice/x")]
-result.append(time.monotonic() - before)
+result += [time.monotonic() - before, len(calls)]
 """,
         home=home,
         HF_HUB_OFFLINE="1",
     )
-    assert not hub.log
+    assert not hub.log and offline[4] == 0, "no call to the hub or to anybody else"
     assert offline[0] == online
     assert "alice/other" in offline[1] and "offline mode" in offline[1]
     assert "unset HF_HUB_OFFLINE" in offline[2]
