@@ -81,7 +81,7 @@ class HubMixin:
             **kwargs: As in transformers, and with ``push_to_hub`` its options.
         """
         options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, **options)
 
