@@ -258,13 +258,13 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
 def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:
     """Say so when a model from the Hub is another one, or at another commit, than an adapter was made for."""
     config: Any = model.config
-    name, commit = config.name_or_path, getattr(config, "_commit_hash", None)  # absent on a local folder
-    if not commit or Path(name).exists() or not is_hub_id(layout.base_model) or Path(layout.base_model).exists():
+    name, commit = config.name_or_path, getattr(config, "_commit_hash", None)  # known where load_base_model loaded it
+    if not all(is_hub_id(one) and not Path(one).exists() for one in (name, layout.base_model)):
         return
-    if name != layout.base_model or (layout.base_revision and commit != layout.base_revision):
+    if name != layout.base_model or (commit and layout.base_revision and commit != layout.base_revision):
         _LOGGER.warning(
             "the adapter is for %s at commit %s, the base model is %s at commit %s; pass base_model=%r",
-            *(layout.base_model, layout.base_revision or "unknown", name, commit, layout.base_model),
+            *(layout.base_model, layout.base_revision or "unknown", name, commit or "unknown", layout.base_model),
         )
 
 

@@ -86,7 +86,9 @@ def load_base_model(
             " knows, with safetensors weights and a tokenizer; a damaged folder must be written or downloaded again"
         ) from error
     model, report = loaded
-    commit = getattr(model.config, "_commit_hash", None)  # absent on a local folder
+    cached = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json", revision=revision)
+    commit = Path(cached).parent.name if isinstance(cached, str) else None
+    model.config._commit_hash = commit  # transformers itself forgets it; a local folder has none
     if commit and revision and re.fullmatch("[0-9a-f]{40}", revision) and commit != revision:
         raise LoraFactoryError(f"the base model {source!r} came at commit {commit}, expected {revision}; try again")
     if absent := [*report["missing_keys"], *report["mismatched_keys"]]:

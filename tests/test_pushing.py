@@ -79,7 +79,6 @@ def test_the_base_model_is_the_one_that_was_named(hub: LocalHub, folder: Path, t
         hub,
         f"""
 import logging
-from transformers import AutoModelForCausalLM
 from lora_factory.adapters import attach_adapter, load_adapter
 from lora_factory.base_models import load_base_model
 from lora_factory.encoders import TextEncoder
@@ -100,9 +99,9 @@ def noted(name, function, *arguments):
 
 noted("named", generator.generate_adapter, TEXT)
 noted("same id", generator.generate_adapter, TEXT, "alice/base")
-newer = AutoModelForCausalLM.from_pretrained("alice/base")
+newer, _ = load_base_model("alice/base")
 noted("other commit", generator.generate_adapter, TEXT, newer)
-another = AutoModelForCausalLM.from_pretrained("alice/base")
+another, _ = load_base_model("alice/base")
 noted("adapter", attach_adapter, another, *load_adapter({str(tmp_path / "adapter")!r}))
 noted("other id", generator.generate_adapter, TEXT, "bob/copy")
 noted("gated", load_base_model, "bob/gated")
