@@ -143,8 +143,11 @@ def _collect(options: argparse.Namespace) -> int:
         )
     except CollectionError as error:
         failed = error.reasons
-    if PartialState().is_main_process:
+    processes = PartialState()
+    if processes.is_main_process:
         _print_collected(options.output_dir, len(tasks) * len(arguments.seeds), failed)
+    processes.wait_for_everyone()  # a launcher stops the main process when another ends with an error before it
+    processes.destroy_process_group()
     return 1 if failed else 0
 
 

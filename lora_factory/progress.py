@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import is_torch_xla_available
 from tqdm.auto import tqdm
 
 from lora_factory.arguments import CollectArguments
@@ -26,7 +28,9 @@ def make_accelerator(arguments: CollectArguments, folder: Path) -> Accelerator:
     installed = {str(tracker) for tracker in get_available_trackers()}
     if missing := sorted(set(arguments.report_to) - installed):
         raise LoraFactoryError(f"report_to={missing} needs a package; run: pip install {' '.join(missing)}")
-    return Accelerator(log_with=list(arguments.report_to) or None, project_dir=folder)
+    # Told nothing, Accelerate takes several processes on a machine without accelerators for as many single ones.
+    cpu = not torch.accelerator.is_available() and not is_torch_xla_available()
+    return Accelerator(cpu=cpu, log_with=list(arguments.report_to) or None, project_dir=folder)
 
 
 class Progress:
