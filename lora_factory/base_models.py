@@ -102,7 +102,10 @@ def load_base_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
-    return model if quantization else model.to(device or "cpu"), tokenizer
+    if quantization:
+        _keep_gradients(model)
+        return model, tokenizer
+    return model.to(device or "cpu"), tokenizer
 
 
 def embedded_base_model() -> Path:
@@ -197,6 +200,15 @@ def _quantized(bits: str, dtype: str | torch.dtype, device: str | torch.device) 
         bnb_4bit_compute_dtype=torch.bfloat16 if compute == "auto" else compute,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_gradients(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers on a CPU from packing themselves at the first validation: packed ones pass no gradient on."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_on_hub(name: str, revision: str | None) -> None:

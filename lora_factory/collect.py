@@ -16,6 +16,7 @@ from lora_factory.base_models import load_base_model
 from lora_factory.collection import HIDDEN_FOLDER, Collection, PlannedRun
 from lora_factory.factory import AdapterFactory
 from lora_factory.progress import make_accelerator
+from lora_factory.run_state import writing_into
 from lora_factory.tasks import Task, load_tasks
 from lora_factory.zoo import AdapterZoo
 
@@ -58,6 +59,7 @@ def collect_adapters(
     factory = AdapterFactory.attach(model, tokenizer, arguments, base_model_name or str(base_model), accelerator)
     if arguments.parallel == "data":
         factory.share_runs()
-    zoo = AdapterZoo.create(output_dir, factory.layout)
+    with writing_into(Path(output_dir)):
+        zoo = AdapterZoo.create(output_dir, factory.layout)
     Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
     return AdapterZoo(output_dir)

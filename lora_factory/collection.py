@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -207,8 +206,11 @@ class Collection:
             return False
         record = self.zoo.record(task.name, run)
         if record.descriptions != task.descriptions:
-            self.zoo.describe(record, task.descriptions)
-        defaults = {field.name: field.default for field in fields(CollectArguments)}  # for what is younger than the run
+            with writing_into(self.zoo.folder):
+                self.zoo.describe(record, task.descriptions)
+        defaults = {
+            field.name: field.default for field in fields(CollectArguments)
+        }  # for what is younger than the run
         wanted = {**comparable_settings(self.factory.arguments), "data_fingerprint": task.fingerprint()}
         found = {**defaults, **record.arguments, "data_fingerprint": record.data_fingerprint}
         different = sorted(name for name in wanted if wanted[name] != found[name])

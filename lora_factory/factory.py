@@ -11,7 +11,7 @@ from itertools import islice
 
 import torch
 from accelerate import Accelerator, DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
@@ -69,6 +69,11 @@ class AdapterFactory:
             task_type="CAUSAL_LM",
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
+        if arguments.quantization:
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.config.use_cache = False
         with torch.random.fork_rng():
             torch.manual_seed(0)
             peft_model = wrap_base(model, lora_config)
@@ -78,6 +83,8 @@ class AdapterFactory:
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
         slot = AdapterSlot(peft_model, layout)
+        if arguments.compile:
+            peft_model.compile()
         return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, peft_model)
 
     def share_runs(self) -> None:
@@ -95,7 +102,9 @@ class AdapterFactory:
                 "choose FSDP with fsdp_version: 2 in Accelerate's configuration, or plain data parallelism"
             )
         if accelerator.mixed_precision == "fp16":
-            raise LoraFactoryError("mixed_precision=fp16 scales losses; choose bf16 or no in Accelerate's configuration")
+            raise LoraFactoryError(
+                "mixed_precision=fp16 scales losses; choose bf16 or no in Accelerate's configuration"
+            )
         if sharded and self.arguments.state_every:
             raise LoraFactoryError("the state of a run that FSDP shards cannot be saved; pass state_every=0")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -221,7 +230,8 @@ class AdapterFactory:
     ) -> tuple[float, int]:
         """One optimizer step; returns its loss and the number of tokens that it read."""
         self.model.train()
-        mean, tokens, accumulation = torch.zeros((), device=self.accelerator.device), 0, self.arguments.gradient_accumulation
+        accumulation, tokens = self.arguments.gradient_accumulation, 0
+        mean = torch.zeros((), device=self.accelerator.device)
         for number in range(1, accumulation + 1):
             batch = next(batches)
             with nullcontext() if number == accumulation else self.accelerator.no_sync(self.wrapped):
@@ -257,7 +267,7 @@ class AdapterFactory:
 
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
-        """Seed what the base model draws, differently in processes that share a run, and put things back afterwards."""
+        """Seed what the base model draws, differently in processes that share a run; put things back afterwards."""
         device = self.accelerator.device
         kind, devices = ("cuda", []) if device.type == "cpu" else (device.type, [device])
         with torch.random.fork_rng(devices=devices, device_type=kind):

@@ -24,8 +24,8 @@ class CollectionError(LoraFactoryError):
         self.reasons = dict(reasons)
         first, reason = next(iter(self.reasons.items()))
         super().__init__(
-            f"{len(self.reasons)} of {total} runs failed, first {first}: {reason}. The others are in the zoo; mend the "
-            "cause and run the same command: it tries the failed ones alone"
+            f"{len(self.reasons)} of {total} runs failed, first {first}: {reason}. The others are in the zoo; mend "
+            "the cause and run the same command: it tries the failed ones alone"
         )
 
 

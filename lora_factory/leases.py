@@ -86,6 +86,7 @@ class Leases:
             return True
         if self._seen.get(path, (None, 0.0))[0] != touched:
             self._seen[path] = touched, time.monotonic()
+            return False
         return time.monotonic() - self._seen[path][1] > self.stale_seconds
 
 
@@ -155,8 +156,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(holder["pid"])
         return (
-            process.status() != psutil.STATUS_ZOMBIE
-            and abs(process.create_time() - holder["started"]) < _CLOCK_SLACK
+            process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started"]) < _CLOCK_SLACK
         )
     except psutil.Error:
         return False

@@ -49,7 +49,8 @@ class Progress:
         hidden = not accelerator.is_main_process
         self._bar = tqdm(total=total, initial=done, desc="collect", bar_format=_BAR, disable=hidden)
         if arguments.report_to:
-            settings = {name: str(value) if isinstance(value, tuple) else value for name, value in asdict(arguments).items()}
+            settings = asdict(arguments)
+            settings |= {name: str(value) for name, value in settings.items() if isinstance(value, tuple)}
             accelerator.init_trackers("lora-factory-collect", config=settings)
 
     def step(self, step: int, steps: int, loss: float) -> None:

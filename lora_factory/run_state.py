@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LRScheduler
 
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import atomic_folder, read_json, sha256_file, write_json
@@ -57,7 +58,10 @@ class RunCheckpoint:
         self.folder, self.key, self.every = Path(folder), key, every
 
     def restore(
-        self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, accelerator: Accelerator
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        accelerator: Accelerator,
     ) -> tuple[RunState, torch.Tensor | None]:
         """Put optimizer, schedule and random numbers where the run was cut off.
 
@@ -88,7 +92,7 @@ class RunCheckpoint:
         state: RunState,
         weights: torch.Tensor,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: LRScheduler,
         accelerator: Accelerator,
         *,
         shared: bool,

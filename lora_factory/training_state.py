@@ -125,9 +125,7 @@ class TrainingCheckpoint:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimizer's state by names of the form ``optimizer/<parameter's number>/<entry>``."""
     states = optimizer.state_dict()["state"]
-    return {
-        f"optimizer/{index}/{name}": value for index, entries in states.items() for name, value in entries.items()
-    }
+    return {f"optimizer/{index}/{name}": value for index, entries in states.items() for name, value in entries.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
