@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -190,7 +191,7 @@ class AdapterSlot:
             adapter = self.layout.unflatten(adapter)
         self.layout.check(adapter)
         for key, parameter in self._parameters.items():
-            parameter.copy_(adapter[key])
+            parameter.copy_(_placed_like(parameter, adapter[key]))
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the model is its base model alone."""
@@ -213,6 +214,11 @@ def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[
             "get_peft_model(base_model, layout.peft_config())"
         )
     return parameters
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may have sharded, in one piece; all processes must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
@@ -245,6 +251,14 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     if odd := sorted({str(tensor.dtype) for tensor in state_dict.values()} - _PRECISIONS):
         raise LoraFactoryError(f"the adapter in {folder} holds {odd}, expected one of {sorted(_PRECISIONS)}")
     return layout, state_dict
+
+
+def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value as a parameter can take it: sharded, where that is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _check_targets(config: LoraConfig, layout: AdapterLayout) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -80,10 +81,15 @@ class Collection:
         self.zoo, self.factory, self.runs = zoo, factory, runs
         self.accelerator: Accelerator = factory.accelerator
         self.folder = zoo.folder / HIDDEN_FOLDER
-        self.left = [run for run in runs if not self._is_finished(run)]
         (launch,) = broadcast_object_list([secrets.token_hex(8)])
         self.failures = Failures(self.folder / "failures", launch)
         self.leases = Leases(self.folder / "leases")
+        self.left = []
+        for run in runs:
+            if self._is_finished(run):
+                self._forget(run)  # what a process left that died just after it had landed the run
+            else:
+                self.left.append(run)
         done = len(runs) - len(self.left)
         self.progress = Progress(self.accelerator, factory.arguments, len(runs), done)
         self._looked = time.monotonic()
@@ -130,7 +136,9 @@ class Collection:
         with writing_into(self.zoo.folder):
             for run in self.left:
                 if lease := self.leases.claim(run.key):
-                    return run, lease
+                    if not self.zoo.has_run(run.task.name, run.run):
+                        return run, lease
+                    lease.release()  # landed between the look and the claim
         return None, None
 
     def _look(self) -> None:
@@ -146,14 +154,11 @@ class Collection:
 
     def _attempt(self, run: PlannedRun, lease: Lease | None) -> None:
         writes = not self.factory.shares_runs or self.accelerator.is_main_process
-        if writes and self.zoo.has_run(run.task.name, run.run):
-            return  # landed between the look and the claim
         if writes:
             self._sweep(run)
         try:
-            checkpoint = self._checkpoint(run)
             record, snapshots = self.factory.train(
-                run.task, run.seed, str(run), checkpoint=checkpoint, on_step=partial(self._on_step, lease)
+                run.task, run.seed, str(run), checkpoint=self._checkpoint(run), on_step=partial(self._on_step, lease)
             )
         except StorageError:
             raise
@@ -164,9 +169,9 @@ class Collection:
         else:
             if writes:
                 with writing_into(self.zoo.folder):
-                    self.zoo.add_run(record, snapshots)
-                    self.failures.remove(run.key)
-                checkpoint.remove()
+                    if not self.zoo.has_run(run.task.name, run.run):
+                        self.zoo.add_run(record, snapshots)
+                    self._forget(run)
 
     def _note_failure(self, run: PlannedRun, error: Exception, writes: bool) -> None:
         if writes:
@@ -180,7 +185,7 @@ class Collection:
         clear_device_cache(garbage_collection=True)
 
     def _on_step(self, lease: Lease | None, step: int, steps: int, loss: float) -> None:
-        if lease and lease.lost:
+        if lease and lease.lost and not self.factory.shares_runs:  # the others would wait for one that stops
             raise LeaseLostError("the lease is lost")
         self.progress.step(step, steps, loss)
         if self.accelerator.is_main_process and time.monotonic() - self._looked > 10 * _LOOK_SECONDS:
@@ -191,7 +196,16 @@ class Collection:
         facts = [comparable_settings(factory.arguments), run.seed, run.task.fingerprint(), versions()]
         facts += [factory.layout.fingerprint(), self.accelerator.num_processes if factory.shares_runs else 1]
         key = sha256_text(json.dumps([*facts, self.accelerator.device.type]))
-        return RunCheckpoint(self.folder / "state" / run.key, key, factory.arguments.state_every)
+        return RunCheckpoint(self._state(run), key, factory.arguments.state_every)
+
+    def _state(self, run: PlannedRun) -> Path:
+        return self.folder / "state" / run.key
+
+    def _forget(self, run: PlannedRun) -> None:
+        """Remove what is hidden about a run that has landed."""
+        shutil.rmtree(self._state(run), ignore_errors=True)
+        self.failures.remove(run.key)
+        self.leases.remove_dead(run.key)
 
     def _sweep(self, run: PlannedRun) -> None:
         """Remove what dead processes left half written of this run, whose lease is held."""
@@ -208,9 +222,7 @@ class Collection:
         if record.descriptions != task.descriptions:
             with writing_into(self.zoo.folder):
                 self.zoo.describe(record, task.descriptions)
-        defaults = {
-            field.name: field.default for field in fields(CollectArguments)
-        }  # for what is younger than the run
+        defaults = {field.name: field.default for field in fields(CollectArguments)}  # what an old run does not name
         wanted = {**comparable_settings(self.factory.arguments), "data_fingerprint": task.fingerprint()}
         found = {**defaults, **record.arguments, "data_fingerprint": record.data_fingerprint}
         different = sorted(name for name in wanted if wanted[name] != found[name])

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
-from lora_factory.adapters import AdapterSlot, wrap_base
+from lora_factory.adapters import AdapterSlot, whole, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
@@ -234,7 +234,8 @@ class AdapterFactory:
         mean = torch.zeros((), device=self.accelerator.device)
         for number in range(1, accumulation + 1):
             batch = next(batches)
-            with nullcontext() if number == accumulation else self.accelerator.no_sync(self.wrapped):
+            waits = self.shares_runs and number < accumulation
+            with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
                 loss = self._share_of_loss(batch) / accumulation
                 loss.backward()  # type: ignore[no-untyped-call]  # not Accelerate's, which divides if it was told so
             mean += loss.detach()
@@ -276,7 +277,7 @@ class AdapterFactory:
 
     def _weights(self) -> torch.Tensor:
         state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        return self.layout.flatten({key: value.detach().float().cpu() for key, value in state_dict.items()})
+        return self.layout.flatten({key: whole(value).detach().float().cpu() for key, value in state_dict.items()})
 
     @torch.no_grad()
     def loss(self, sequences: list[TokenSequence]) -> float:

@@ -73,6 +73,12 @@ class Leases:
             older.unlink(missing_ok=True)
         return Lease(path, self.stale_seconds / 6)
 
+    def remove_dead(self, name: str) -> None:
+        """Remove the lease of this name if its holder is dead; for what needs no work any more."""
+        for path in self._generations(name):
+            if self._is_dead(path):
+                path.unlink(missing_ok=True)
+
     def _generations(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{name}.*"), key=_generation)
 
@@ -111,9 +117,13 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give the lease back."""
+        """Stop to touch the file and give the lease back."""
         self._ended.set()
         self._thread.join()
+        self.release()
+
+    def release(self) -> None:
+        """Give the lease back."""
         self.path.unlink(missing_ok=True)
 
     def _touch(self) -> None:

@@ -6,7 +6,6 @@ The folder holds a JSON and a safetensors file, no pickle, and is replaced in on
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,10 +127,6 @@ class RunCheckpoint:
     def is_due(self, step: int) -> bool:
         """Whether the state is to be saved after this step."""
         return self.every > 0 and step % self.every == 0
-
-    def remove(self) -> None:
-        """Delete the state of a run that has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values, path = read_json(self.folder / _STATE_FILE), self.folder / _TENSORS_FILE
