@@ -2,8 +2,8 @@
 
     LORA_FACTORY_SHARED=../shared python benchmarks/collection.py --output /tmp/collection
 
-A 260 K Llama on text domains. The bare loop trains one LoRA a domain with the same base, LoRA, data, batches, optimiser
-and schedule, and keeps nothing; collection adds validation, snapshots, saved states, leases and the zoo's files. Both
+A 260 K Llama on text domains. The bare loop trains one LoRA a domain with the same base, LoRA, data, batch size,
+optimiser and schedule, and keeps nothing; collection adds validation, snapshots, saved states, leases and the zoo's files. Both
 run in turns in one process. Seconds of processor time stand beside those of the clock, which other work on the machine
 distorts. The second part collects the same zoo with one process and with two, and compares the files.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def bare_loop(tasks: list[Task], base: Path) -> None:
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
     )
     config = LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config).train()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for task in tasks:
         rows = encode_sequences(tokenizer, task.examples("train"), SETTINGS)

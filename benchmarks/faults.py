@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from domain_tasks import domain_tasks, shared_folder
