@@ -3,9 +3,9 @@
     LORA_FACTORY_SHARED=../shared python benchmarks/collection.py --output /tmp/collection
 
 A 260 K Llama on text domains. The bare loop trains one LoRA a domain with the same base, LoRA, data, batch size,
-optimiser and schedule, and keeps nothing; collection adds validation, snapshots, saved states, leases and the zoo's files. Both
-run in turns in one process. Seconds of processor time stand beside those of the clock, which other work on the machine
-distorts. The second part collects the same zoo with one process and with two, and compares the files.
+optimiser and schedule, and keeps nothing; collection adds validation, snapshots, saved states, leases and the zoo's
+files. Both run in turns in one process. Seconds of processor time stand beside those of the clock, which other work on
+the machine distorts. The second part collects one zoo with one process and with two, and compares the files.
 """
 
 import argparse
@@ -117,9 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     tasks, base = domain_tasks(), shared_folder() / "models" / "stories260k"
     if options.worker:
-        clock, _ = measured(
-            lambda: collect_adapters(tasks[:8], base, options.output, replace(SETTINGS, state_every=50))
-        )
+        clock, _ = measured(lambda: collect_adapters(tasks[:8], base, options.output, SETTINGS))
         print(f"seconds {clock}")
         return
     shutil.rmtree(options.output, ignore_errors=True)

@@ -144,14 +144,7 @@ def collect(folder: Path, settings: dict[str, int], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     base = shared_folder() / "models" / "stories260k"
-    with contextlib.suppress(BrokenPipeError):
-        collect_adapters(
-            domain_tasks(),
-            base,
-            folder,
-            CollectArguments(**{**vars(SETTINGS), **settings}),
-            base_model_name="stories260k",
-        )
+    collect_adapters(domain_tasks(), base, folder, replace(SETTINGS, **settings), base_model_name="stories260k")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -128,9 +128,11 @@ def test_base_in_half_precision_trains_the_lora_in_full(pico_model_folder: Path,
     assert not torch.equal(weights.bfloat16().float(), weights)
 
 
+@pytest.mark.parametrize("told", ["1", "2"])
 def test_accumulated_batches_count_as_one_large_one(
-    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", told)  # as `accelerate launch` does
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # Adam would hide a factor on the gradient
     options = {"steps": 1, "snapshots": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9, "learning_rate": 0.1}
     finals = []
