@@ -165,10 +165,9 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether a process of this host still runs, and is no younger one with the same id."""
     try:
         process = psutil.Process(holder["pid"])
-        return (
-            process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started"]) < _CLOCK_SLACK
-        )
-    except psutil.Error:
+        same = abs(process.create_time() - holder["started"]) < _CLOCK_SLACK
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
