@@ -20,7 +20,6 @@ from test_collection import contents
 from lora_factory.collect import collect_adapters
 from lora_factory.errors import StorageError
 from lora_factory.tasks import save_tasks
-from lora_factory.zoo import AdapterZoo
 
 SETTINGS = replace(SMALL, steps=60, snapshots=4, state_every=10, seeds=(0, 1))
 TASKS = ("code", "letters", "prose")
