@@ -53,7 +53,7 @@ class Failures:
         """
         kind = "" if isinstance(error, LoraFactoryError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())[:2000]
-        attempt = {"launch": self.launch, "time": datetime.now(UTC).isoformat(), "reason": reason}
+        attempt: dict[str, Any] = {"launch": self.launch, "time": datetime.now(UTC).isoformat(), "reason": reason}
         attempt |= {"host": socket.gethostname(), "pid": os.getpid()}
         write_json(self._path(name), {"attempts": [*self._attempts(name), attempt]})
         return reason
