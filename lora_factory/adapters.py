@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -198,7 +199,7 @@ class AdapterSlot:
             adapter = self.layout.unflatten(adapter)
         self.layout.check(adapter)
         for key, parameter in self._parameters.items():
-            parameter.copy_(adapter[key])
+            parameter.copy_(_placed_like(parameter, adapter[key]))
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the model is its base model alone."""
@@ -221,6 +222,11 @@ def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[
             "get_peft_model(base_model, layout.peft_config())"
         )
     return parameters
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may have sharded, in one piece; all processes must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
@@ -266,6 +272,14 @@ def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:
             "the adapter is for %s at commit %s, the base model is %s at commit %s; pass base_model=%r",
             *(layout.base_model, layout.base_revision or "unknown", name, commit or "unknown", layout.base_model),
         )
+
+
+def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value as a parameter can take it: sharded, where that is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _check_targets(config: LoraConfig, layout: AdapterLayout) -> None:

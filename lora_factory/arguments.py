@@ -7,6 +7,8 @@ from typing import Any
 
 from lora_factory.errors import LoraFactoryError
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 def _option(default: Any, text: str) -> Any:  # noqa: ANN401
     return field(default=default, metadata={"help": text})
@@ -24,7 +26,7 @@ class CollectArguments:
     snapshots: int = _option(10, "how many of the last snapshots are kept (K); the paper keeps 50")
     snapshot_every: int = _option(1, "steps between snapshots; with epochs, epochs between snapshots")
     seeds: tuple[int, ...] = _option((0,), "one run a task for each of these seeds")
-    batch_size: int = _option(8, "sequences a step and process")
+    batch_size: int = _option(8, "sequences a step, of all processes together where they share a run")
     gradient_accumulation: int = _option(1, "batches accumulated before a step")
     sequence_length: int = _option(128, "tokens a sequence")
     packing: bool = _option(True, "fill sequences with consecutive text instead of padding one example each")
@@ -34,6 +36,13 @@ class CollectArguments:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     validation_sequences: int = _option(32, "sequences scored at every kept snapshot")
     dtype: str = _option("auto", "the base model's precision: auto, float32, bfloat16 or float16")
+    quantization: str = _option("", "load the base model in 4bit (NF4, as in QLoRA) or 8bit; needs bitsandbytes")
+    parallel: str = _option("tasks", "processes take a run each (tasks), or train every run together (data)")
+    state_every: int = _option(100, "steps between saves of a run's state, from which it continues; 0: no saves")
+    retries: int = _option(1, "how often a run that failed is tried again")
+    gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
+    compile: bool = _option(False, "compile the model with torch.compile")
+    report_to: tuple[str, ...] = _option((), "comma-separated trackers: tensorboard, wandb, trackio")
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
@@ -50,6 +59,12 @@ class CollectArguments:
             )
         if not 0 <= self.warmup_ratio < 1:
             raise LoraFactoryError(f"warmup_ratio={self.warmup_ratio} must be at least 0 and below 1")
+        if min(self.state_every, self.retries) < 0:
+            raise LoraFactoryError(f"state_every={self.state_every}, retries={self.retries}: none may be below 0")
+        _one_of(self, "parallel", "tasks", "data")
+        _one_of(self, "quantization", "", "4bit", "8bit")
+        if unknown := sorted(set(self.report_to) - set(TRACKERS)):
+            raise LoraFactoryError(f"report_to names {unknown}; choose among {', '.join(TRACKERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,3 +151,9 @@ def _positive(arguments: object, *names: str) -> None:
         value = getattr(arguments, name)
         if not value > 0:
             raise LoraFactoryError(f"{name}={value} must be above 0")
+
+
+def _one_of(arguments: object, name: str, *values: str) -> None:
+    value = getattr(arguments, name)
+    if value not in values:
+        raise LoraFactoryError(f"{name}={value!r}: choose one of {', '.join(map(repr, values))}")

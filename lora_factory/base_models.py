@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,6 +49,7 @@ def load_base_model(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantization: str = "",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, frozen and in evaluation mode.
 
@@ -60,6 +62,7 @@ def load_base_model(
         revision: Branch, tag or commit on the Hub.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16", or the torch dtype.
         device: Where the model goes; default: the CPU.
+        quantization: "4bit" (NF4) or "8bit" to load it so with bitsandbytes; default: as saved.
 
     Raises:
         LoraFactoryError: The model is unknown, cannot be reached or read, or is no causal language model.
@@ -67,6 +70,7 @@ def load_base_model(
     source = _local_source(str(name), revision)
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise LoraFactoryError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
+    options = _quantized(quantization, dtype, device or "cpu") if quantization else {}
     if not Path(source).is_dir():
         check_on_hub(source, revision)
     try:
@@ -79,6 +83,7 @@ def load_base_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise LoraFactoryError(
@@ -98,7 +103,11 @@ def load_base_model(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.requires_grad_(False).eval().to(device or "cpu"), tokenizer
+    model.requires_grad_(False).eval()
+    if quantization:
+        _keep_gradients(model)
+        return model, tokenizer
+    return model.to(device or "cpu"), tokenizer
 
 
 def embedded_base_model() -> Path:
@@ -198,6 +207,32 @@ def _local_source(name: str, revision: str | None) -> str:
     if not (folder / "config.json").is_file():
         raise LoraFactoryError(f"folder {name!r} has no config.json; give a folder that save_pretrained wrote")
     return str(folder)
+
+
+def _quantized(bits: str, dtype: str | torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    """What `from_pretrained` must be told to quantise a model while it is read."""
+    if bits not in ("4bit", "8bit"):
+        raise LoraFactoryError(f"quantization={bits!r}: choose '4bit' or '8bit'")
+    if find_spec("bitsandbytes") is None:
+        raise LoraFactoryError(f"quantization={bits!r} needs bitsandbytes; run: pip install bitsandbytes")
+    compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if compute == "auto" else compute,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_gradients(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers on a CPU from packing themselves at the first validation: packed ones pass no gradient on."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:

@@ -31,11 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; default: those of the process.
 
     Returns:
-        The exit code: 0 when all went well, 2 after a wrong input (one line on stderr), 130 after Ctrl-C.
+        The exit code: 0 when all went well, 1 when a collection ended with failed runs, 2 after a wrong input (one
+        line on stderr), 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except LoraFactoryError as error:
         message = " ".join(str(error).split())
         _console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
@@ -43,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _console(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
         return 130
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,17 +128,43 @@ def _demo(options: argparse.Namespace) -> None:
     run_demo(_read_options(options, DemoArguments))
 
 
-def _collect(options: argparse.Namespace) -> None:
+def _collect(options: argparse.Namespace) -> int:
     arguments = _read_options(options, CollectArguments)
+    from accelerate import PartialState
+
     from lora_factory.collect import collect_adapters
+    from lora_factory.failures import CollectionError
     from lora_factory.tasks import load_tasks
 
-    collect_adapters(
-        load_tasks(options.tasks),
-        options.base_model,
-        options.output_dir,
-        arguments=arguments,
-        base_model_name=options.base_model_name,
+    tasks, failed = load_tasks(options.tasks), {}
+    try:
+        collect_adapters(
+            tasks, options.base_model, options.output_dir, arguments=arguments, base_model_name=options.base_model_name
+        )
+    except CollectionError as error:
+        failed = error.reasons
+    processes = PartialState()
+    if processes.is_main_process:
+        _print_collected(options.output_dir, len(tasks) * len(arguments.seeds), failed)
+    processes.wait_for_everyone()  # a launcher stops the main process when another ends with an error before it
+    processes.destroy_process_group()
+    return 1 if failed else 0
+
+
+def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
+    """Print how many runs of a collection are in the zoo, and why the others are not."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    if failed:
+        table = Table("failed run", "reason")
+        for name, reason in failed.items():
+            table.add_row(Text(name), Text(reason))
+        console.print(table)
+    rest = f", {len(failed)} failed; mend the cause and run the same command again" if failed else ""
+    console.print(
+        f"{runs - len(failed)} of {runs} runs in {folder}{rest}", markup=False, highlight=False, soft_wrap=True
     )
 
 
@@ -347,7 +373,7 @@ def _read_options(namespace: argparse.Namespace, options: type[Options]) -> Opti
 
 def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:
     def comma_separated(text: str) -> tuple[object, ...]:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
 
     comma_separated.__name__ = f"comma-separated {kind.__name__}"
     return comma_separated

@@ -1,8 +1,9 @@
 """Fine-tune one LoRA a task and seed on a frozen base model and keep the last snapshots: a generator's training data.
 
-Launch it as it is, or on many processes with ``accelerate launch -m lora_factory.cli collect …``: pending runs are
-dealt out to the processes. A finished run is a folder that appeared by one rename, so the same command continues
-after any interruption.
+Launch it as it is, or on many processes with ``accelerate launch -m lora_factory.cli collect …``, once or several
+times on one zoo: processes share the work out among themselves. A finished run is a folder that appeared by one
+rename, and an unfinished one continues from its last saved state, so the same command continues after any
+interruption.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model
-from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory, comparable_settings
+from lora_factory.collection import HIDDEN_FOLDER, Collection, PlannedRun
+from lora_factory.factory import AdapterFactory
+from lora_factory.progress import make_accelerator
+from lora_factory.run_state import writing_into
 from lora_factory.tasks import Task, load_tasks
 from lora_factory.zoo import AdapterZoo
 
@@ -31,7 +32,7 @@ def collect_adapters(
     """Fine-tune a LoRA for every task and seed and store the last K snapshots of each in a zoo.
 
     All runs start from the same LoRA initialisation, which keeps their weights aligned across tasks. Runs that the zoo
-    already holds are not repeated.
+    already holds are not repeated. A run depends on its task and seed alone, not on the process that makes it.
 
     Args:
         tasks: A task file, a folder of them, or tasks.
@@ -44,44 +45,21 @@ def collect_adapters(
         The zoo, with ``len(tasks) * len(arguments.seeds)`` more runs at most.
 
     Raises:
-        LoraFactoryError: When a task has no text, a loss is not finite, or the zoo holds runs of other settings.
+        CollectionError: At the end, when runs failed as often as ``arguments.retries`` allows: a task without text,
+            a loss that is not finite, memory that ran out. It is a LoraFactoryError, and the other runs are stored.
+        StorageError: When the folder cannot be written; it is a LoraFactoryError as well.
+        LoraFactoryError: When the base model cannot be loaded, or the zoo holds runs of other settings.
     """
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
-    accelerator = Accelerator(gradient_accumulation_steps=arguments.gradient_accumulation)
-    model, tokenizer = load_base_model(base_model, dtype=arguments.dtype, device=accelerator.device)
+    accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
+    model, tokenizer = load_base_model(
+        base_model, dtype=arguments.dtype, device=accelerator.device, quantization=arguments.quantization
+    )
     factory = AdapterFactory.attach(model, tokenizer, arguments, base_model_name or str(base_model), accelerator)
-    with accelerator.main_process_first():
+    if arguments.parallel == "data":
+        factory.share_runs()
+    with writing_into(Path(output_dir)):
         zoo = AdapterZoo.create(output_dir, factory.layout)
-    pending = [pair for pair in _pairs(tasks, arguments) if not _finished(zoo, *pair, factory)]
-    mine = pending[accelerator.process_index :: accelerator.num_processes]
-    for number, (task, seed) in enumerate(mine, start=1):
-        label = f"collect {task.name} seed {seed} ({number}/{len(mine)})"
-        record, snapshots = factory.train(task, seed, label)
-        zoo.add_run(record, snapshots)
-    accelerator.wait_for_everyone()
+    Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
     return AdapterZoo(output_dir)
-
-
-def _pairs(tasks: Sequence[Task], arguments: CollectArguments) -> list[tuple[Task, int]]:
-    return [(task, seed) for seed in arguments.seeds for task in tasks]
-
-
-def _finished(zoo: AdapterZoo, task: Task, seed: int, factory: AdapterFactory) -> bool:
-    """Whether the zoo holds this run, made with these settings on this text."""
-    run = f"seed-{seed}"
-    if not zoo.has_run(task.name, run):
-        return False
-    record = zoo.record(task.name, run)
-    if record.descriptions != task.descriptions:
-        zoo.describe(record, task.descriptions)
-    wanted = {**comparable_settings(factory.arguments), "data_fingerprint": task.fingerprint()}
-    found = {**record.arguments, "data_fingerprint": record.data_fingerprint}
-    different = sorted(name for name in wanted if wanted[name] != found.get(name))
-    if different:
-        changes = ", ".join(f"{name}: {found.get(name)} there, {wanted[name]} now" for name in different)
-        raise LoraFactoryError(
-            f"{zoo.folder / task.name / run} was collected with other settings ({changes}); "
-            "choose another output_dir, or delete that run folder to collect it again"
-        )
-    return True

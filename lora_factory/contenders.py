@@ -161,8 +161,10 @@ class Contenders:
         return self._attached(replace(wanted, lora_alpha=scaling * wanted.rank))
 
     def _attached(self, settings: CollectArguments) -> AdapterFactory:
-        accelerator = Accelerator(gradient_accumulation_steps=settings.gradient_accumulation)
-        model, tokenizer = load_base_model(self.base_model, dtype=settings.dtype, device=accelerator.device)
+        accelerator = Accelerator()
+        model, tokenizer = load_base_model(
+            self.base_model, dtype=settings.dtype, device=accelerator.device, quantization=settings.quantization
+        )
         return AdapterFactory.attach(model, tokenizer, settings, self.fold.zoo.layout.base_model, accelerator)
 
     def _features(self, way: str) -> dict[str, torch.Tensor]:

@@ -1,5 +1,9 @@
-"""The one exception that users are meant to read."""
+"""The exceptions that users are meant to read."""
 
 
 class LoraFactoryError(ValueError):
     """A wrong input, file or setting; the message names the value, the expectation and the call that fixes it."""
+
+
+class StorageError(LoraFactoryError):
+    """A folder that cannot be written, because the disk is full, read-only or gone."""

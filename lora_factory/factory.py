@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 
 import torch
-from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from accelerate import Accelerator, DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
-from lora_factory.adapters import AdapterSlot, wrap_base
+from lora_factory.adapters import AdapterSlot, whole, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
-from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_sequences, shuffled_batches
+from lora_factory.run_state import RunCheckpoint, RunState
+from lora_factory.sequences import TokenSequence, collate, encode_sequences, scored_tokens, shuffled_batches
 from lora_factory.tasks import Task
 
 LIBRARIES = ("torch", "transformers", "peft")
+_OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
 
 
 @dataclass
@@ -33,6 +37,8 @@ class AdapterFactory:
         model: The base model with the LoRA attached.
         slot: Writes weights into the LoRA slot in place.
         initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
+        wrapped: What forward passes go through: the model, or what Accelerate made of it for ``shares_runs``.
+        shares_runs: Whether all processes train every run together, each on its share of a batch.
     """
 
     model: PeftModel
@@ -42,6 +48,8 @@ class AdapterFactory:
     slot: AdapterSlot
     initial: torch.Tensor
     accelerator: Accelerator
+    wrapped: torch.nn.Module
+    shares_runs: bool = False
 
     @classmethod
     def attach(
@@ -61,6 +69,11 @@ class AdapterFactory:
             task_type="CAUSAL_LM",
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
+        if arguments.quantization:
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.config.use_cache = False
         with torch.random.fork_rng():
             torch.manual_seed(0)
             peft_model = wrap_base(model, lora_config)
@@ -69,15 +82,54 @@ class AdapterFactory:
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        return cls(peft_model, tokenizer, arguments, layout, AdapterSlot(peft_model, layout), initial, accelerator)
+        slot = AdapterSlot(peft_model, layout)
+        if arguments.compile:
+            peft_model.compile()
+        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, peft_model)
 
-    def train(self, task: Task, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
+    def share_runs(self) -> None:
+        """Have all processes train every run together from now on, each on its share of a batch.
+
+        Accelerate's configuration decides how: each process holds the whole model, or FSDP 2 shards it.
+
+        Raises:
+            LoraFactoryError: When it decides for what cannot set an adapter back between runs, or save its state.
+        """
+        accelerator, sharded = self.accelerator, self.accelerator.distributed_type == DistributedType.FSDP
+        if accelerator.distributed_type == DistributedType.DEEPSPEED or (sharded and not accelerator.is_fsdp2):
+            raise LoraFactoryError(
+                f"parallel=data cannot use {accelerator.distributed_type}: it keeps its own copies of the weights; "
+                "choose FSDP with fsdp_version: 2 in Accelerate's configuration, or plain data parallelism"
+            )
+        if accelerator.mixed_precision == "fp16":
+            raise LoraFactoryError(
+                "mixed_precision=fp16 scales losses; choose bf16 or no in Accelerate's configuration"
+            )
+        if sharded and self.arguments.state_every:
+            raise LoraFactoryError("the state of a run that FSDP shards cannot be saved; pass state_every=0")
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # FSDP 2 takes a model together with an optimizer; every run makes its own afterwards.
+        self.wrapped, _ = accelerator.prepare(self.model, torch.optim.SGD(trained))
+        self.slot = AdapterSlot(self.model, self.layout)  # sharding puts new parameters in place of the old ones
+        self.shares_runs = True
+
+    def train(
+        self,
+        task: Task,
+        seed: int,
+        label: str,
+        *,
+        checkpoint: RunCheckpoint | None = None,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> tuple[RunRecord, torch.Tensor]:
         """Fine-tune the slot on one task.
 
         Args:
             task: What to learn.
-            seed: Order of the data.
+            seed: Order of the data, and of what the base model drops out.
             label: What the progress bar says.
+            checkpoint: As in ``fit``.
+            on_step: As in ``fit``.
 
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
@@ -85,8 +137,10 @@ class AdapterFactory:
         train = encode_sequences(self.tokenizer, task.examples("train"), self.arguments)
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
-        batches = shuffled_batches(train, self.arguments.batch_size, seed)
-        snapshots, losses, tokens = self.fit(batches, [self.validation(task)], kept, label)
+        batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), [self.validation(task)]
+        snapshots, losses, tokens = self.fit(
+            batches, validation, kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
+        )
         return self._record(task, seed, tuple(kept), losses, tokens), snapshots
 
     def fit(
@@ -95,14 +149,21 @@ class AdapterFactory:
         validation: Sequence[list[TokenSequence]],
         kept: Sequence[int],
         label: str,
+        *,
+        seed: int = 0,
+        checkpoint: RunCheckpoint | None = None,
+        on_step: Callable[[int, int, float], None] | None = None,
     ) -> tuple[torch.Tensor, tuple[float, ...], int]:
-        """Train the slot from the shared initialisation.
+        """Train the slot from the shared initialisation, or from where a checkpoint was cut off.
 
         Args:
-            batches: Training batches, as many as asked for.
+            batches: Training batches, as many as asked for, the same ones at every call.
             validation: Sets of sequences; a snapshot's loss is the mean over the sets.
             kept: Rising steps after which a snapshot is taken; the last one ends the training.
             label: What the progress bar and errors say.
+            seed: Of what the base model drops out, if it does.
+            checkpoint: Where the state is kept; default: nowhere.
+            on_step: Called after every step with its number, the number of all steps and the loss.
 
         Returns:
             Snapshots ``(len(kept), D)``, float32, their validation losses in nats a token, and the tokens read.
@@ -110,23 +171,35 @@ class AdapterFactory:
         Raises:
             LoraFactoryError: When a training loss is not finite.
         """
-        arguments, total = self.arguments, kept[-1]
+        arguments, total, state = self.arguments, kept[-1], RunState()
         self.slot.load(self.initial)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+        optimizer.zero_grad()  # what an earlier run left that failed between two batches
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * arguments.warmup_ratio), total)
-        snapshots, losses, tokens = [], [], 0
-        bar = tqdm(total=total, desc=label, unit="step", disable=not self.accelerator.is_local_main_process)
-        for step in range(1, total + 1):
-            tokens += self._step(batches, optimizer, parameters, label, step)
-            schedule.step()
-            bar.update()
-            if step in kept:
-                snapshots.append(self._weights())
-                losses.append(sum(self.loss(sequences) for sequences in validation) / len(validation))
-                bar.set_postfix(validation=f"{losses[-1]:.3f}")
-        bar.close()
-        return torch.stack(snapshots), tuple(losses), tokens
+        hidden = not self.accelerator.is_main_process
+        with self._seeded(seed), tqdm(total=total, desc=label, unit="step", leave=None, disable=hidden) as bar:
+            if checkpoint:
+                state, weights = checkpoint.restore(optimizer, schedule, self.accelerator)
+                self.slot.load(self.initial if weights is None else weights)
+                bar.update(state.step)
+            batches = islice(batches, state.step * arguments.gradient_accumulation, None)
+            while state.step < total:
+                loss, tokens = self._step(batches, optimizer, parameters, label, state.step + 1)
+                schedule.step()
+                bar.update()
+                state.step, state.tokens = state.step + 1, state.tokens + tokens
+                if state.step in kept:
+                    state.snapshots.append(self._weights())
+                    state.losses.append(sum(map(self.loss, validation)) / len(validation))
+                    bar.set_postfix(validation=f"{state.losses[-1]:.3f}")
+                if on_step:
+                    on_step(state.step, total, loss)
+                if checkpoint and checkpoint.is_due(state.step) and state.step < total:
+                    checkpoint.save(
+                        state, self._weights(), optimizer, schedule, self.accelerator, shared=self.shares_runs
+                    )
+        return torch.stack(state.snapshots), tuple(state.losses), state.tokens
 
     @property
     def tokens_a_step(self) -> int:
@@ -154,31 +227,57 @@ class AdapterFactory:
         parameters: list[torch.nn.Parameter],
         label: str,
         step: int,
-    ) -> int:
-        """One optimizer step; returns the number of tokens that it read."""
+    ) -> tuple[float, int]:
+        """One optimizer step; returns its loss and the number of tokens that it read."""
         self.model.train()
-        tokens = 0
-        for _ in range(self.arguments.gradient_accumulation):
+        accumulation, tokens = self.arguments.gradient_accumulation, 0
+        mean = torch.zeros((), device=self.accelerator.device)
+        for number in range(1, accumulation + 1):
             batch = next(batches)
-            loss = self._forward(batch)
-            if not torch.isfinite(loss):
-                raise LoraFactoryError(
-                    f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate "
-                    f"(now {self.arguments.learning_rate}) or look for damaged text"
-                )
-            self.accelerator.backward(loss)  # divides by the accumulation steps itself
+            waits = self.shares_runs and number < accumulation
+            with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
+                loss = self._share_of_loss(batch) / accumulation
+                loss.backward()  # type: ignore[no-untyped-call]  # not Accelerate's, which divides if it was told so
+            mean += loss.detach()
             tokens += sum(len(sequence.tokens) for sequence in batch)
+        value = self._mean_of_processes(mean)
+        if not math.isfinite(value):
+            raise LoraFactoryError(
+                f"{label}: the loss is {value} at step {step}; lower learning_rate "
+                f"(now {self.arguments.learning_rate}) or look for damaged text"
+            )
         self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return tokens
+        return value, tokens
+
+    def _share_of_loss(self, batch: list[TokenSequence]) -> torch.Tensor:
+        """The mean loss of a batch a scored token; where processes share a run, its mean over them is that."""
+        if not self.shares_runs:
+            return self._forward(batch)
+        world = self.accelerator.num_processes
+        share = batch[self.accelerator.process_index :: world]
+        weight = world * scored_tokens(share) / scored_tokens(batch)
+        return self._forward(share or batch[:1]) * weight  # all must take part, so one without a row counts nothing
+
+    def _mean_of_processes(self, value: torch.Tensor) -> float:
+        return float(self.accelerator.reduce(value, "mean") if self.shares_runs else value)
 
     def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
-        return self.model(**collate(batch, self.tokenizer.pad_token_id or 0, self.accelerator.device)).loss
+        return self.wrapped(**collate(batch, self.tokenizer.pad_token_id or 0, self.accelerator.device)).loss
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """Seed what the base model draws, differently in processes that share a run; put things back afterwards."""
+        device = self.accelerator.device
+        kind, devices = ("cuda", []) if device.type == "cpu" else (device.type, [device])
+        with torch.random.fork_rng(devices=devices, device_type=kind):
+            torch.manual_seed(seed + self.shares_runs * self.accelerator.process_index * 1_000_003)
+            yield
 
     def _weights(self) -> torch.Tensor:
         state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        return self.layout.flatten({key: value.detach().float().cpu() for key, value in state_dict.items()})
+        return self.layout.flatten({key: whole(value).detach().float().cpu() for key, value in state_dict.items()})
 
     @torch.no_grad()
     def loss(self, sequences: list[TokenSequence]) -> float:
@@ -187,8 +286,8 @@ class AdapterFactory:
         total, scored = 0.0, 0
         for start in range(0, len(sequences), self.arguments.batch_size):
             batch = sequences[start : start + self.arguments.batch_size]
-            count = sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
-            total += self._forward(batch).item() * count
+            count = scored_tokens(batch)
+            total += self._mean_of_processes(self._share_of_loss(batch)) * count
             scored += count
         return total / scored
 
@@ -207,7 +306,7 @@ class AdapterFactory:
             validation_losses=losses,
             train_tokens=tokens,
             data_fingerprint=task.fingerprint(),
-            versions={"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}},
+            versions=versions(),
             arguments=comparable_settings(self.arguments),
             license=task.license,
             dataset=task.dataset,
@@ -215,5 +314,10 @@ class AdapterFactory:
 
 
 def comparable_settings(arguments: CollectArguments) -> dict[str, object]:
-    """The settings that a run depends on; the list of seeds is not one of them."""
-    return {name: value for name, value in asdict(arguments).items() if name != "seeds"}
+    """The settings that a run depends on: neither the list of seeds, nor how and where the work is done."""
+    return {name: value for name, value in asdict(arguments).items() if name not in _OF_NO_EFFECT}
+
+
+def versions() -> dict[str, str]:
+    """The packages that make a run, by name."""
+    return {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}}

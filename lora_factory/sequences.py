@@ -65,6 +65,11 @@ def collate(batch: Sequence[TokenSequence], pad_token_id: int, device: torch.dev
     }
 
 
+def scored_tokens(batch: Sequence[TokenSequence]) -> int:
+    """How many tokens a model's loss on a batch is the mean over."""
+    return sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
+
+
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -> TokenSequence:
     """One example as tokens; an over-long prompt loses its beginning, so that the completion stays."""
     prompt = tokenizer(example.prompt).input_ids if example.prompt else []

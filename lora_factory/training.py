@@ -324,6 +324,7 @@ def zoo_factory(
         revision=None if base_model else zoo.layout.base_revision,
         dtype=settings.dtype,
         device=accelerator.device,
+        quantization=settings.quantization,
     )
     return AdapterFactory.attach(model, tokenizer, settings, name, accelerator)
 

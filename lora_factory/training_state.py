@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,17 +77,13 @@ class TrainingCheckpoint:
         if values["key"] != self.key or values["processes"] != accelerator.num_processes:
             return None
         tensors = load_file(self.folder / WEIGHTS_FILE)
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind in parts:
                 parts[kind][rest] = tensor
         model.load_state_dict(parts["model"])
-        states: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, entry = name.partition("/")
-            states.setdefault(int(index), {})[entry] = tensor
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+        restore_optimizer(optimizer, tensors)
         source.set_state(tensors["random"][accelerator.process_index])
         values = {name: values[name] for name in ("step", "running", "tokens", "best", "history")}
         values["best"] = math.inf if values["best"] is None else values["best"]
@@ -111,8 +108,7 @@ class TrainingCheckpoint:
         tensors = {"random": random}
         tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in (state.best_weights or {}).items()}
-        for index, entries in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in entries.items()}
+        tensors |= optimizer_tensors(optimizer)
         with atomic_folder(self.folder, overwrite=True) as folder:
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE
@@ -124,3 +120,20 @@ class TrainingCheckpoint:
     def remove(self) -> None:
         """Delete the state of a training that has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state by names of the form ``optimizer/<parameter's number>/<entry>``."""
+    states = optimizer.state_dict()["state"]
+    return {f"optimizer/{index}/{name}": value for index, entries in states.items() for name, value in entries.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put an optimizer of the same parameters into the state of ``optimizer_tensors``; other names are left alone."""
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            index, _, entry = rest.partition("/")
+            states.setdefault(int(index), {})[entry] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})

@@ -1,0 +1,166 @@
+"""The state of one run of a collection, kept on disk so that a run that was cut off ends bit for bit as if it had not.
+
+The folder holds a JSON and a safetensors file, no pickle, and is replaced in one rename.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.files import atomic_folder, read_json, sha256_file, write_json
+from lora_factory.training_state import optimizer_tensors, restore_optimizer
+
+_STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """Where a run is.
+
+    Attributes:
+        step: Optimizer steps taken; the data is at the batches that these have read.
+        tokens: Tokens read.
+        snapshots: The snapshots so far, each of shape ``(D,)``.
+        losses: Their validation losses.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    snapshots: list[torch.Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+class RunCheckpoint:
+    """A folder with the latest state of one run.
+
+    Args:
+        folder: Made with the first save.
+        key: What the run depends on, as a fingerprint: the state of another one is not taken up.
+        every: Steps between saves; 0 saves nothing.
+    """
+
+    def __init__(self, folder: str | Path, key: str, every: int) -> None:
+        """Nothing is read or written yet."""
+        self.folder, self.key, self.every = Path(folder), key, every
+
+    def restore(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        accelerator: Accelerator,
+    ) -> tuple[RunState, torch.Tensor | None]:
+        """Put optimizer, schedule and random numbers where the run was cut off.
+
+        Returns:
+            The state and the adapter's weights ``(D,)`` then; a new state and None where there is none to go on from.
+        """
+        if not self.folder.is_dir():
+            return RunState(), None
+        try:
+            values, tensors = self._read()
+        except (LoraFactoryError, SafetensorError, OSError, KeyError, TypeError) as error:
+            _LOGGER.warning("%s is damaged, the run starts over: %s", self.folder, error)
+            return RunState(), None
+        if values["key"] != self.key:
+            return RunState(), None
+        restore_optimizer(optimizer, tensors)
+        schedule.load_state_dict(values["schedule"])
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        rows = tensors["random"]
+        _set_random_state(rows[accelerator.process_index if len(rows) > 1 else 0], accelerator.device)
+        snapshots = list(tensors["snapshots"]) if "snapshots" in tensors else []
+        _LOGGER.warning("%s: the run continues at step %d", self.folder.name, values["step"])
+        return RunState(values["step"], values["tokens"], snapshots, values["losses"]), tensors["weights"]
+
+    def save(
+        self,
+        state: RunState,
+        weights: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        accelerator: Accelerator,
+        *,
+        shared: bool,
+    ) -> None:
+        """Replace the state on disk.
+
+        Args:
+            state: Where the run is.
+            weights: The adapter's weights, shape ``(D,)``.
+            optimizer: Its state is kept.
+            schedule: Its state is kept.
+            accelerator: Device of the random numbers.
+            shared: Whether all processes train this run together: all must call, the main one writes.
+
+        Raises:
+            StorageError: When the folder cannot be written.
+        """
+        random = _random_state(accelerator.device)[None]
+        if shared:
+            random = accelerator.gather(random.to(accelerator.device)).cpu()
+            if not accelerator.is_main_process:
+                return
+        tensors = {"weights": weights, "random": random, **optimizer_tensors(optimizer)}
+        if state.snapshots:
+            tensors["snapshots"] = torch.stack(state.snapshots)
+        with writing_into(self.folder.parent), atomic_folder(self.folder, overwrite=True) as folder:
+            tensors_file = folder / _TENSORS_FILE
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, tensors_file)
+            values = {"key": self.key, "step": state.step, "tokens": state.tokens, "losses": state.losses}
+            values |= {"schedule": schedule.state_dict(), "sha256": sha256_file(tensors_file)}
+            write_json(folder / _STATE_FILE, values)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state is to be saved after this step."""
+        return self.every > 0 and step % self.every == 0
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        values, path = read_json(self.folder / _STATE_FILE), self.folder / _TENSORS_FILE
+        values = {name: values[name] for name in ("key", "step", "tokens", "losses", "schedule", "sha256")}
+        if sha256_file(path) != values["sha256"]:
+            raise LoraFactoryError(f"{path} was cut short or altered")
+        return values, load_file(path)
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turn what the file system says about a write into one clear error.
+
+    Raises:
+        StorageError: When the block fails for the disk: full, read-only, gone.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"cannot write into {folder}: {error}; make room there or allow writing, then run the same command: it "
+            "continues where it stopped"
+        ) from error
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), device)
