@@ -190,8 +190,9 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.zoo import AdapterZoo
 
     zoo = AdapterZoo(options.zoo)
+    known = set(zoo.tasks)
     fold = Fold(
-        seen=tuple(task for task in load_tasks(options.tasks) if task.name in zoo.tasks),
+        seen=tuple(task for task in load_tasks(options.tasks) if task.name in known),
         unseen=tuple(load_tasks(options.unseen_tasks)) if options.unseen_tasks else (),
         zoo=zoo,
         originals=AdapterZoo(options.unseen_zoo) if options.unseen_zoo else None,

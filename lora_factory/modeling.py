@@ -34,6 +34,7 @@ from lora_factory.networks import (
     token_scales,
 )
 from lora_factory.pushing import HubMixin
+from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = ("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
@@ -369,22 +370,26 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
 
     @torch.no_grad()
     def fit_statistics(
-        self, weights: Mapping[str, torch.Tensor], features: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
+        self, weights: Mapping[str, SnapshotRows], features: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> ZooStatistics:
         """Set bias adapter, token scales, task vectors and their standardisation from a zoo.
 
         Args:
             weights: Snapshots ``(n, D)`` of every task.
             features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
+
+        Returns:
+            The snapshots' statistics.
         """
-        means = torch.stack([snapshots.mean(0) for snapshots in weights.values()])
-        self.bias.copy_(means.mean(0))
-        self.token_scale.copy_(token_scales(self.layout, weights, self.bias.cpu()))
+        statistics = zoo_statistics(weights)
+        self.bias.copy_(statistics.mean)
+        self.token_scale.copy_(token_scales(self.layout, statistics.deviation))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         groups = {name: torch.cat([_group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
         self.standardiser.fit({name: rows if name == "text" else groups[name] for name, rows in vectors.items()})
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
+        return statistics
 
     def _standard_conditions(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.standardiser(name, vector) for name, vector in conditions.items()}
