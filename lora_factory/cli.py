@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory import __version__
-from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, TrainArguments
+from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.cli_zoo import add_import, add_zoo, run_import
 from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from lora_factory.evaluation import TextScore
 
-Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, TrainArguments)
+Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
@@ -63,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
     collect.add_argument("--base-model-name", help="Hub id that adapters name as their base (default: --base-model)")
     _add_options(collect, CollectArguments)
+
+    imported = _command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
+    add_import(imported)
+    _add_options(imported, ImportArguments)
+
+    add_zoo(commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos"), _command)
 
     train = _command(commands, "train", _train, "train a generator on a zoo")
     _add_required(train, "--zoo", "folder that collect wrote")
@@ -140,6 +147,10 @@ def _collect(options: argparse.Namespace) -> None:
         arguments=arguments,
         base_model_name=options.base_model_name,
     )
+
+
+def _import(options: argparse.Namespace) -> None:
+    run_import(options, _read_options(options, ImportArguments))
 
 
 def _train(options: argparse.Namespace) -> None:

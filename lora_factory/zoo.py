@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from lora_factory.hub import PushOptions
 
-_ZOO_FILE = "zoo.json"
-_RECORD_FILE = "run.json"
+ZOO_FILE = "zoo.json"
+RECORD_FILE = "run.json"
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
-_CHECKPOINTS_FILE = "checkpoints.safetensors"
-_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, _CHECKPOINTS_FILE)
+CHECKPOINTS_FILE = "checkpoints.safetensors"
+_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
 
 
 class AdapterZoo:
@@ -53,10 +53,10 @@ class AdapterZoo:
             LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
         """
         self.folder = Path(folder)
-        path = self.folder / _ZOO_FILE
+        path = self.folder / ZOO_FILE
         if not path.is_file():
             raise LoraFactoryError(
-                f"no zoo in {self.folder} ({_ZOO_FILE} is missing); "
+                f"no zoo in {self.folder} ({ZOO_FILE} is missing); "
                 f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
             )
         try:
@@ -78,7 +78,7 @@ class AdapterZoo:
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
-        path = folder / _ZOO_FILE
+        path = folder / ZOO_FILE
         if not path.exists():
             write_json(path, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
         zoo = cls(folder)
@@ -128,7 +128,7 @@ class AdapterZoo:
 
     def has_run(self, task: str, run: str) -> bool:
         """Whether the run is there, whole."""
-        path = self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE
+        path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
         return self._is_selected(task, run) and path.is_file()
 
     def record(self, task: str, run: str) -> RunRecord:
@@ -137,7 +137,7 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if there is no such run, or its `run.json` is damaged or another run's.
         """
-        path = self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE
+        path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
         if not self.has_run(task, run):
             raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
         try:
@@ -169,16 +169,16 @@ class AdapterZoo:
             self.layout.peft_config().save_pretrained(str(folder))
             final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}
             save_file(final, folder / _ADAPTER_FILE, metadata={"format": "pt"})
-            save_file(checkpoints, folder / _CHECKPOINTS_FILE, metadata={"format": "pt"})
+            save_file(checkpoints, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
             for name, text in extra_files.items():
                 write_text(folder / name, text)
             sha256 = {name: sha256_file(folder / name) for name in sorted((*_REQUIRED_FILES, *extra_files))}
-            write_json(folder / _RECORD_FILE, replace(record, sha256=sha256).to_dict())
+            write_json(folder / RECORD_FILE, replace(record, sha256=sha256).to_dict())
 
     def describe(self, record: RunRecord, descriptions: Sequence[str]) -> None:
         """Replace the descriptions of a stored run; its weights stay as they are."""
         changed = replace(record, descriptions=tuple(descriptions))
-        write_json(self.folder / record.task / record.run / _RECORD_FILE, changed.to_dict())
+        write_json(self.folder / record.task / record.run / RECORD_FILE, changed.to_dict())
 
     def snapshots(
         self, task: str, run: str | None = None, *, rows: slice = slice(None), verify: bool | None = None
@@ -200,7 +200,7 @@ class AdapterZoo:
         """
         runs = self.runs(task) if run is None else [run]
         verify = rows == slice(None) if verify is None else verify
-        parts = [self._read_vectors(self.record(task, name), _CHECKPOINTS_FILE, rows, verify) for name in runs]
+        parts = [self._read_vectors(self.record(task, name), CHECKPOINTS_FILE, rows, verify) for name in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def final(self, task: str, run: str) -> Tensor:
@@ -221,7 +221,23 @@ class AdapterZoo:
         problems = []
         for task in self.tasks:
             for run in self.runs(task):
-                problems += self._problems(task, run)
+                problems += self.problems(task, run)
+        return problems
+
+    def problems(self, task: str, run: str) -> list[str]:
+        """What is wrong with one run, as `verify` says it; files that were found whole are not hashed again."""
+        try:
+            record = self.record(task, run)
+        except LoraFactoryError as error:
+            return [str(error)]
+        problems = []
+        for name in record.sha256:
+            try:
+                self._whole_file(record, name)
+                if name in (_ADAPTER_FILE, CHECKPOINTS_FILE):
+                    self._read_vectors(record, name, slice(None) if name == CHECKPOINTS_FILE else None, False)
+            except LoraFactoryError as error:
+                problems.append(str(error))
         return problems
 
     def fingerprint(self) -> str:
@@ -237,16 +253,32 @@ class AdapterZoo:
 
         return push_zoo(self, repo_id, tags=tags, **options)
 
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterZoo:
+        """Download a zoo that `push_to_hub` wrote, and open it in the Hub's cache, to be read and not changed.
+
+        Args:
+            repo_id: Hub id of the data set repository.
+            revision: branch, tag or commit.
+            token: access token.
+
+        Raises:
+            LoraFactoryError: if it is no zoo, a file is larger than its record allows, or the Hub refuses.
+        """
+        from lora_factory.zoo_tools import download_zoo  # here: a zoo that is not pulled needs no network code
+
+        return download_zoo(repo_id, revision=revision, token=token)
+
     def _record_paths(self) -> list[Path]:
         """All `<task>/<run>/run.json`, but none in a temporary or hidden folder."""
-        return [self.folder / task / run / _RECORD_FILE for task in self.tasks for run in self._run_names(task)]
+        return [self.folder / task / run / RECORD_FILE for task in self.tasks for run in self._run_names(task)]
 
     def _run_names(self, task: str) -> Iterator[str]:
         """The runs in a task's folder, if it is one, in no order."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / task) as entries:
             for entry in entries:
                 hidden = task.startswith(".") or entry.name.startswith(".")
-                whole = not hidden and os.path.isfile(os.path.join(entry.path, _RECORD_FILE))
+                whole = not hidden and os.path.isfile(os.path.join(entry.path, RECORD_FILE))
                 if whole and self._is_selected(task, entry.name):
                     yield entry.name
 
@@ -274,7 +306,7 @@ class AdapterZoo:
                 f"{self.folder / where} is already there; delete that folder to collect the run again"
             )
         for name in extra_files:
-            if safe_name(name) in (*_REQUIRED_FILES, _RECORD_FILE):
+            if safe_name(name) in (*_REQUIRED_FILES, RECORD_FILE):
                 raise LoraFactoryError(
                     f"{where}: {name} is written by the zoo itself; give the extra file another name"
                 )
@@ -305,26 +337,11 @@ class AdapterZoo:
         digest = sha256_file(path)
         if digest != record.sha256[name]:
             raise LoraFactoryError(
-                f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {_RECORD_FILE} says "
+                f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {RECORD_FILE} says "
                 f"{record.sha256[name][:12]}...; {_remedy(path.parent)}"
             )
         self._whole_files[path] = state
         return path
-
-    def _problems(self, task: str, run: str) -> list[str]:
-        try:
-            record = self.record(task, run)
-        except LoraFactoryError as error:
-            return [str(error)]
-        problems = []
-        for name in record.sha256:
-            try:
-                self._whole_file(record, name)
-                if name in (_ADAPTER_FILE, _CHECKPOINTS_FILE):
-                    self._read_vectors(record, name, slice(None) if name == _CHECKPOINTS_FILE else None, False)
-            except LoraFactoryError as error:
-                problems.append(str(error))
-        return problems
 
 
 def _located(path: Path, error: LoraFactoryError) -> str:
