@@ -258,9 +258,13 @@ def _first_rows(rows: Rows, source: DataSource) -> datasets.Dataset:
         return rows
     if not source.streaming:
         return rows.select(range(min(source.max_rows, len(rows))))
-    wanted = [name for name in source.columns if name in (rows.column_names or source.columns)]
-    first = list((rows.select_columns(wanted) if wanted else rows).take(source.max_rows))
-    features = rows.features and datasets.Features({name: rows.features[name] for name in wanted or rows.features})
+    names = rows.column_names or list(next(iter(rows), {}))
+    wanted = [name for name in source.columns if name in names]
+    if len(wanted) < len(source.columns):
+        return datasets.Dataset.from_dict({name: [] for name in names})  # whoever reads it names the missing column
+    features = rows.features and datasets.Features({name: rows.features[name] for name in wanted})
+    chosen = rows.select_columns(wanted) if features else rows
+    first = [{name: row.get(name) for name in wanted} for row in chosen.take(source.max_rows)]
     return datasets.Dataset.from_list(first, features=features)
 
 
