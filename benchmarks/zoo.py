@@ -122,30 +122,40 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     from lora_factory.training import build_generator, fit, sample_episode
 
     figures, timer = {}, Timer()
+
+    def note(name: str, value: float) -> None:
+        """Write it down, and show it at once: the whole takes minutes."""
+        figures[name] = value
+        print(f"{count} tasks: {name} {value:.2f}, peak memory {peak_memory():.2f} GB", file=sys.stderr, flush=True)
+
     if count:
         zoo = AdapterZoo(folder)
         weights = open_snapshots(zoo)
-        figures["open ms"] = 1000 * timer.lap()
+        note("open ms", 1000 * timer.lap())
         source = random.Random(0)
         for _ in range(50):
             row = source.randrange(SNAPSHOTS)
             zoo.snapshots(source.choice(list(weights)), "seed-0", rows=slice(row, row + 1))
-        figures["snapshot ms"] = 1000 * timer.lap() / 50
+        note("snapshot ms", 1000 * timer.lap() / 50)
         arguments = TrainArguments(steps=STEPS, batch_size=BATCH)
         generator = build_generator(zoo, arguments, {"text": 384})
         numbers = torch.Generator().manual_seed(0)
         features = {"text": {task: torch.randn(2, 384, generator=numbers) for task in weights}}
         timer.lap()
         generator.fit_statistics(weights, features)
-        figures["statistics s"] = timer.lap()
+        note("statistics s", timer.lap())
         for _ in range(10):
             sample_episode(generator, weights, features, BATCH, numbers)
-        figures["batch ms"] = 1000 * timer.lap() / 10
+        note("batch ms", 1000 * timer.lap() / 10)
         fit(generator, weights, features, arguments, Accelerator(cpu=True))
-        figures["fit s"] = timer.lap()
+        note("fit s", timer.lap())
+    return figures | {"peak memory GB": peak_memory()}
+
+
+def peak_memory() -> float:
+    """The largest resident set that this process has had, in GB."""
     status = Path("/proc/self/status").read_text()
-    peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return figures | {"peak memory GB": int(peak) / 1e6}
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1e6
 
 
 class Timer:

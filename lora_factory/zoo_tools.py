@@ -69,7 +69,7 @@ def prune(
                 remove_folder(zoo.folder / task / run)
                 with contextlib.suppress(OSError):  # it has other runs
                     (zoo.folder / task).rmdir()
-            done.append(f"{task}/{run}: removed" + f", since {problems[0]}" * bool(problems))
+            done.append(f"{task}/{run}: removed" + (f", since {problems[0]}" if problems else ""))
     return done
 
 
