@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -173,7 +174,7 @@ def _candidate(
 ) -> _Candidate:
     """Find an adapter's files and read its configuration and card."""
     folder, commit = Path(entry.source).expanduser(), None
-    name = folder.name
+    name = folder.absolute().name
     if not folder.is_dir():
         repo_id, _, revision = entry.source.partition("@")
         name, seen = repo_id.rpartition("/")[2], set()
@@ -243,7 +244,12 @@ def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportA
     commits = (candidate.layout.base_revision for candidate in candidates)
     revision = arguments.base_revision or next((name for name in commits if name not in _NO_COMMIT), None)
     base = arguments.base_model or candidates[0].layout.base_model
-    layouts = [_of_base(candidate.layout, base, revision) for candidate in candidates]
+    layouts = []
+    for candidate in candidates:  # those for another base model are refused later, by name
+        with contextlib.suppress(LoraFactoryError):
+            layouts.append(_for_base(candidate.layout, base, revision, arguments))
+    if not layouts:
+        _for_base(candidates[0].layout, base, revision, arguments)
     alike = [layout for layout in layouts if _sizes(layout) == _sizes(layouts[0])]
     ranks = {max(module.rank for module in layout.modules) for layout in alike}
     same = len({layout.fingerprint() for layout in alike}) == 1
@@ -258,7 +264,8 @@ def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportA
 
 def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments, canonical: bool) -> None:
     """Check an adapter against the zoo and store its snapshots as a run, unless that was done before."""
-    layout = _checked(candidate.layout, zoo.layout, arguments)
+    layout = _for_base(candidate.layout, zoo.layout.base_model, zoo.layout.base_revision, arguments)
+    _check_fit(layout, zoo.layout)
     digest = sha256_file(candidate.folder / ADAPTER_FILE)
     if zoo.has_run(candidate.task, candidate.run):
         origin = zoo.folder / candidate.task / candidate.run / ORIGIN_FILE
@@ -310,7 +317,7 @@ def _snapshots(candidate: _Candidate, count: int) -> tuple[tuple[int, ...], torc
     for folder in (*(numbers[step] for step in steps), candidate.folder):
         layout, vector = _read(folder)
         if layout.modules != candidate.layout.modules:
-            raise LoraFactoryError(f"{folder.name} has other modules or ranks than the adapter itself; remove it")
+            raise LoraFactoryError(f"{folder.name} has other modules, ranks or scaling than the adapter itself")
         rows.append(vector)
     if steps and torch.equal(rows[-1], rows[-2]):
         rows.pop()
@@ -320,9 +327,8 @@ def _snapshots(candidate: _Candidate, count: int) -> tuple[tuple[int, ...], torc
     return tuple(steps[-keep:]), torch.stack(rows[-keep:])
 
 
-def _checked(layout: AdapterLayout, wanted: AdapterLayout, arguments: ImportArguments) -> AdapterLayout:
-    """The layout under the zoo's name of the base model, once it was found to be one for it."""
-    base, revision = wanted.base_model, wanted.base_revision
+def _for_base(layout: AdapterLayout, base: str, revision: str | None, arguments: ImportArguments) -> AdapterLayout:
+    """The layout under the zoo's name of the base model, once it was found to be for that."""
     vouched = arguments.base_model == base and not is_hub_id(layout.base_model)
     if layout.base_model != base and not vouched:
         raise LoraFactoryError(
@@ -334,6 +340,11 @@ def _checked(layout: AdapterLayout, wanted: AdapterLayout, arguments: ImportArgu
             f"it is for commit {layout.base_revision} of {base}, the zoo for {revision or 'no commit in particular'}; "
             "import it into another zoo"
         )
+    return replace(layout, base_model=base, base_revision=revision)
+
+
+def _check_fit(layout: AdapterLayout, wanted: AdapterLayout) -> None:
+    """Check that an adapter has the zoo's modules, and no higher ranks."""
     here, there = _sizes(layout), _sizes(wanted)
     if here != there:
         different = sorted(path for path in here.keys() | there.keys() if here.get(path) != there.get(path))
@@ -348,11 +359,6 @@ def _checked(layout: AdapterLayout, wanted: AdapterLayout, arguments: ImportArgu
                 f"{module.path} has rank {module.rank}, the zoo has room for {room.rank}; import it into a new zoo, "
                 "with --rank of the largest"
             )
-    return _of_base(layout, base, revision)
-
-
-def _of_base(layout: AdapterLayout, base: str, revision: str | None) -> AdapterLayout:
-    return replace(layout, base_model=base, base_revision=revision)
 
 
 def _sizes(layout: AdapterLayout) -> dict[str, tuple[tuple[int, ...], ...]]:

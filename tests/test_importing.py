@@ -179,7 +179,7 @@ def test_checkpoints_become_snapshots(adapters: Path, copy: Path, tmp_path: Path
     last = import_adapters([AdapterSource(str(copy), run="last")], tmp_path / "zoo", replace(NAMED, snapshots=2)).zoo
     assert last.record("copy", "last").snapshot_steps == (100, 200), "the adapter itself is the last checkpoint"
     change_config(copy / "checkpoint-20", lora_alpha=9)
-    with pytest.raises(LoraFactoryError, match="checkpoint-20 has other modules or ranks"):
+    with pytest.raises(LoraFactoryError, match="checkpoint-20 has other modules, ranks or scaling"):
         import_adapters([AdapterSource(str(copy), run="third")], tmp_path / "zoo", NAMED)
 
 

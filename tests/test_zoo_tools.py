@@ -190,7 +190,8 @@ def test_adapters_are_imported_from_the_hub(hub: LocalHub, zoo: AdapterZoo, tmp_
     files = {name: (run / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     card = {"README.md": b"# T\n\nWrites letters to pirates."}
     big = {"adapter_config.json": b" " * (17 << 20), "adapter_model.safetensors": b""}
-    first = hub.add_repo("alice/letters", {**files, **card, "evil.py": b"1"}).find().oid
+    checkpoint = {f"checkpoint-7/{name}": content for name, content in files.items()}
+    first = hub.add_repo("alice/letters", {**files, **checkpoint, **card, "evil.py": b"1"}).find().oid
     hub.commit("alice/letters", {"adapter_config.json": b"{}"})
     hub.add_repo("alice/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
     hub.add_repo("alice/big", big)
@@ -208,6 +209,7 @@ result = [report.imported, report.refused]
     assert "adapter_config.json is missing" in refused["alice/empty"]
     taken = AdapterZoo(tmp_path / "imported")
     assert taken.layout.base_revision == COMMIT and taken.descriptions("letters") == ("Writes letters to pirates.",)
+    assert taken.record("letters", "imported").snapshot_steps == (7,)
     origin = json.loads((taken.folder / "letters/imported/import.json").read_text())
     assert origin["commit"] == first and not origin["canonical"]
     assert torch.equal(taken.final("letters", "imported"), zoo.final("a", "seed-0"))
