@@ -372,17 +372,13 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
     def fit_statistics(
         self, weights: Mapping[str, SnapshotRows], features: Mapping[str, Mapping[str, torch.Tensor]]
     ) -> ZooStatistics:
-        """Set bias adapter, token scales, task vectors and their standardisation from a zoo.
+        """Set bias adapter, token scales, task vectors and their standardisation from a zoo, whose statistics return.
 
         Args:
             weights: Snapshots ``(n, D)`` of every task.
             features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
-
-        Returns:
-            The snapshots' statistics.
         """
-        statistics = zoo_statistics(weights)
-        self.bias.copy_(statistics.mean)
+        self.bias.copy_((statistics := zoo_statistics(weights)).mean)
         self.token_scale.copy_(token_scales(self.layout, statistics.deviation))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         groups = {name: torch.cat([_group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
