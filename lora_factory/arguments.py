@@ -30,6 +30,8 @@ class CollectArguments:
     gradient_accumulation: int = _option(1, "batches accumulated before a step")
     sequence_length: int = _option(128, "tokens a sequence")
     packing: bool = _option(True, "fill sequences with consecutive text instead of padding one example each")
+    max_tokens: int = _option(0, "tokens of each split of a task that are used, the first ones; 0: all")
+    chat_template: bool = _option(False, "put prompt and completion into the tokenizer's chat template")
     learning_rate: float = _option(2e-3, "peak learning rate of AdamW")
     warmup_ratio: float = _option(0.1, "share of the steps with a rising learning rate, before the cosine")
     weight_decay: float = _option(0.0, "AdamW's weight decay")
@@ -50,6 +52,8 @@ class CollectArguments:
         _positive(self, "sequence_length", "learning_rate", "lora_alpha", "max_grad_norm", "validation_sequences")
         if not self.seeds:
             raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
+        if self.max_tokens < 0:
+            raise LoraFactoryError(f"max_tokens={self.max_tokens} may not be below 0; 0 means all")
         if self.epochs < 0 or (self.epochs == 0 and self.steps < 1):
             raise LoraFactoryError(f"steps={self.steps}, epochs={self.epochs}: one of them must be at least 1")
         unit, available = ("epochs", self.epochs) if self.epochs else ("steps", self.steps)
@@ -65,6 +69,27 @@ class CollectArguments:
         _one_of(self, "quantization", "", "4bit", "8bit")
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             raise LoraFactoryError(f"report_to names {unknown}; choose among {', '.join(TRACKERS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """Which adapters a zoo takes in, and in which form."""
+
+    base_model: str = _option(
+        "", "Hub id of the base model; taken as the base of adapters that name a local folder (default: the first's)"
+    )
+    base_revision: str = _option("", "commit of the base model (default: the first that an adapter names)")
+    rank: int = _option(0, "rank of a new zoo; 0: the largest of the adapters; smaller ones are padded with zeros")
+    canonical: bool = _option(
+        False, "rewrite all adapters in canonical form, even if they share ranks and scaling and fit as they are"
+    )
+    snapshots: int = _option(0, "how many of the last checkpoint-* folders of an adapter are taken; 0: all")
+    run_name: str = _option("imported", "name of the runs")
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        if min(self.rank, self.snapshots) < 0:
+            raise LoraFactoryError(f"rank={self.rank}, snapshots={self.snapshots}: neither may be below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

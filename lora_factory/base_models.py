@@ -228,7 +228,7 @@ def _quantized(bits: str, dtype: str | torch.dtype, device: str | torch.device) 
 
 def _keep_gradients(model: PreTrainedModel) -> None:
     """Keep 4-bit layers on a CPU from packing themselves at the first validation: packed ones pass no gradient on."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -53,7 +53,8 @@ def canonicalise(layout: AdapterLayout, vectors: Tensor, target: AdapterLayout |
     Args:
         layout: The adapters' layout.
         vectors: Shape ``(..., D)``.
-        target: ``canonical_layout(layout)`` by default, or the same with a higher rank.
+        target: ``canonical_layout(layout)`` by default, or another layout of the same modules, of no lower rank; its
+            scaling is taken into account.
 
     Returns:
         Shape ``(..., D of target)``, in the precision of ``vectors``.
@@ -63,7 +64,7 @@ def canonicalise(layout: AdapterLayout, vectors: Tensor, target: AdapterLayout |
     for module, wide in zip(layout.modules, target.modules, strict=True):
         dimensions = len(module.shape_a), len(module.shape_b)
         a = weights[module.key_a].double().flatten(1 - dimensions[0])
-        b = module.scaling * weights[module.key_b].double().flatten(1 - dimensions[1])
+        b = module.scaling / wide.scaling * weights[module.key_b].double().flatten(1 - dimensions[1])
         left, right = torch.linalg.qr(b), torch.linalg.qr(a.mT)
         u, values, v = torch.linalg.svd(left.R @ right.R.mT)
         columns, rows = left.Q @ u, v @ right.Q.mT

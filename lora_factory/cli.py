@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory import __version__
-from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, TrainArguments
+from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.cli_zoo import add_import, add_zoo, run_import
 from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from lora_factory.evaluation import TextScore
 
-Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, TrainArguments)
+Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
@@ -63,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
     collect.add_argument("--base-model-name", help="Hub id that adapters name as their base (default: --base-model)")
     _add_options(collect, CollectArguments)
+
+    imported = _command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
+    add_import(imported)
+    _add_options(imported, ImportArguments)
+
+    add_zoo(commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos"), _command)
 
     train = _command(commands, "train", _train, "train a generator on a zoo")
     _add_required(train, "--zoo", "folder that collect wrote")
@@ -168,6 +175,10 @@ def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
     )
 
 
+def _import(options: argparse.Namespace) -> None:
+    run_import(options, _read_options(options, ImportArguments))
+
+
 def _train(options: argparse.Namespace) -> None:
     arguments = _read_options(options, TrainArguments)
     from lora_factory.tasks import load_tasks
@@ -217,8 +228,9 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.zoo import AdapterZoo
 
     zoo = AdapterZoo(options.zoo)
+    known = set(zoo.tasks)
     fold = Fold(
-        seen=tuple(task for task in load_tasks(options.tasks) if task.name in zoo.tasks),
+        seen=tuple(task for task in load_tasks(options.tasks) if task.name in known),
         unseen=tuple(load_tasks(options.unseen_tasks)) if options.unseen_tasks else (),
         zoo=zoo,
         originals=AdapterZoo(options.unseen_zoo) if options.unseen_zoo else None,
@@ -336,7 +348,7 @@ def _console(*, stderr: bool = False) -> Console:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     text: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)

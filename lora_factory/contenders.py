@@ -269,7 +269,7 @@ class Contenders:
         assert zoo is not None
         run = f"seed-{seed}" if zoo.has_run(task.name, f"seed-{seed}") else zoo.runs(task.name)[0]
         losses = zoo.record(task.name, run).validation_losses
-        if not best:
+        if not (best and losses):  # an imported adapter has no losses to choose by
             return zoo.final(task.name, run)
         return zoo.snapshots(task.name, run)[min(range(len(losses)), key=losses.__getitem__)]
 

@@ -15,6 +15,7 @@ import datasets
 from lora_factory.errors import LoraFactoryError
 
 Split = Literal["train", "validation", "test"]
+Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
@@ -52,6 +53,9 @@ class DataSource:
         prompt_column: Column of the text that is read but not learned.
         completion_column: Column of the text that is learned.
         revision: Branch, tag or commit on the Hub.
+        streaming: Read rows one by one, and download no more than these, instead of the whole data set first; needs
+            `max_rows`.
+        max_rows: How many of the first rows of every split are read; default: all.
     """
 
     path: str
@@ -62,6 +66,8 @@ class DataSource:
     prompt_column: str | None = None
     completion_column: str | None = None
     revision: str | None = None
+    streaming: bool = False
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value at birth and fill in the default text column."""
@@ -82,6 +88,13 @@ class DataSource:
             raise LoraFactoryError(f"splits={splits!r} must map {', '.join(SPLITS)} to the source's split names")
         if self.data_files is not None:
             object.__setattr__(self, "data_files", _files_of_splits(self.data_files))
+        if self.max_rows is not None and (type(self.max_rows) is not int or self.max_rows < 1):
+            raise LoraFactoryError(f"max_rows={self.max_rows!r} of a data source must be a number of rows above 0")
+        if not isinstance(self.streaming, bool) or (self.streaming and self.max_rows is None):
+            raise LoraFactoryError(
+                f"streaming={self.streaming!r} must be true or false, and true needs max_rows, for example "
+                "streaming: true, max_rows: 20000"
+            )
         if self.path in LOCAL_FORMATS and not self.data_files:
             raise LoraFactoryError(
                 f"path={self.path!r} needs data_files, for example data_files: {{train: train.{self.path}}}"
@@ -136,7 +149,12 @@ def load_examples(source: DataSource, task: str) -> dict[Split, list[Example]]:
         LoraFactoryError: The data cannot be found or read, there is no split to learn from, a column is missing, or a
             split has no text.
     """
-    return {split: _read_rows(rows, source, f"{task}/{split}") for split, rows in _load_splits(source, task).items()}
+    splits: dict[Split, list[Example]] = {}
+    for split, rows in _load_splits(source, task).items():
+        with _teaching_errors(source, task):
+            first = _first_rows(rows, source)
+        splits[split] = _read_rows(first, source, f"{task}/{split}")
+    return splits
 
 
 def with_text(examples: Iterable[Example]) -> list[Example]:
@@ -175,13 +193,14 @@ def _matching_files(pattern: str) -> list[str]:
     return found
 
 
-def _load_splits(source: DataSource, task: str) -> dict[Split, datasets.Dataset]:
+def _load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
     """The source's rows for each of our splits that it has."""
     if source.format is not None:
         available = _load_local(source, source.local_files(), task)
     elif Path(source.path).is_dir():
         with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
-            available = datasets.load_dataset(source.path, cache_dir=cache, keep_in_memory=True)
+            how = {"streaming": True} if source.streaming else {"keep_in_memory": True}
+            available = datasets.load_dataset(source.path, cache_dir=cache, **how)
     elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         raise LoraFactoryError(
             f"task {task!r}: no data folder {source.path}; give an existing one, a data file or a Hub id"
@@ -191,10 +210,10 @@ def _load_splits(source: DataSource, task: str) -> dict[Split, datasets.Dataset]
     return _choose_splits(available, source, task)
 
 
-def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> Mapping[str, datasets.Dataset]:
+def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> Mapping[str, Rows]:
     """Read local files without the network: `load_dataset("json", …)` would report its use to a server first."""
     # The builders copy the rows into a cache, which is of no use to anyone once they are in memory.
-    options: dict[str, Any] = {"keep_in_memory": True}
+    options: dict[str, Any] = {"streaming": True} if source.streaming else {"keep_in_memory": True}
     escaped: Any = {split: [glob.escape(name) for name in names] for split, names in files.items()}
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
         if source.format == "json":
@@ -209,8 +228,9 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
         return datasets.DatasetDict.from_csv(escaped, cache_dir=cache, **options)
 
 
-def _load_from_hub(source: DataSource, task: str) -> dict[Split, datasets.Dataset]:
+def _load_from_hub(source: DataSource, task: str) -> dict[Split, Rows]:
     options: dict[str, Any] = {"data_files": source.data_files, "revision": source.revision}
+    options |= {"streaming": True} if source.streaming else {}
     with _teaching_errors(source, task):
         if source.splits:
             return {
@@ -222,9 +242,7 @@ def _load_from_hub(source: DataSource, task: str) -> dict[Split, datasets.Datase
     return _choose_splits(available, source, task)
 
 
-def _choose_splits(
-    available: Mapping[str, datasets.Dataset], source: DataSource, task: str
-) -> dict[Split, datasets.Dataset]:
+def _choose_splits(available: Mapping[str, Rows], source: DataSource, task: str) -> dict[Split, Rows]:
     available = {str(name): rows for name, rows in available.items()}
     wanted = source.splits or {split: split for split in SPLITS if split in available}
     if unknown := sorted(set(wanted.values()) - set(available)):
@@ -237,6 +255,22 @@ def _choose_splits(
             f" learn from, for example splits: {{train: {next(iter(available))}}}"
         )
     return {split: available[wanted[split]] for split in SPLITS if split in wanted}
+
+
+def _first_rows(rows: Rows, source: DataSource) -> datasets.Dataset:
+    """The rows that the source's budget allows, read now."""
+    if source.max_rows is None:
+        return rows
+    if not source.streaming:
+        return rows.select(range(min(source.max_rows, len(rows))))
+    names = rows.column_names or list(next(iter(rows), {}))
+    wanted = [name for name in source.columns if name in names]
+    if len(wanted) < len(source.columns):
+        return datasets.Dataset.from_dict({name: [] for name in names})  # whoever reads it names the missing column
+    features = rows.features and datasets.Features({name: rows.features[name] for name in wanted})
+    chosen = rows.select_columns(wanted) if features else rows
+    first = [{name: row.get(name) for name in wanted} for row in chosen.take(source.max_rows)]
+    return datasets.Dataset.from_list(first, features=features)
 
 
 def _read_rows(rows: datasets.Dataset, source: DataSource, where: str) -> list[Example]:

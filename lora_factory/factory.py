@@ -237,7 +237,7 @@ class AdapterFactory:
             waits = self.shares_runs and number < accumulation
             with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
                 loss = self._share_of_loss(batch) / accumulation
-                loss.backward()  # type: ignore[no-untyped-call]  # not Accelerate's, which divides if it was told so
+                loss.backward()  # not Accelerate's, which divides if it was told so
             mean += loss.detach()
             tokens += sum(len(sequence.tokens) for sequence in batch)
         value = self._mean_of_processes(mean)

@@ -124,6 +124,13 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     _fsync(path.parent)
 
 
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder so that it is there as a whole or not at all, whenever the process ends."""
+    aside = _temporary_sibling(Path(path).absolute())
+    Path(path).rename(aside)
+    shutil.rmtree(aside)
+
+
 def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with Path(path).open("rb") as file:

@@ -167,8 +167,9 @@ def checked_file(folder: Path, name: str, limit: int) -> Path:
         raise LoraFactoryError(
             f"{path} is missing or cannot be read ({error}); name a folder that this package or PEFT wrote"
         ) from error
-    blobs = home.parent.parent / "blobs"
-    if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs))):
+    snapshot = home if home.parent.name == "snapshots" else home.parent  # or a folder in one
+    blobs = snapshot.parent.parent / "blobs"
+    if not (real.is_relative_to(home) or (snapshot.parent.name == "snapshots" and real.is_relative_to(blobs))):
         raise LoraFactoryError(f"{path} is a link to {real}, outside of its folder; it is not followed")
     if not stat.S_ISREG(status.st_mode):
         raise LoraFactoryError(f"{path} is no ordinary file")

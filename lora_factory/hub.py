@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import httpx2
-from huggingface_hub import CommitInfo, HfApi, get_token, is_offline_mode
+from huggingface_hub import CommitInfo, HfApi, get_token, is_offline_mode, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from lora_factory import __version__
@@ -169,6 +170,48 @@ def collect_repositories(title: str, repo_ids: Sequence[str], **options: Unpack[
         for repo_id in repo_ids:
             api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
     return collection.slug
+
+
+def download_files(
+    repo_id: str,
+    limit_of: Callable[[str], int],
+    *,
+    repo_type: str = "model",
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Download the files of a repository that are wanted, all of one commit; their sizes are checked before.
+
+    Args:
+        repo_id: Hub id.
+        limit_of: The most bytes that the file of a name may have; 0 when it is not wanted.
+        repo_type: "model" or "dataset".
+        revision: Branch, tag or commit.
+        token: Access token.
+
+    Returns:
+        Their folder in the Hub's cache, which has the commit as its name.
+
+    Raises:
+        LoraFactoryError: When a file is too large, none is wanted, or the Hub refuses or cannot be reached.
+    """
+    if not is_hub_id(repo_id):
+        raise LoraFactoryError(f"{repo_id!r} is neither a folder nor a Hub id; write user/name")
+    api, names = HfApi(token=token), []
+    with _hub_errors(repo_id, "what has arrived is kept, the same call continues", "download"):
+        about: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision, files_metadata=True)
+        for file in about.siblings or []:
+            if limit := limit_of(file.rfilename):
+                if file.size is None or file.size > limit:
+                    raise LoraFactoryError(
+                        f"{repo_id}: {file.rfilename} has {file.size} bytes, at most {limit} are expected; "
+                        "nothing is downloaded"
+                    )
+                names.append(glob.escape(file.rfilename))
+        if not names:
+            raise LoraFactoryError(f"{repo_id} has none of the files that are expected; check the id and the revision")
+        where: dict[str, Any] = {"repo_type": repo_type, "revision": about.sha, "token": token}
+        return Path(snapshot_download(repo_id, allow_patterns=names, **where))
 
 
 def license_of(model: str, token: str | bool | None = None) -> str | None:

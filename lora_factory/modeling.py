@@ -36,6 +36,7 @@ from lora_factory.networks import (
 )
 from lora_factory.pushing import HubMixin
 from lora_factory.refine import STEPS, refine_state_dict
+from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
 class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
@@ -373,22 +374,22 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
 
     @torch.no_grad()
     def fit_statistics(
-        self, weights: Mapping[str, torch.Tensor], features: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
-        """Set bias adapter, token scales, task vectors and their standardisation from a zoo.
+        self, weights: Mapping[str, SnapshotRows], features: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> ZooStatistics:
+        """Set bias adapter, token scales, task vectors and their standardisation from a zoo, whose statistics return.
 
         Args:
             weights: Snapshots ``(n, D)`` of every task.
             features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
         """
-        means = torch.stack([snapshots.mean(0) for snapshots in weights.values()])
-        self.bias.copy_(means.mean(0))
-        self.token_scale.copy_(token_scales(self.layout, weights, self.bias.cpu()))
+        self.bias.copy_((statistics := zoo_statistics(weights)).mean)
+        self.token_scale.copy_(token_scales(self.layout, statistics.deviation))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         groups = {name: torch.cat([group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
         self.standardiser.fit({name: rows if name == "text" else groups[name] for name, rows in vectors.items()})
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
+        return statistics
 
 
 AutoConfig.register("cvae_lora", CVAELoRAConfig)

@@ -298,20 +298,17 @@ class ConvCVAE(nn.Module):
         return mean, torch.full_like(mean, -math.inf)
 
 
-def token_scales(layout: AdapterLayout, weights: Mapping[str, torch.Tensor], center: torch.Tensor) -> torch.Tensor:
-    """Root mean square deviation of every token's weights from ``center``, shape ``(tokens,)``.
+def token_scales(layout: AdapterLayout, deviation: torch.Tensor) -> torch.Tensor:
+    """Root mean square deviation of every token's weights from their centre, shape ``(tokens,)``.
 
     Floored at a twentieth of its group's mean, which is also that of tokens that no adapter uses.
 
     Args:
         layout: The adapters' layout.
-        weights: Snapshots ``(n, D)`` of every task.
-        center: Shape ``(D,)``.
+        deviation: Mean square deviation of every weight, shape ``(D,)``.
     """
-    total = sum(len(snapshots) for snapshots in weights.values())
-    variance = torch.stack([(rows - center).square().sum(0) for rows in weights.values()]).sum(0) / total
     scales = []
-    for rows in layout.to_tokens(variance).values():
+    for rows in layout.to_tokens(deviation).values():
         scale = rows.mean(-1).sqrt()
         used = torch.where(scale > 0, scale, scale[scale > 0].mean().nan_to_num(0.0))
         scales.append(torch.maximum(used, 0.05 * used.mean()).clamp_min(1e-8))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments
@@ -29,13 +30,22 @@ def encode_sequences(
     """Tokenise examples into sequences of at most ``sequence_length`` tokens, with the loss on the completion only.
 
     With packing, examples follow each other (closed by the end-of-text token) and every sequence is full, unless all
-    the text is shorter than one. Without it, each example is cut into its own sequences.
+    the text is shorter than one. Without it, each example is cut into its own sequences. With ``max_tokens``, only the
+    first tokens are used, and no more text is tokenised than these need.
 
     Raises:
         LoraFactoryError: When no token is left to learn from.
     """
-    length = arguments.sequence_length
-    encoded = [encode_example(tokenizer, example, length) for example in examples]
+    length, budget = arguments.sequence_length, arguments.max_tokens
+    encoded, used = [], 0
+    for example in examples:
+        sequence = encode_example(tokenizer, example, length, chat_template=arguments.chat_template)
+        if budget and used + len(sequence.tokens) >= budget:
+            rest = budget - used
+            encoded.append(TokenSequence(sequence.tokens[:rest], sequence.labels[:rest]))
+            break
+        used += len(sequence.tokens)
+        encoded.append(sequence)
     if arguments.packing:
         stream = TokenSequence([t for s in encoded for t in s.tokens], [label for s in encoded for label in s.labels])
         whole = max(length, len(stream.tokens) // length * length)
@@ -70,14 +80,49 @@ def scored_tokens(batch: Sequence[TokenSequence]) -> int:
     return sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -> TokenSequence:
-    """One example as tokens; an over-long prompt loses its beginning, so that the completion stays."""
-    prompt = tokenizer(example.prompt).input_ids if example.prompt else []
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, example: Example, length: int, *, chat_template: bool = False
+) -> TokenSequence:
+    """One example as tokens; an over-long prompt loses its beginning, so that the completion stays.
+
+    A chat template has its own beginning and end of a text; otherwise these are the tokenizer's.
+    """
+    if chat_template:
+        example = render_chat(tokenizer, example)
+    prompt = tokenizer(example.prompt, add_special_tokens=not chat_template).input_ids if example.prompt else []
     completion = tokenizer(example.completion, add_special_tokens=not prompt).input_ids
-    completion = completion + [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
+    if tokenizer.eos_token_id is not None and not chat_template:
+        completion = [*completion, tokenizer.eos_token_id]
     if prompt:
         prompt = prompt[-max(1, length - len(completion)) :]
     return TokenSequence(prompt + completion, [IGNORED] * len(prompt) + completion)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
+    """An example in the tokenizer's chat template: up to the assistant's turn, and what the assistant says in it.
+
+    Raises:
+        LoraFactoryError: When the tokenizer has no chat template, the example no prompt, or the template writes the
+            start of a reply in another way than a reply.
+    """
+    if not tokenizer.chat_template:
+        raise LoraFactoryError("the base model's tokenizer has no chat template; leave out chat_template")
+    if not example.prompt:
+        raise LoraFactoryError(
+            "chat_template needs prompts; give prompt_column and completion_column, or leave it out"
+        )
+    turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+    try:
+        start = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, ValueError) as error:
+        raise LoraFactoryError(f"the tokenizer's chat template fails: {error}; leave out chat_template") from error
+    if not whole.startswith(start):
+        raise LoraFactoryError(
+            f"the tokenizer's chat template starts a reply with {start[-40:]!r}, but writes a given one in another "
+            "way; leave out chat_template"
+        )
+    return Example(start, whole.removeprefix(start))
 
 
 def shuffled_batches(sequences: list[TokenSequence], size: int, seed: int) -> Iterator[list[TokenSequence]]:

@@ -83,7 +83,9 @@ class TaskData:
         for part in (0, 1):
             kept = examples[part::2]
             length = factory.arguments.sequence_length
-            ends = torch.tensor([len(encode_example(factory.tokenizer, one, length).tokens) for one in kept]).cumsum(0)
+            chat = factory.arguments.chat_template
+            encoded = [encode_example(factory.tokenizer, one, length, chat_template=chat) for one in kept]
+            ends = torch.tensor([len(one.tokens) for one in encoded]).cumsum(0)
             sequences = encode_sequences(factory.tokenizer, kept, factory.arguments)
             read = torch.tensor([len(sequence.tokens) for sequence in sequences])
             owners = torch.searchsorted(ends, read.cumsum(0) - read, right=True).clamp_max(len(kept) - 1)

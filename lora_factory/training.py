@@ -30,6 +30,7 @@ from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
+from lora_factory.snapshots import SnapshotRows, open_snapshots
 from lora_factory.tasks import Task
 from lora_factory.through_base import TaskData, start_from, train_through_base
 from lora_factory.training_state import TrainingCheckpoint
@@ -88,7 +89,7 @@ def train_generator(
     layout = zoo.layout
     if arguments.base_steps and arguments.base_rank:
         layout = layout.with_rank(arguments.base_rank)
-    weights = {task: zoo.layout.widen(zoo.snapshots(task).float(), layout) for task in zoo.tasks}
+    weights = open_snapshots(zoo, layout)
     features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
     factory = None
     if tasks is not None:
@@ -97,7 +98,7 @@ def train_generator(
         features["hidden"] = example_features(factory.model, factory.tokenizer, tasks)
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths, layout)
-    generator.fit_statistics(weights, features)
+    statistics = generator.fit_statistics(weights, features)
     checkpoint = None
     if arguments.base_steps and factory is not None and tasks is not None:
         data = {
@@ -113,7 +114,7 @@ def train_generator(
     else:
         history = fit(generator, weights, features, arguments, accelerator)
     generator = generator.cpu().eval()
-    calibrate_spread(generator, weights, features)
+    calibrate_spread(generator, statistics.within, features)
     if accelerator.is_main_process:
         save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
         if checkpoint is not None:
@@ -150,7 +151,7 @@ def build_generator(
 
 def fit(
     generator: CVAELoRAGenerator,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, SnapshotRows],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     arguments: TrainArguments,
     accelerator: Accelerator,
@@ -203,7 +204,7 @@ def fit(
 @torch.no_grad()
 def solve_heads(
     generator: CVAELoRAGenerator,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, SnapshotRows],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     batch_size: int,
     source: torch.Generator,
@@ -243,23 +244,28 @@ def solve_heads(
 @torch.no_grad()
 def calibrate_spread(
     generator: CVAELoRAGenerator,
-    weights: Mapping[str, torch.Tensor],
+    within: torch.Tensor,
     features: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
     """Set the token decoder's ``log_std`` so that samples at temperature 1 spread as real checkpoints of a task do.
 
     What a token's weights vary within a task, less what they vary already by sampling z, is left to independent noise.
+
+    Args:
+        generator: A trained one, in evaluation mode.
+        within: Mean variance within a task, shape ``(D,)``: `ZooStatistics.within`.
+        features: For every modality the rows ``(n, width)`` of every task.
     """
     network = generator.network
     if not isinstance(network, TokenCVAE):
         return
-    missing = torch.zeros(network.layout.size)
+    missing = within.clone()
     network.log_std.fill_(-math.inf)
-    for task, snapshots in weights.items():
-        name, rows = next((name, tasks[task]) for name, tasks in features.items())
+    name, tasks = next(iter(features.items()))
+    for rows in tasks.values():
         conditions = {name: rows.mean(0, keepdim=True).expand(SPREAD_SAMPLES, -1).to(generator.device)}
         sampled = generator.generate_vector(conditions, temperature=1.0).cpu()
-        missing += (snapshots.var(0, correction=0) - sampled.var(0)) / len(weights)
+        missing -= sampled.var(0) / len(tasks)
     scale = spread_over_weights(network.layout, generator.token_scale).cpu()
     per_token = [rows.mean(-1) for rows in network.layout.to_tokens(missing / scale.square()).values()]
     network.log_std.copy_(0.5 * torch.cat(per_token).clamp_min(1e-8).log())
@@ -267,7 +273,7 @@ def calibrate_spread(
 
 def sample_episode(
     generator: CVAELoRAGenerator,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, SnapshotRows],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     batch_size: int,
     source: torch.Generator,
@@ -354,5 +360,5 @@ def _support_mean(rows: torch.Tensor, largest: int, source: torch.Generator) -> 
     return rows[torch.randperm(len(rows), generator=source)[:count]].mean(0)
 
 
-def _draw(rows: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    return rows[torch.randint(len(rows), (), generator=source)]
+def _draw(rows: SnapshotRows, source: torch.Generator) -> torch.Tensor:
+    return rows[int(torch.randint(len(rows), (), generator=source))]

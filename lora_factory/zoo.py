@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -24,19 +26,20 @@ if TYPE_CHECKING:
 
     from lora_factory.hub import PushOptions
 
-_ZOO_FILE = "zoo.json"
-_RECORD_FILE = "run.json"
+ZOO_FILE = "zoo.json"
+RECORD_FILE = "run.json"
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
-_CHECKPOINTS_FILE = "checkpoints.safetensors"
-_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, _CHECKPOINTS_FILE)
+CHECKPOINTS_FILE = "checkpoints.safetensors"
+_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
 
 
 class AdapterZoo:
     """A folder of runs that share one layout: `<task>/<run>/`, each run folder a PEFT adapter that loads by itself.
 
-    Opening reads `zoo.json` alone. A file's SHA-256 is checked when this object first reads it. Temporary folders
-    that a crash left behind are not seen.
+    Opening reads `zoo.json` alone, and nothing of the folder is remembered: what another process adds is there at
+    once. A file's SHA-256 is checked when this object, or a selection of it, first reads the file as a whole, and
+    again when its size or time has changed. Temporary folders that a crash left behind are not seen.
 
     Attributes:
         folder: the zoo's folder.
@@ -50,10 +53,10 @@ class AdapterZoo:
             LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
         """
         self.folder = Path(folder)
-        path = self.folder / _ZOO_FILE
+        path = self.folder / ZOO_FILE
         if not path.is_file():
             raise LoraFactoryError(
-                f"no zoo in {self.folder} ({_ZOO_FILE} is missing); "
+                f"no zoo in {self.folder} ({ZOO_FILE} is missing); "
                 f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
             )
         try:
@@ -62,8 +65,8 @@ class AdapterZoo:
             self.layout = AdapterLayout.from_dict(json_object(values.get("layout")))
         except LoraFactoryError as error:
             raise LoraFactoryError(_located(path, error)) from error
-        self._whole_files: set[Path] = set()
-        self._selected: frozenset[tuple[str, str]] | None = None
+        self._whole_files: dict[Path, tuple[int, int]] = {}
+        self._selected: dict[str, set[str]] | None = None
 
     @classmethod
     def create(cls, folder: str | Path, layout: AdapterLayout) -> AdapterZoo:
@@ -75,7 +78,7 @@ class AdapterZoo:
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
-        path = folder / _ZOO_FILE
+        path = folder / ZOO_FILE
         if not path.exists():
             write_json(path, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
         zoo = cls(folder)
@@ -89,16 +92,17 @@ class AdapterZoo:
 
     @property
     def tasks(self) -> list[str]:
-        """The names of all tasks with at least one run, sorted."""
-        return sorted({path.parent.parent.name for path in self._record_paths()})
+        """The names of all tasks with at least one run, sorted; looks at the folder of every task."""
+        with os.scandir(self.folder) as entries:
+            return sorted(entry.name for entry in entries if next(self._run_names(entry.name), None) is not None)
 
     def runs(self, task: str) -> list[str]:
-        """Return the names of a task's runs in natural order.
+        """Return the names of a task's runs in natural order; looks at the folder of that task alone.
 
         Raises:
             LoraFactoryError: if the zoo has no run of that task; names the tasks it has.
         """
-        runs = [path.parent.name for path in self._record_paths() if path.parent.parent.name == task]
+        runs = list(self._run_names(safe_name(task)))
         if not runs:
             raise LoraFactoryError(
                 f"the zoo {self.folder} has no task {task!r}; it has {', '.join(self.tasks) or 'none yet'}"
@@ -115,18 +119,17 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if the zoo has no such task or run.
         """
-        pairs = {(task, run) for task in tasks for run in self.runs(task) if runs is None or run in runs}
-        if missing := sorted(set(tasks) - {task for task, _ in pairs}):
+        chosen = {task: {run for run in self.runs(task) if runs is None or run in runs} for task in tasks}
+        if missing := sorted(task for task, found in chosen.items() if not found):
             raise LoraFactoryError(f"the zoo {self.folder} has none of the runs {runs} of {', '.join(missing)}")
         view = AdapterZoo(self.folder)
-        view._selected = frozenset(pairs)
+        view._whole_files, view._selected = self._whole_files, chosen
         return view
 
     def has_run(self, task: str, run: str) -> bool:
         """Whether the run is there, whole."""
-        if self._selected is not None and (task, run) not in self._selected:
-            return False
-        return (self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE).is_file()
+        path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
+        return self._is_selected(task, run) and path.is_file()
 
     def record(self, task: str, run: str) -> RunRecord:
         """Read a run's record.
@@ -134,7 +137,7 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if there is no such run, or its `run.json` is damaged or another run's.
         """
-        path = self.folder / safe_name(task) / safe_name(run) / _RECORD_FILE
+        path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
         if not self.has_run(task, run):
             raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
         try:
@@ -166,24 +169,28 @@ class AdapterZoo:
             self.layout.peft_config().save_pretrained(str(folder))
             final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}
             save_file(final, folder / _ADAPTER_FILE, metadata={"format": "pt"})
-            save_file(checkpoints, folder / _CHECKPOINTS_FILE, metadata={"format": "pt"})
+            save_file(checkpoints, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
             for name, text in extra_files.items():
                 write_text(folder / name, text)
             sha256 = {name: sha256_file(folder / name) for name in sorted((*_REQUIRED_FILES, *extra_files))}
-            write_json(folder / _RECORD_FILE, replace(record, sha256=sha256).to_dict())
+            write_json(folder / RECORD_FILE, replace(record, sha256=sha256).to_dict())
 
     def describe(self, record: RunRecord, descriptions: Sequence[str]) -> None:
         """Replace the descriptions of a stored run; its weights stay as they are."""
         changed = replace(record, descriptions=tuple(descriptions))
-        write_json(self.folder / record.task / record.run / _RECORD_FILE, changed.to_dict())
+        write_json(self.folder / record.task / record.run / RECORD_FILE, changed.to_dict())
 
-    def snapshots(self, task: str, run: str | None = None, *, rows: slice = slice(None)) -> Tensor:
+    def snapshots(
+        self, task: str, run: str | None = None, *, rows: slice = slice(None), verify: bool | None = None
+    ) -> Tensor:
         """Read snapshots as float32 vectors.
 
         Args:
             task: the task's name.
             run: one run; all runs of the task in natural order by default.
             rows: which of the K snapshots of every run; only these are read (the file is memory-mapped).
+            verify: whether the SHA-256 of the whole file is checked first, unless that was done before; by default
+                only when all rows are read. Shapes, and that all numbers are finite, are checked always.
 
         Returns:
             (n, D), on the CPU.
@@ -192,11 +199,13 @@ class AdapterZoo:
             LoraFactoryError: if a file is missing, cut short or altered; names it and what to do.
         """
         runs = self.runs(task) if run is None else [run]
-        return torch.cat([self._read_vectors(self.record(task, name), _CHECKPOINTS_FILE, rows) for name in runs])
+        verify = rows == slice(None) if verify is None else verify
+        parts = [self._read_vectors(self.record(task, name), CHECKPOINTS_FILE, rows, verify) for name in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def final(self, task: str, run: str) -> Tensor:
         """Read a run's final adapter: (D,) in float32, on the CPU; errors as in `snapshots`."""
-        return self._read_vectors(self.record(task, run), _ADAPTER_FILE, None)
+        return self._read_vectors(self.record(task, run), _ADAPTER_FILE, None, True)
 
     def descriptions(self, task: str) -> tuple[str, ...]:
         """Return the descriptions of a task, those of all its runs, each once."""
@@ -212,7 +221,23 @@ class AdapterZoo:
         problems = []
         for task in self.tasks:
             for run in self.runs(task):
-                problems += self._problems(task, run)
+                problems += self.problems(task, run)
+        return problems
+
+    def problems(self, task: str, run: str) -> list[str]:
+        """What is wrong with one run, as `verify` says it; files that were found whole are not hashed again."""
+        try:
+            record = self.record(task, run)
+        except LoraFactoryError as error:
+            return [str(error)]
+        problems = []
+        for name in record.sha256:
+            try:
+                self._whole_file(record, name)
+                if name in (_ADAPTER_FILE, CHECKPOINTS_FILE):
+                    self._read_vectors(record, name, slice(None) if name == CHECKPOINTS_FILE else None, False)
+            except LoraFactoryError as error:
+                problems.append(str(error))
         return problems
 
     def fingerprint(self) -> str:
@@ -228,15 +253,37 @@ class AdapterZoo:
 
         return push_zoo(self, repo_id, tags=tags, **options)
 
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterZoo:
+        """Download a zoo that `push_to_hub` wrote, and open it in the Hub's cache, to be read and not changed.
+
+        Args:
+            repo_id: Hub id of the data set repository.
+            revision: branch, tag or commit.
+            token: access token.
+
+        Raises:
+            LoraFactoryError: if it is no zoo, a file is larger than its record allows, or the Hub refuses.
+        """
+        from lora_factory.zoo_tools import download_zoo  # here: a zoo that is not pulled needs no network code
+
+        return download_zoo(repo_id, revision=revision, token=token)
+
     def _record_paths(self) -> list[Path]:
         """All `<task>/<run>/run.json`, but none in a temporary or hidden folder."""
-        paths = self.folder.glob(f"*/*/{_RECORD_FILE}")
-        return [
-            path
-            for path in paths
-            if not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
-            and (self._selected is None or (path.parent.parent.name, path.parent.name) in self._selected)
-        ]
+        return [self.folder / task / run / RECORD_FILE for task in self.tasks for run in self._run_names(task)]
+
+    def _run_names(self, task: str) -> Iterator[str]:
+        """The runs in a task's folder, if it is one, in no order."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / task) as entries:
+            for entry in entries:
+                hidden = task.startswith(".") or entry.name.startswith(".")
+                whole = not hidden and os.path.isfile(os.path.join(entry.path, RECORD_FILE))
+                if whole and self._is_selected(task, entry.name):
+                    yield entry.name
+
+    def _is_selected(self, task: str, run: str) -> bool:
+        return self._selected is None or run in self._selected.get(task, ())
 
     def _check_new_run(self, record: RunRecord, snapshots: Tensor, extra_files: Mapping[str, str]) -> None:
         where = f"{record.task}/{record.run}"
@@ -259,13 +306,13 @@ class AdapterZoo:
                 f"{self.folder / where} is already there; delete that folder to collect the run again"
             )
         for name in extra_files:
-            if safe_name(name) in (*_REQUIRED_FILES, _RECORD_FILE):
+            if safe_name(name) in (*_REQUIRED_FILES, RECORD_FILE):
                 raise LoraFactoryError(
                     f"{where}: {name} is written by the zoo itself; give the extra file another name"
                 )
 
-    def _read_vectors(self, record: RunRecord, name: str, rows: slice | None) -> Tensor:
-        path = self._whole_file(record, name)
+    def _read_vectors(self, record: RunRecord, name: str, rows: slice | None, verify: bool) -> Tensor:
+        path = self._whole_file(record, name) if verify else self._file(record, name)
         try:
             with safe_open(path, framework="pt") as file:
                 keys = file.keys()
@@ -274,36 +321,27 @@ class AdapterZoo:
         except (SafetensorError, LoraFactoryError) as error:
             raise LoraFactoryError(f"{path}: {error}; {_remedy(path.parent)}") from error
 
-    def _whole_file(self, record: RunRecord, name: str) -> Path:
-        """The path of a run's file, after its SHA-256 was found right once."""
+    def _file(self, record: RunRecord, name: str) -> Path:
         path = self.folder / record.task / record.run / name
-        if path in self._whole_files:
-            return path
         if not path.is_file():
             raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
+        return path
+
+    def _whole_file(self, record: RunRecord, name: str) -> Path:
+        """The path of a run's file, whose SHA-256 was found right since it last changed."""
+        path = self._file(record, name)
+        status = path.stat()
+        state = (status.st_size, status.st_mtime_ns)
+        if self._whole_files.get(path) == state:
+            return path
         digest = sha256_file(path)
         if digest != record.sha256[name]:
             raise LoraFactoryError(
-                f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {_RECORD_FILE} says "
+                f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {RECORD_FILE} says "
                 f"{record.sha256[name][:12]}...; {_remedy(path.parent)}"
             )
-        self._whole_files.add(path)
+        self._whole_files[path] = state
         return path
-
-    def _problems(self, task: str, run: str) -> list[str]:
-        try:
-            record = self.record(task, run)
-        except LoraFactoryError as error:
-            return [str(error)]
-        problems = []
-        for name in record.sha256:
-            try:
-                self._whole_file(record, name)
-                if name in (_ADAPTER_FILE, _CHECKPOINTS_FILE):
-                    self._read_vectors(record, name, slice(None) if name == _CHECKPOINTS_FILE else None)
-            except LoraFactoryError as error:
-                problems.append(str(error))
-        return problems
 
 
 def _located(path: Path, error: LoraFactoryError) -> str:

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from lora_factory import LoraFactoryError, __version__, cli
-from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
+from lora_factory.arguments import CollectArguments, DemoArguments, ImportArguments, TrainArguments
 
-COMMANDS = ("demo", "collect", "train", "generate", "evaluate", "push", "search")
+COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "evaluate", "push", "search")
 OVERVIEW = """\
 usage: lora-factory [-h] [--version] COMMAND ...
 
@@ -30,6 +30,8 @@ commands:
   COMMAND
     demo      run the whole pipeline on an embedded real model and on local text
     collect   fine-tune one LoRA a task and seed and keep its last snapshots
+    import    take PEFT adapters from folders and the Hub into a zoo
+    zoo       verify, list, prune, merge, push or pull zoos
     train     train a generator on a zoo
     generate  write an adapter from a description
     evaluate  score the base model and adapters on the tasks' test splits
@@ -56,7 +58,13 @@ def test_overview_reads_as_meant(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("demo", DemoArguments), ("collect", CollectArguments), ("train", TrainArguments)]
+    ("command", "options"),
+    [
+        ("demo", DemoArguments),
+        ("collect", CollectArguments),
+        ("import", ImportArguments),
+        ("train", TrainArguments),
+    ],
 )
 def test_every_field_is_a_flag_with_help_and_default(
     command: str, options: type, capsys: pytest.CaptureFixture[str]

@@ -181,13 +181,13 @@ def test_convolutional_decoder_lowers_its_loss(zoo: AdapterZoo, arguments: Train
 def test_training_fits_mean_and_spread(zoo: AdapterZoo, arguments: TrainArguments) -> None:
     wide, weights, rows = prepared(zoo, arguments)
     generator = CVAELoRAGenerator(CVAELoRAConfig(**(wide.config.to_dict() | {"width": 48, "latent_size": 4})))
-    generator.fit_statistics(weights, rows)
+    statistics = generator.fit_statistics(weights, rows)
     history = fit(generator, weights, rows, replace(arguments, steps=200), Accelerator(cpu=True))
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[-1]["reconstruction"] < 0.1
     assert all(record["kl"] >= 0 for record in history)
     generator.eval()
-    calibrate_spread(generator, weights, rows)
+    calibrate_spread(generator, statistics.within, rows)
     for task, texts in DESCRIPTIONS.items():
         snapshots = zoo.snapshots(task)
         mean = snapshots.mean(0)

@@ -1,0 +1,271 @@
+"""Adapters of foreign origin in a zoo: what they do stays the same, and whatever is not plain LoRA is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from lora_factory import cli
+from lora_factory.arguments import CollectArguments, ImportArguments
+from lora_factory.errors import LoraFactoryError
+from lora_factory.importing import AdapterSource, card_description, import_adapters, read_list
+from lora_factory.zoo import AdapterZoo
+
+BASE = "someone/pico"
+NAMED = ImportArguments(base_model=BASE)
+CARD = "---\nlicense: mit\n---\n# Model card\n\n<!-- hints -->\n\nWrites   short\nrhymes about [birds](x).\n\nMore."
+TOKENS = torch.arange(3, 19)[None]
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wide": {"r": 4, "lora_alpha": 6},
+    "rslora": {"r": 3, "use_rslora": True},
+    "patterns": {"rank_pattern": {"v_proj": 1}, "alpha_pattern": {"q_proj": 5}},
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path) -> Path:
+    """A folder with one adapter of each kind, trained for two steps by plain PEFT; never written to by a test."""
+    folder = tmp_path_factory.mktemp("adapters")
+    dora, saved = {"use_dora": True}, {"modules_to_save": ["lm_head"]}
+    for number, (name, options) in enumerate((KINDS | {"dora": dora, "saved": saved}).items()):
+        train_adapter(pico_model_folder, folder / name, number, **options)
+        (folder / name / "README.md").write_text(CARD)
+    return folder
+
+
+def train_adapter(base: Path, folder: Path, seed: int, **options: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(**({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]} | options))
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(2):
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(folder)
+
+
+@pytest.fixture
+def copy(adapters: Path, tmp_path: Path) -> Path:
+    """A copy of the plain adapter, to be changed."""
+    return Path(shutil.copytree(adapters / "plain", tmp_path / "copy"))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(folder: Path, factor: float) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)  # memory-mapped: the file is written anew beside it
+    save_file({key: tensor * factor for key, tensor in tensors.items()}, folder / "new")
+    (folder / "new").replace(path)
+
+
+@torch.no_grad()
+def logits(base: Path, adapter: Path | None) -> torch.Tensor:
+    model = LlamaForCausalLM.from_pretrained(base)
+    return (PeftModel.from_pretrained(model, str(adapter)) if adapter else model).eval()(TOKENS).logits
+
+
+def refusal(source: Path, folder: Path, arguments: ImportArguments = NAMED) -> str:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(LoraFactoryError, match="nothing was imported") as info:
+        import_adapters([source], folder, arguments)
+    assert all(path.name == "zoo.json" for path in set(folder.rglob("*")) - set(before))
+    return str(info.value)
+
+
+def test_other_ranks_and_scalings_do_what_they_did(adapters: Path, pico_model_folder: Path, tmp_path: Path) -> None:
+    report = import_adapters([adapters / kind for kind in KINDS], tmp_path / "zoo", NAMED)
+    zoo, base = report.zoo, logits(pico_model_folder, None)
+    assert zoo.tasks == sorted(KINDS) and not report.refused and not zoo.verify()
+    assert {module.rank for module in zoo.layout.modules} == {4}
+    assert zoo.layout.base_model == BASE
+    for kind in KINDS:
+        expected = logits(pico_model_folder, adapters / kind)
+        torch.testing.assert_close(logits(pico_model_folder, zoo.folder / kind / "imported"), expected)
+        assert not torch.allclose(expected, base, atol=1e-2)
+        record = zoo.record(kind, "imported")
+        assert record.descriptions == ("Writes short rhymes about [birds](x).",) and record.license == "mit"
+        settings = CollectArguments(**record.arguments)
+        assert (settings.rank, settings.lora_alpha, settings.target_modules) == (4, 4, "q_proj,v_proj")
+    origin = json.loads((zoo.folder / "rslora" / "imported" / "import.json").read_text())
+    assert origin["canonical"] and origin["use_rslora"] and origin["source"] == str(adapters / "rslora")
+
+
+def test_adapters_of_one_form_stay_bit_for_bit(adapters: Path, copy: Path, tmp_path: Path) -> None:
+    change_weights(copy, 0.5)
+    zoo = import_adapters([adapters / "plain", copy], tmp_path / "zoo", NAMED).zoo
+    for folder in (adapters / "plain", copy):
+        assert torch.equal(
+            zoo.final(folder.name, "imported"), zoo.layout.flatten(load_file(folder / "adapter_model.safetensors"))
+        )
+    canonical = import_adapters([copy], tmp_path / "canonical", replace(NAMED, canonical=True)).zoo
+    assert not torch.equal(canonical.final("copy", "imported"), zoo.final("copy", "imported"))
+    again = import_adapters([adapters / "plain"], tmp_path / "canonical", NAMED).zoo
+    assert json.loads((again.folder / "plain/imported/import.json").read_text())["canonical"], "as the zoo's others"
+
+
+def test_a_zoo_that_is_there_keeps_its_ranks_and_scaling(
+    adapters: Path, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    layout = import_adapters([adapters / "wide"], tmp_path / "zoo", NAMED).zoo.layout
+    report = import_adapters([adapters / "rslora"], tmp_path / "zoo", NAMED)
+    assert report.zoo.layout == layout and layout.modules[0].scaling == 1.5
+    torch.testing.assert_close(
+        logits(pico_model_folder, report.zoo.folder / "rslora/imported"),
+        logits(pico_model_folder, adapters / "rslora"),
+    )
+    import_adapters([adapters / "plain"], tmp_path / "narrow", NAMED)
+    with pytest.raises(LoraFactoryError, match=r"rank 4, the zoo has room for 2; import it into a new zoo"):
+        import_adapters([adapters / "wide"], tmp_path / "narrow", NAMED)
+    padded = import_adapters([adapters / "plain"], tmp_path / "padded", replace(NAMED, rank=5)).zoo
+    assert padded.layout.modules[0].rank == 5
+    with pytest.raises(LoraFactoryError, match="rank=3 is below that of all adapters, 4"):
+        import_adapters([adapters / "wide"], tmp_path / "low", replace(NAMED, rank=3))
+
+
+def test_what_is_no_plain_lora_is_refused_and_the_rest_is_taken(
+    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["import", *(str(adapters / name) for name in ("dora", "plain", "saved"))]
+    assert cli.main([*words, "--output-dir", str(tmp_path / "zoo"), "--base-model", BASE]) == 2
+    said = capsys.readouterr()
+    assert f"{adapters / 'plain'} -> plain/imported" in said.out
+    assert "DoRA trains a magnitude vector besides A and B" in said.out
+    assert "it stores whole modules, which are no LoRA weights" in said.out
+    assert "2 of 3 adapters were refused, the others are in the zoo" in said.err
+    assert AdapterZoo(tmp_path / "zoo").tasks == ["plain"]
+
+
+def test_pickles_are_refused_with_the_command_that_converts_them(copy: Path, tmp_path: Path) -> None:
+    weights = copy / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    torch.save(tensors, copy / "adapter_model.bin")
+    weights.unlink()
+    reason = refusal(copy, tmp_path / "zoo")
+    assert "adapter_model.bin is a pickle, which can run code" in reason
+    command = reason.partition("convert it with: ")[2]
+    subprocess.run(command.replace("python -c", f"{sys.executable} -c"), shell=True, check=True)
+    assert import_adapters([copy], tmp_path / "zoo", NAMED).imported == {str(copy): "copy/imported"}
+
+
+def test_checkpoints_become_snapshots(adapters: Path, copy: Path, tmp_path: Path) -> None:
+    final = load_file(copy / "adapter_model.safetensors")
+    for step, factor in ((100, 0.25), (20, 0.5), (3, 1.0)):
+        shutil.copytree(adapters / "plain", copy / f"checkpoint-{step}")
+        change_weights(copy / f"checkpoint-{step}", factor)
+    zoo = import_adapters([copy], tmp_path / "zoo", NAMED).zoo
+    record, vector = zoo.record("copy", "imported"), zoo.layout.flatten(final)
+    assert record.snapshot_steps == (3, 20, 100, 101) and record.steps == 101
+    factors = torch.tensor([1.0, 0.5, 0.25, 1.0])[:, None]
+    assert torch.equal(zoo.snapshots("copy"), factors * vector)
+    shutil.copytree(adapters / "plain", copy / "checkpoint-200")
+    last = import_adapters([AdapterSource(str(copy), run="last")], tmp_path / "zoo", replace(NAMED, snapshots=2)).zoo
+    assert last.record("copy", "last").snapshot_steps == (100, 200), "the adapter itself is the last checkpoint"
+    change_config(copy / "checkpoint-20", lora_alpha=9)
+    with pytest.raises(LoraFactoryError, match="checkpoint-20 has other modules, ranks or scaling"):
+        import_adapters([AdapterSource(str(copy), run="third")], tmp_path / "zoo", NAMED)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"base_model_name_or_path": "someone/else"}, "it is for the base model someone/else, the zoo is for"),
+        ({"base_model_name_or_path": None}, "base_model is ''"),
+        ({"revision": "fed"}, "it is for commit fed of someone/pico, the zoo for abc"),
+        ({"target_modules": ["q_proj"]}, "belongs to another adapter"),
+        ({"r": 3}, "the weights have rank 2"),
+    ],
+)
+def test_another_base_or_contradictions_are_refused(
+    adapters: Path, copy: Path, tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    import_adapters([adapters / "plain"], tmp_path / "zoo", replace(NAMED, base_revision="abc"))
+    change_config(copy, **config)
+    assert words in refusal(copy, tmp_path / "zoo")
+
+
+def test_a_local_base_is_taken_only_on_the_users_word(copy: Path, tmp_path: Path) -> None:
+    import_adapters([copy], tmp_path / "zoo", replace(NAMED, base_revision="abc"))
+    change_config(copy, revision="abc")
+    assert "pass base_model='someone/pico' if that folder is a copy of it" in refusal(
+        copy, tmp_path / "zoo", ImportArguments(run_name="other")
+    )
+    assert import_adapters([copy], tmp_path / "zoo", replace(NAMED, run_name="other")).imported
+
+
+def test_other_modules_and_nan_are_refused(
+    adapters: Path, copy: Path, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    import_adapters([adapters / "plain"], tmp_path / "zoo", NAMED)
+    train_adapter(pico_model_folder, tmp_path / "other", 0, target_modules=["q_proj"])
+    (tmp_path / "other" / "README.md").write_text(CARD)
+    assert "2 modules differ from the zoo's, first model.layers.0.self_attn.v_proj" in refusal(
+        tmp_path / "other", tmp_path / "zoo"
+    )
+    change_weights(copy, float("nan"))
+    assert "hold NaN" in refusal(copy, tmp_path / "zoo")
+
+
+def test_a_list_names_tasks_and_descriptions(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "plain", tmp_path / "plain")
+    lines = [
+        "# adapters",
+        "plain\tbirds\tWrite about birds",
+        "",
+        f"{adapters / 'wide'}\t\t\tsecond",
+        "nobody/no-hub@v1",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    assert read_list(tmp_path / "list.txt")[2] == AdapterSource("nobody/no-hub@v1")
+    report = import_adapters([tmp_path / "list.txt"], tmp_path / "zoo", NAMED)
+    assert set(report.imported.values()) == {"birds/imported", "wide/second"}
+    assert report.zoo.descriptions("birds") == ("Write about birds",)
+    (reason,) = report.refused.values()
+    assert "cannot download nobody/no-hub" in reason
+
+
+def test_importing_again_changes_nothing_and_conflicts_are_named(adapters: Path, copy: Path, tmp_path: Path) -> None:
+    first = import_adapters([adapters / "plain"], tmp_path / "zoo", NAMED)
+    before = first.zoo.fingerprint()
+    assert import_adapters([adapters / "plain"], tmp_path / "zoo", NAMED).imported == first.imported
+    assert first.zoo.fingerprint() == before
+    change_weights(copy, 2.0)
+    other = AdapterSource(str(copy), task="plain")
+    with pytest.raises(LoraFactoryError, match="the zoo has another run imported of task plain"):
+        import_adapters([other], tmp_path / "zoo", NAMED)
+    report = import_adapters([adapters / "plain", other], tmp_path / "new", NAMED)
+    assert f"it would be plain/imported, as {adapters / 'plain'} is" in report.refused[str(copy)]
+    (copy / "README.md").unlink()
+    assert "give a description" in refusal(copy, tmp_path / "zoo")
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("", None),
+        ("# Title\n\n- a list of words\n\n| a | b | c |", None),
+        ("---\nlicense: mit\n---\n\n# T\n\n[More Information Needed] for this one", None),
+        ("# T\n```\nsome code that runs\n```\nOne two three.\n\nLater words are left.", "One two three."),
+        ("Intro: " + "word " * 100, ("Intro: " + "word " * 100)[:300]),
+        ("a bell \x07 rings here\n\nThe clean second paragraph.", "The clean second paragraph."),
+    ],
+)
+def test_descriptions_come_from_the_prose_of_a_card(card: str, expected: str | None) -> None:
+    assert card_description(card) == expected
