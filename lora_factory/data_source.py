@@ -131,7 +131,7 @@ def load_examples(source: DataSource, task: str) -> dict[Split, list[Example]]:
         LoraFactoryError: The data cannot be found or read, there is no split to learn from, a column is missing, or a
             split has no text.
     """
-    return {split: _read_rows(rows, source, f"{task}/{split}") for split, rows in _load_splits(source, task).items()}
+    return {split: _read_rows(rows, source, f"{task}/{split}") for split, rows in load_splits(source, task).items()}
 
 
 def with_text(examples: Iterable[Example]) -> list[Example]:
@@ -170,7 +170,7 @@ def _matching_files(pattern: str) -> list[str]:
     return found
 
 
-def _load_splits(source: DataSource, task: str) -> dict[Split, datasets.Dataset]:
+def load_splits(source: DataSource, task: str) -> dict[Split, datasets.Dataset]:
     """The source's rows for each of our splits that it has."""
     if source.format is not None:
         available = _load_local(source, source.local_files(), task)
