@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import load_base_model
+from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory, comparable_settings
 from lora_factory.tasks import Task, load_tasks
@@ -50,7 +50,10 @@ def collect_adapters(
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     accelerator = Accelerator(gradient_accumulation_steps=arguments.gradient_accumulation)
     model, tokenizer = load_base_model(base_model, dtype=arguments.dtype, device=accelerator.device)
-    factory = AdapterFactory.attach(model, tokenizer, arguments, base_model_name or str(base_model), accelerator)
+    processor = load_processor(base_model) if any(task.has_images for task in tasks) else None
+    factory = AdapterFactory.attach(
+        model, tokenizer, arguments, base_model_name or str(base_model), accelerator, processor
+    )
     with accelerator.main_process_first():
         zoo = AdapterZoo.create(output_dir, factory.layout)
     pending = [pair for pair in _pairs(tasks, arguments) if not _finished(zoo, *pair, factory)]

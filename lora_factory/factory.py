@@ -11,15 +11,16 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
 from lora_factory.adapters import AdapterSlot, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
+from lora_factory.model_inputs import ModelInputs, model_inputs
 from lora_factory.run_record import RunRecord
-from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_sequences, shuffled_batches
+from lora_factory.sequences import IGNORED, TokenSequence, shuffled_batches
 from lora_factory.tasks import Task
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -33,10 +34,12 @@ class AdapterFactory:
         model: The base model with the LoRA attached.
         slot: Writes weights into the LoRA slot in place.
         initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
+        inputs: Turns a task's examples into what the model reads.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
+    inputs: ModelInputs
     arguments: CollectArguments
     layout: AdapterLayout
     slot: AdapterSlot
@@ -51,14 +54,24 @@ class AdapterFactory:
         arguments: CollectArguments,
         base_model_name: str,
         accelerator: Accelerator,
+        processor: ProcessorMixin | None = None,
     ) -> AdapterFactory:
-        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base."""
+        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
+
+        Args:
+            model: The frozen base model.
+            tokenizer: Its tokenizer.
+            arguments: LoRA, optimiser and snapshot settings.
+            base_model_name: What adapters name as their base.
+            accelerator: The device, and who says what.
+            processor: The base model's, for tasks with images.
+        """
         targets = arguments.target_modules
         lora_config = LoraConfig(
             r=arguments.rank,
             lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         with torch.random.fork_rng():
@@ -69,7 +82,8 @@ class AdapterFactory:
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        return cls(peft_model, tokenizer, arguments, layout, AdapterSlot(peft_model, layout), initial, accelerator)
+        inputs, slot = model_inputs(model, processor or tokenizer), AdapterSlot(peft_model, layout)
+        return cls(peft_model, tokenizer, inputs, arguments, layout, slot, initial, accelerator)
 
     def train(self, task: Task, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
         """Fine-tune the slot on one task.
@@ -82,7 +96,7 @@ class AdapterFactory:
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
         """
-        train = encode_sequences(self.tokenizer, task.examples("train"), self.arguments)
+        train = list(self.inputs.encode(task.examples("train"), self.arguments))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
         batches = shuffled_batches(train, self.arguments.batch_size, seed)
@@ -136,8 +150,8 @@ class AdapterFactory:
 
     def validation(self, task: Task) -> list[TokenSequence]:
         """The sequences of a task's validation split that snapshots are scored on."""
-        sequences = encode_sequences(self.tokenizer, task.examples("validation"), self.arguments)
-        return sequences[: self.arguments.validation_sequences]
+        sequences = self.inputs.encode(task.examples("validation"), self.arguments)
+        return list(sequences)[: self.arguments.validation_sequences]
 
     def schedule(self, sequences: int) -> tuple[int, int]:
         """Optimizer steps in all, and steps between snapshots."""
@@ -174,7 +188,7 @@ class AdapterFactory:
         return tokens
 
     def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
-        return self.model(**collate(batch, self.tokenizer.pad_token_id or 0, self.accelerator.device)).loss
+        return self.model(**self.inputs.collate(batch, self.accelerator.device)).loss
 
     def _weights(self) -> torch.Tensor:
         state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)
