@@ -63,12 +63,8 @@ def compare_detection(
     cells, found = [], {}
     for method, task in tqdm([(method, task) for method in methods for task in tasks], desc="detect", unit="cell"):
         examples, weights = task.examples("test"), methods[method][task.name]
-        if weights is None:
-            with factory.slot.disabled():
-                boxes = detect(factory.model, factory.inputs, examples, max_new_tokens=max_new_tokens)
-        else:
-            factory.slot.load(weights)
-            boxes = detect(factory.model, factory.inputs, examples, max_new_tokens=max_new_tokens)
+        factory.slot.load(factory.initial if weights is None else weights)  # the initialisation adds nothing
+        boxes = detect(factory.model, factory.inputs, examples, max_new_tokens=max_new_tokens)
         figures = score_detections(boxes, examples)
         cells.append({"method": method, "task": task.name} | {key: figures[key] for key in _FIGURES})
         found[method, task.name] = boxes
