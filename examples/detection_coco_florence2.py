@@ -7,7 +7,7 @@
 From the paper: rank 2, 150 epochs with the last 50 kept, the 12-layer 1-D CNN with its loss (KL weight 0.005),
 2,000 epochs of the generator, CLIP's text encoder, five categories (COCO's couch and motorcycle are its sofa and
 motorbike). The adapted modules follow from its Table 4: 241,241 weights a rank are those of q, k, v, fc2 and the
-output layer of Florence-2-base. Not in the paper, and chosen here: learning rate, batch size, alpha, images a category.
+output layer of Florence-2-base. Not in the paper, and chosen here: learning rate, batch size, alpha, number of images.
 """
 
 import argparse
