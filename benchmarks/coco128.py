@@ -34,12 +34,9 @@ def main() -> None:
         for number, boxes in images.items():
             truth[number] += [(label, box) for box in boxes]
     worst = max(
-        abs(old - new) / length * BINS
+        bins_off(box, back_and_forth(label, box, coco.images[number][1]), coco.images[number][1])
         for number, pairs in truth.items()
         for label, box in pairs
-        for old, new, length in zip(
-            box, back_and_forth(label, box, coco.images[number][1]), coco.images[number][1] * 2
-        )
     )
     print(
         f"{sum(map(len, truth.values()))} boxes on {len(truth)} images; box -> token -> box: {worst:.4f} bins at worst"
@@ -68,6 +65,10 @@ def enough(coco, name: str) -> bool:
 
 def back_and_forth(label: str, box: Box, size: tuple[int, int]) -> Box:
     return text_to_boxes(boxes_to_text(label, [box], size), size)[0].box
+
+
+def bins_off(old: Box, new: Box, size: tuple[int, int]) -> float:
+    return max(abs(a - b) / length * BINS for a, b, length in zip(old, new, size * 2, strict=True))
 
 
 def perturbed(truth: dict, labels: list[str], seed: int) -> dict[int, list[Detection]]:
