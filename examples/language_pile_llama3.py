@@ -50,12 +50,11 @@ COLLECT = CollectArguments(
 SMOKE = CollectArguments(
     rank=2,
     lora_alpha=4.0,
-    target_modules="q_proj,v_proj",
     epochs=3,
     snapshots=2,
     batch_size=4,
     sequence_length=32,
-    learning_rate=1e-2,
+    learning_rate=3e-2,
     dtype="float32",
 )
 

@@ -37,7 +37,7 @@ def tiny_florence(
     seed: int = 0,
 ) -> Path:
     """A Florence-2 for square images with its processor; the tokenizer knows the words and all location tokens."""
-    tokenizer = make_tokenizer(words, image=True)
+    tokenizer = make_tokenizer(words, image=True, closed=True)
     grid = side
     for stride in strides:
         grid //= stride
@@ -126,8 +126,14 @@ def tiny_text_encoder(folder: Path, texts: Sequence[str], *, seed: int = 0) -> P
     return folder
 
 
-def make_tokenizer(texts: Sequence[str], *, image: bool = False) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of a few hundred tokens; with ``image`` also an image token and the location tokens."""
+def make_tokenizer(texts: Sequence[str], *, image: bool = False, closed: bool = False) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of a few hundred tokens.
+
+    Args:
+        texts: What it is trained on.
+        image: Whether it has an image token and the location tokens.
+        closed: Whether texts end with the end token, as BART's do.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,7 +144,7 @@ def make_tokenizer(texts: Sequence[str], *, image: bool = False) -> PreTrainedTo
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    end = "</s>" if image else ""
+    end = "</s>" if closed else ""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"<s> $A {end}".strip(),
         pair=f"<s> $A $B {end}".strip(),

@@ -63,7 +63,7 @@ class MeanAveragePrecision(Metric[Sequence[Detection], Sequence[tuple[str, Box]]
         if not labels:
             raise LoraFactoryError(f"no box in {len(pairs)} references; mean average precision needs one")
         number = {label: index for index, label in enumerate(labels)}
-        backend = Backend(box_format="xyxy", backend="faster_coco_eval", class_metrics=True, extended_summary=True)
+        backend = Backend(box_format="xyxy", backend="faster_coco_eval", extended_summary=True)
         for found, truth in pairs:
             known = [one for one in found if one.label in number]
             prediction = {
