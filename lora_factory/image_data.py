@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lora_factory.boxes import Box, boxes_to_text, clipped
 from lora_factory.errors import LoraFactoryError
@@ -50,8 +51,11 @@ class StoredImage:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, upright."""
-        return self.open().size
+        """Width and height in pixels, upright; only the file's head is decoded."""
+        with self._file() as file:
+            width, height = file.size
+            lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (height, width) if lies else (width, height)
 
     def open(self) -> Image.Image:
         """The image in RGB, upright as its EXIF data says, on white where it is transparent; no EXIF data is left.
@@ -59,16 +63,21 @@ class StoredImage:
         Raises:
             LoraFactoryError: The file is missing, or not a whole image.
         """
+        with self._file() as file:
+            rgb = _to_rgb(ImageOps.exif_transpose(file))
+        rgb.info.clear()
+        return rgb
+
+    @contextmanager
+    def _file(self) -> Iterator[Image.Image]:
+        content = self._bytes()
         try:
-            with Image.open(io.BytesIO(self._bytes())) as file:
-                upright = ImageOps.exif_transpose(file)
+            with Image.open(io.BytesIO(content)) as file:
+                yield file
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise LoraFactoryError(
                 f"{self.name} is no image that can be read ({error}); replace the file, or remove it from the data"
             ) from error
-        rgb = _to_rgb(upright)
-        rgb.info.clear()
-        return rgb
 
     def _bytes(self) -> bytes:
         try:

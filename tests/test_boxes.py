@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 
@@ -20,6 +20,7 @@ def box_in(size: tuple[int, int], part: tuple[float, ...]) -> Box:
     return Box(x1 * size[0], y1 * size[1], x2 * size[0], y2 * size[1])
 
 
+@settings(deadline=None)
 @given(sizes, st.lists(shares, min_size=1, max_size=4))
 def test_a_box_comes_back_to_half_a_bin(size: tuple[int, int], parts: list[tuple[float, ...]]) -> None:
     boxes = [box_in(size, part) for part in parts]
@@ -31,6 +32,7 @@ def test_a_box_comes_back_to_half_a_bin(size: tuple[int, int], parts: list[tuple
             assert abs(old - new) <= length / BINS / 2 * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(sizes, shares)
 def test_bins_are_those_of_transformers(size: tuple[int, int], part: tuple[float, ...]) -> None:
     class Nothing:

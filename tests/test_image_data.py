@@ -78,8 +78,9 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
 def test_a_turned_photo_is_put_upright_without_exif(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
-    image = StoredImage.of(write_image(tmp_path / "a.jpg", exif=exif)).open()
-    assert image.size == (20, 40)
+    stored = StoredImage.of(write_image(tmp_path / "a.jpg", exif=exif))
+    image = stored.open()
+    assert image.size == stored.size == (20, 40)
     assert not image.getexif()
     assert "exif" not in image.info
 
