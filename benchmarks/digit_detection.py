@@ -34,7 +34,7 @@ from lora_factory.detection_comparison import compare_detection, write_detection
 from lora_factory.factory import AdapterFactory
 from lora_factory.files import atomic_folder
 from lora_factory.image_data import DETECTION_PROMPT, ImageExample
-from lora_factory.model_inputs import ImageInputs
+from lora_factory.model_inputs import ImageInputs, model_inputs
 from lora_factory.report import markdown_table
 from lora_factory.tables import detection_table
 
@@ -78,7 +78,8 @@ def main() -> None:
     zoo = collect_adapters(tasks, base, options.output / "zoo", collect, base_model_name=BASE_NAME)
     generator = train_generator(zoo, options.output / "generator", replace(TRAIN, seed=options.seed))
     model, tokenizer = load_base_model(base)
-    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), load_processor(base))
+    inputs = model_inputs(model, load_processor(base))
+    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), inputs)
     methods = paper_methods(zoo, generator, tasks, torch.device("cpu"), False)
     settings = {"seeds": str(options.seed), "base steps": options.base_steps, "threads": torch.get_num_threads()}
     result = compare_detection(factory, methods, tasks, options.output, max_new_tokens=32, settings=settings)

@@ -26,6 +26,7 @@ from lora_factory.detection import DESCRIPTIONS, detection_tasks
 from lora_factory.detection_comparison import compare_detection, write_detection_report
 from lora_factory.factory import AdapterFactory
 from lora_factory.image_sources import ImageRows
+from lora_factory.model_inputs import model_inputs
 from lora_factory.report import markdown_table
 from lora_factory.tables import detection_table
 from lora_factory.tasks import Task
@@ -87,7 +88,8 @@ def main() -> None:
 
     accelerator = Accelerator()
     model, tokenizer = load_base_model(base, dtype=collect.dtype, device=accelerator.device)
-    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_MODEL, accelerator, load_processor(base))
+    inputs = model_inputs(model, load_processor(base))
+    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_MODEL, accelerator, inputs)
     methods = paper_methods(zoo, generator, tasks, accelerator.device, options.smoke)
     result = compare_detection(
         factory,

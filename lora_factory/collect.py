@@ -16,6 +16,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory, comparable_settings
+from lora_factory.model_inputs import model_inputs
 from lora_factory.tasks import Task, load_tasks
 from lora_factory.zoo import AdapterZoo
 
@@ -50,9 +51,10 @@ def collect_adapters(
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     accelerator = Accelerator(gradient_accumulation_steps=arguments.gradient_accumulation)
     model, tokenizer = load_base_model(base_model, dtype=arguments.dtype, device=accelerator.device)
-    processor = load_processor(base_model) if any(task.has_images for task in tasks) else None
+    reads_images = any(task.has_images for task in tasks)
+    inputs = model_inputs(model, load_processor(base_model)) if reads_images else None
     factory = AdapterFactory.attach(
-        model, tokenizer, arguments, base_model_name or str(base_model), accelerator, processor
+        model, tokenizer, arguments, base_model_name or str(base_model), accelerator, inputs
     )
     with accelerator.main_process_first():
         zoo = AdapterZoo.create(output_dir, factory.layout)

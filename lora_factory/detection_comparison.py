@@ -59,7 +59,7 @@ def compare_detection(
         LoraFactoryError: When the factory reads no images, or an image or an adapter cannot be read.
     """
     if not isinstance(factory.inputs, ImageInputs):
-        raise LoraFactoryError("the base model reads texts alone; attach the factory with processor=load_processor(…)")
+        raise LoraFactoryError("the base model reads texts alone; attach the factory with inputs=model_inputs(…)")
     cells, found = [], {}
     for method, task in tqdm([(method, task) for method in methods for task in tasks], desc="detect", unit="cell"):
         examples, weights = task.examples("test"), methods[method][task.name]

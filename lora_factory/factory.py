@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
 from lora_factory.adapters import AdapterSlot, wrap_base
@@ -39,12 +39,12 @@ class AdapterFactory:
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    inputs: ModelInputs
     arguments: CollectArguments
     layout: AdapterLayout
     slot: AdapterSlot
     initial: torch.Tensor
     accelerator: Accelerator
+    inputs: ModelInputs
 
     @classmethod
     def attach(
@@ -54,7 +54,7 @@ class AdapterFactory:
         arguments: CollectArguments,
         base_model_name: str,
         accelerator: Accelerator,
-        processor: ProcessorMixin | None = None,
+        inputs: ModelInputs | None = None,
     ) -> AdapterFactory:
         """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
 
@@ -64,14 +64,14 @@ class AdapterFactory:
             arguments: LoRA, optimiser and snapshot settings.
             base_model_name: What adapters name as their base.
             accelerator: The device, and who says what.
-            processor: The base model's, for tasks with images.
+            inputs: How the model reads examples; default: as texts.
         """
         targets = arguments.target_modules
         lora_config = LoraConfig(
             r=arguments.rank,
             lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+            task_type=_task_type(model) if inputs is None else None,
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         with torch.random.fork_rng():
@@ -82,8 +82,8 @@ class AdapterFactory:
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        inputs, slot = model_inputs(model, processor or tokenizer), AdapterSlot(peft_model, layout)
-        return cls(peft_model, tokenizer, inputs, arguments, layout, slot, initial, accelerator)
+        slot, inputs = AdapterSlot(peft_model, layout), inputs or model_inputs(model, tokenizer)
+        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, inputs)
 
     def train(self, task: Task, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
         """Fine-tune the slot on one task.
@@ -230,3 +230,7 @@ class AdapterFactory:
 def comparable_settings(arguments: CollectArguments) -> dict[str, object]:
     """The settings that a run depends on; the list of seeds is not one of them."""
     return {name: value for name, value in asdict(arguments).items() if name != "seeds"}
+
+
+def _task_type(model: PreTrainedModel) -> str:
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

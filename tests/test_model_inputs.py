@@ -170,9 +170,8 @@ def test_adapters_of_florence_learn_and_are_stored(florence_folder: Path, tmp_pa
     zoo = collect_adapters(tasks, florence_folder, tmp_path / "zoo", arguments)
     assert zoo.verify() == []
     model, tokenizer = load_base_model(florence_folder)
-    factory = AdapterFactory.attach(
-        model, tokenizer, arguments, str(florence_folder), Accelerator(), load_processor(florence_folder)
-    )
+    inputs = model_inputs(model, load_processor(florence_folder))
+    factory = AdapterFactory.attach(model, tokenizer, arguments, str(florence_folder), Accelerator(), inputs)
     validation = factory.validation(tasks[0])
     losses = {}
     for name, weights in {"base": factory.initial, "dog": zoo.final("dog", "seed-0")}.items():
