@@ -95,9 +95,7 @@ def train_base(folder: Path, steps: int, seed: int, canvases: int = 12000, batch
     """Train a small Florence-2 from scratch to write every digit of a canvas with its box, nines aside."""
     words = [" ".join((*NAMES, "Locate the objects with category name in the image."))] * 3
     with atomic_folder(folder) as temporary:
-        tiny_florence(
-            temporary, words, side=SIDE, width=96, embed_dim=(48, 96), strides=(4, 2), depths=(1, 1), seed=seed
-        )
+        tiny_florence(temporary, words, side=SIDE, width=96, embed_dim=(48, 96), spread=0.02, seed=seed)
         model, _ = load_base_model(temporary)
         inputs = ImageInputs(load_processor(temporary), True)
         source, known = random.Random(seed), [digit for digit in range(10) if digit != NEVER_SEEN]

@@ -34,9 +34,13 @@ def tiny_florence(
     embed_dim: Sequence[int] = (16, 32),
     strides: Sequence[int] = (4, 2),
     depths: Sequence[int] = (1, 1),
+    spread: float = 0.2,
     seed: int = 0,
 ) -> Path:
-    """A Florence-2 for square images with its processor; the tokenizer knows the words and all location tokens."""
+    """A Florence-2 for square images with its processor; the tokenizer knows the words and all location tokens.
+
+    Random weights of a large ``spread`` have something to say that an adapter can change; training wants 0.02.
+    """
     tokenizer = make_tokenizer(words, image=True, closed=True)
     grid = side
     for stride in strides:
@@ -53,6 +57,7 @@ def tiny_florence(
         max_position_embeddings=256,
         dropout=0.0,
         attention_dropout=0.0,
+        init_std=spread,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -100,6 +105,7 @@ def tiny_llama(folder: Path, texts: Sequence[str], *, width: int = 32, seed: int
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
+        initializer_range=0.2,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

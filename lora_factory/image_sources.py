@@ -50,6 +50,10 @@ class CocoSource:
                 f"path={self.path!r} and annotations={self.annotations!r} must name the same splits"
             )
 
+    @property
+    def hub_id(self) -> None:
+        """None: the files are local."""
+
     def relative_to(self, folder: Path) -> CocoSource:
         """The same source, its paths taken as relative to ``folder``."""
         path: str | dict[str, str] = (
@@ -127,6 +131,12 @@ class ImageRows:
         if self.box_format not in ("xywh", "xyxy"):
             raise LoraFactoryError(f"box_format={self.box_format!r}: choose xywh or xyxy")
         object.__setattr__(self, "data_files", self._rows.data_files)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set's id on the Hub; None for local files and folders."""
+        rows = self._rows
+        return None if rows.format is not None or Path(rows.path).expanduser().is_dir() else rows.path
 
     def relative_to(self, folder: Path) -> ImageRows:
         """The same source, its local paths taken as relative to ``folder``."""

@@ -90,6 +90,7 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        initializer_range=0.2,
         pad_token_id=1,
     )
     config = LlavaConfig(
