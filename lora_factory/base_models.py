@@ -1,4 +1,4 @@
-"""Base models: any causal language model of the Hub or a folder, and a small real one that a Python package ships."""
+"""Base models: any language or image-text-to-text model of the Hub or a folder, and a real one of a Python package."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -51,7 +59,9 @@ def load_base_model(
     device: str | torch.device | None = None,
     quantization: str = "",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, frozen and in evaluation mode.
+    """Load a language model and its tokenizer, frozen and in evaluation mode.
+
+    It may be a causal one, an encoder-decoder, or an image-text-to-text model such as Florence-2.
 
     Only safetensors weights are read, and no code that comes with a model is run. `EMBEDDED_BASE_MODEL` comes from
     `embedded_base_model` when that is on this machine and no revision is asked for, else from the Hub. A tokenizer
@@ -65,7 +75,7 @@ def load_base_model(
         quantization: "4bit" (NF4) or "8bit" to load it so with bitsandbytes; default: as saved.
 
     Raises:
-        LoraFactoryError: The model is unknown, cannot be reached or read, or is no causal language model.
+        LoraFactoryError: The model is unknown, cannot be reached or read, or is no language model.
     """
     source = _local_source(str(name), revision)
     if isinstance(dtype, str) and dtype not in _DTYPES:
@@ -76,7 +86,8 @@ def load_base_model(
     try:
         with quiet_transformers(keep_bars=not Path(source).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            loaded: Any = _auto_class(config).from_pretrained(
                 source,
                 revision=revision,
                 dtype=dtype,
@@ -87,7 +98,7 @@ def load_base_model(
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise LoraFactoryError(
-            f"cannot load the base model {source!r}: {error}\nIt must be a causal language model that transformers"
+            f"cannot load the base model {source!r}: {error}\nIt must be a language model that transformers"
             " knows, with safetensors weights and a tokenizer; a damaged folder must be written or downloaded again"
         ) from error
     model, report = loaded
@@ -98,7 +109,7 @@ def load_base_model(
         raise LoraFactoryError(f"the base model {source!r} came at commit {commit}, expected {revision}; try again")
     if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise LoraFactoryError(
-            f"the base model {source!r} lacks {len(absent)} weights of a causal language model, first {absent[0]};"
+            f"the base model {source!r} lacks {len(absent)} weights of a language model, first {absent[0]};"
             " give the complete model, not a part of it or an encoder"
         )
     if tokenizer.pad_token is None:
@@ -108,6 +119,30 @@ def load_base_model(
         _keep_gradients(model)
         return model, tokenizer
     return model.to(device or "cpu"), tokenizer
+
+
+def load_processor(name: str | Path, *, revision: str | None = None) -> ProcessorMixin:
+    """Load the processor of an image-text-to-text model; no code that comes with it is run.
+
+    Args:
+        name: Hub id, or a folder that `save_pretrained` wrote.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        LoraFactoryError: It cannot be read, or the model has none, since it reads texts alone.
+    """
+    source = _local_source(str(name), revision)
+    try:
+        with quiet_transformers():
+            processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        raise LoraFactoryError(f"cannot load the processor of {source!r}: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise LoraFactoryError(
+            f"{source!r} reads texts alone (it has a {type(processor).__name__}, no processor); for tasks with images"
+            " give an image-text-to-text model, for example florence-community/Florence-2-base"
+        )
+    return processor
 
 
 def embedded_base_model() -> Path:
@@ -192,6 +227,18 @@ def check_on_hub(name: str, revision: str | None, noun: str = "base model") -> N
             f" {explain(error, name)}. What comes without the Hub, such as {EMBEDDED_BASE_MODEL!r}:\n"
             f"    {INSTALL_EMBEDDED_MODELS}"
         ) from error
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401
+    """Which class loads a model; some that read images are causal language models as well, and the same class."""
+    ways = [
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+        (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
+    ]
+    # A part of an encoder-decoder (of BART, for one) may be a causal model of its own.
+    fitting = ways[1:] if config.is_encoder_decoder else ways
+    return next((auto for mapping, auto in fitting if type(config) in mapping), AutoModelForCausalLM)
 
 
 def _local_source(name: str, revision: str | None) -> str:

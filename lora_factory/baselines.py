@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import TokenSequence, encode_sequences
+from lora_factory.sequences import TokenSequence
 from lora_factory.tasks import Task
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike
@@ -218,7 +218,7 @@ def train_multitask(factory: AdapterFactory, tasks: Sequence[Task], *, seed: int
     if not tasks:
         raise LoraFactoryError("a multi-task LoRA needs tasks to train on; pass the zoo's tasks")
     arguments = factory.arguments
-    train = [encode_sequences(factory.tokenizer, task.examples("train"), arguments) for task in tasks]
+    train = [factory.inputs.encode(task.examples("train"), arguments) for task in tasks]
     total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
     kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import load_base_model
+from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.collection import HIDDEN_FOLDER, Collection, PlannedRun
 from lora_factory.factory import AdapterFactory
+from lora_factory.model_inputs import model_inputs
 from lora_factory.progress import make_accelerator
 from lora_factory.run_state import writing_into
 from lora_factory.tasks import Task, load_tasks
@@ -56,7 +57,11 @@ def collect_adapters(
     model, tokenizer = load_base_model(
         base_model, dtype=arguments.dtype, device=accelerator.device, quantization=arguments.quantization
     )
-    factory = AdapterFactory.attach(model, tokenizer, arguments, base_model_name or str(base_model), accelerator)
+    reads_images = any(task.has_images for task in tasks)
+    inputs = model_inputs(model, load_processor(base_model)) if reads_images else None
+    factory = AdapterFactory.attach(
+        model, tokenizer, arguments, base_model_name or str(base_model), accelerator, inputs
+    )
     if arguments.parallel == "data":
         factory.share_runs()
     with writing_into(Path(output_dir)):

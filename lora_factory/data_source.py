@@ -150,7 +150,7 @@ def load_examples(source: DataSource, task: str) -> dict[Split, list[Example]]:
             split has no text.
     """
     splits: dict[Split, list[Example]] = {}
-    for split, rows in _load_splits(source, task).items():
+    for split, rows in load_splits(source, task).items():
         with _teaching_errors(source, task):
             first = _first_rows(rows, source)
         splits[split] = _read_rows(first, source, f"{task}/{split}")
@@ -193,7 +193,7 @@ def _matching_files(pattern: str) -> list[str]:
     return found
 
 
-def _load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
+def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
     """The source's rows for each of our splits that it has."""
     if source.format is not None:
         available = _load_local(source, source.local_files(), task)

@@ -20,9 +20,10 @@ from lora_factory.adapters import AdapterSlot, whole, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
+from lora_factory.model_inputs import ModelInputs, model_inputs
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
-from lora_factory.sequences import TokenSequence, collate, encode_sequences, scored_tokens, shuffled_batches
+from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
 from lora_factory.tasks import Task
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -37,6 +38,7 @@ class AdapterFactory:
         model: The base model with the LoRA attached.
         slot: Writes weights into the LoRA slot in place.
         initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
+        inputs: Turns a task's examples into what the model reads.
         wrapped: What forward passes go through: the model, or what Accelerate made of it for ``shares_runs``.
         shares_runs: Whether all processes train every run together, each on its share of a batch.
     """
@@ -48,6 +50,7 @@ class AdapterFactory:
     slot: AdapterSlot
     initial: torch.Tensor
     accelerator: Accelerator
+    inputs: ModelInputs
     wrapped: torch.nn.Module
     shares_runs: bool = False
 
@@ -59,14 +62,24 @@ class AdapterFactory:
         arguments: CollectArguments,
         base_model_name: str,
         accelerator: Accelerator,
+        inputs: ModelInputs | None = None,
     ) -> AdapterFactory:
-        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base."""
+        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
+
+        Args:
+            model: The frozen base model.
+            tokenizer: Its tokenizer.
+            arguments: LoRA, optimiser and snapshot settings.
+            base_model_name: What adapters name as their base.
+            accelerator: The device, and who says what.
+            inputs: How the model reads examples; default: as texts.
+        """
         targets = arguments.target_modules
         lora_config = LoraConfig(
             r=arguments.rank,
             lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type="CAUSAL_LM",
+            task_type=_task_type(model) if inputs is None else None,
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         if arguments.quantization:
@@ -82,10 +95,10 @@ class AdapterFactory:
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        slot = AdapterSlot(peft_model, layout)
+        slot, inputs = AdapterSlot(peft_model, layout), inputs or model_inputs(model, tokenizer)
         if arguments.compile:
             peft_model.compile()
-        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, peft_model)
+        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, inputs, peft_model)
 
     def share_runs(self) -> None:
         """Have all processes train every run together from now on, each on its share of a batch.
@@ -134,7 +147,7 @@ class AdapterFactory:
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
         """
-        train = encode_sequences(self.tokenizer, task.examples("train"), self.arguments)
+        train = list(self.inputs.encode(task.examples("train"), self.arguments))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
         batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), [self.validation(task)]
@@ -209,8 +222,8 @@ class AdapterFactory:
 
     def validation(self, task: Task) -> list[TokenSequence]:
         """The sequences of a task's validation split that snapshots are scored on."""
-        sequences = encode_sequences(self.tokenizer, task.examples("validation"), self.arguments)
-        return sequences[: self.arguments.validation_sequences]
+        sequences = self.inputs.encode(task.examples("validation"), self.arguments)
+        return list(sequences)[: self.arguments.validation_sequences]
 
     def schedule(self, sequences: int) -> tuple[int, int]:
         """Optimizer steps in all, and steps between snapshots."""
@@ -264,7 +277,7 @@ class AdapterFactory:
         return float(self.accelerator.reduce(value, "mean") if self.shares_runs else value)
 
     def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
-        return self.wrapped(**collate(batch, self.tokenizer.pad_token_id or 0, self.accelerator.device)).loss
+        return self.wrapped(**self.inputs.collate(batch, self.accelerator.device)).loss
 
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
@@ -321,3 +334,7 @@ def comparable_settings(arguments: CollectArguments) -> dict[str, object]:
 def versions() -> dict[str, str]:
     """The packages that make a run, by name."""
     return {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def _task_type(model: PreTrainedModel) -> str:
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -78,6 +78,49 @@ def draw_plots(comparison: Mapping[str, Any], summaries: Sequence[MethodSummary]
         ]
 
 
+def draw_detections(methods: Sequence[str], pictures: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Draw the boxes that every method found, side by side (the paper's Figure 4); no picture, no plot.
+
+    Args:
+        methods: The columns.
+        pictures: The rows, as ``detection_comparison.compare_detection`` makes them.
+
+    Raises:
+        LoraFactoryError: If matplotlib or scikit-learn is missing.
+    """
+    _check_extra()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    if not pictures:
+        return []
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
+        figure = Figure((1.8 * len(methods), 1.9 * len(pictures)), layout="constrained", facecolor="none")
+        panels = figure.subplots(len(pictures), len(methods), squeeze=False)
+        for row, picture in zip(panels, pictures, strict=True):
+            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])))
+            row[0].set_ylabel(_short(picture["task"]), color=_INK, fontsize=9)
+            for axes, method in zip(row, methods, strict=True):
+                axes.imshow(image)
+                axes.set(xticks=[], yticks=[])
+                for box in picture["truth"]:
+                    _rectangle(axes, box, image.size, _COLOURS[2], "--")
+                for one in picture["found"][method]:
+                    _rectangle(
+                        axes,
+                        one["box"],
+                        image.size,
+                        _COLOURS[1],
+                        "-",
+                        f"{_short(one['label'], 12)} {one['score']:.2f}",
+                    )
+        for axes, method in zip(panels[0], methods, strict=True):
+            axes.set_title(_short(method), color=_INK, fontsize=9)
+        caption = "Boxes that each method found, with its certainty (solid), and those of the annotation (dashed)."
+        return [_plot(figure, "Boxes", caption)]
+
+
 def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.ndarray, str]:
     """Bring vectors to the plane.
 
@@ -134,6 +177,17 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
         "Triangles stand for values beyond the edge. The table below gives the same numbers."
     )
     return [_plot(figure, "Headroom per method", caption)]
+
+
+def _rectangle(
+    axes: Axes, box: Sequence[float], size: tuple[int, int], colour: str, style: str, words: str = ""
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = (share * length for share, length in zip(box, size * 2, strict=True))
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linestyle=style))
+    if words:
+        axes.text(left, top, words, fontsize=6, color=_PAPER, va="bottom", bbox={"pad": 0.6, "color": colour})
 
 
 def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: str) -> None:

@@ -16,14 +16,15 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_factory.files import write_text
-from lora_factory.plots import draw_plots
+from lora_factory.plots import draw_detections, draw_plots
 from lora_factory.summaries import Finding, findings, steering_margins, summarise
-from lora_factory.tables import Table, comparison_tables, plain
+from lora_factory.tables import Table, comparison_tables, detection_table, plain
 
 __all__ = [
     "html_page",
     "markdown_table",
     "markdown_tables",
+    "render_page",
     "steering_margins",
     "summarise",
     "terminal_tables",
@@ -66,23 +67,31 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     """One HTML page with the findings, every table and the plots; it requests nothing from anywhere.
 
     Args:
-        comparison: What ``comparison.compare`` returns.
+        comparison: What ``comparison.compare`` returns; with ``detection``, what ``compare_detection`` returns, its
+            table and boxes are shown as well.
 
     Raises:
         LoraFactoryError: If the extra ``report`` is not installed.
     """
-    source = files("lora_factory").joinpath("report.html").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(
+    detection = comparison.get("detection")
+    pictures = draw_detections(detection["methods"], detection["pictures"]) if detection else []
+    return render_page(
         base_model=plain(comparison["base_model"]),
         findings=[Finding(plain(finding.text), finding.warning) for finding in findings(comparison)],
-        tables=comparison_tables(comparison),
-        plots=draw_plots(comparison, summarise(comparison)),
+        tables=[*comparison_tables(comparison), *([detection_table(detection)] if detection else [])],
+        plots=[*draw_plots(comparison, summarise(comparison)), *pictures],
         seeds=", ".join(map(str, comparison["seeds"])),
         folds=[", ".join(map(plain, fold)) for fold in comparison["folds"]],
         versions=", ".join(f"{plain(name)} {plain(it)}" for name, it in comparison["created_with"].items()),
         settings=json.dumps(comparison["settings"], indent=2, ensure_ascii=False, default=str),
     )
+
+
+def render_page(**values: Any) -> str:  # noqa: ANN401
+    """Fill in the page's template; ``values`` are its variables, as ``html_page`` gives them."""
+    source = files("lora_factory").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source).render(**values)
 
 
 def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:

@@ -73,6 +73,29 @@ class Table:
         return [(group, len(list(columns))) for group, columns in groupby(self.columns, lambda column: column.group)]
 
 
+def detection_table(result: Mapping[str, Any]) -> Table:
+    """Table 1's layout: a row a method, mAP50 and mAP75 of every task.
+
+    Args:
+        result: What ``detection_comparison.compare_detection`` returns.
+    """
+    cells = {(cell["method"], cell["task"]): cell for cell in result["cells"]}
+    columns, best = [Column("method")], set[tuple[int, int]]()
+    rows: list[list[str]] = [[method] for method in result["methods"]]
+    for task in result["tasks"]:
+        group = f"{task} (unseen)" if task in result["unseen"] else task
+        for heading, key in (("mAP50", "map_50"), ("mAP75", "map_75")):
+            columns.append(Column(heading, group))
+            values = [cells[method, task][key] for method in result["methods"]]
+            best |= {(row, len(columns) - 1) for row, value in enumerate(values) if value == max(values)}
+            for row, value in zip(rows, values, strict=True):
+                row.append(f"{value:.3f}")
+    images = ", ".join(f"{task} {count}" for task, count in result["images"].items())
+    note = f"COCO's average precision at an overlap of 0.5 and 0.75 on test images ({images})."
+    title = f"Detection on {result['base_model']}"
+    return Table(title, note, tuple(columns), tuple(map(tuple, rows)), frozenset(best))
+
+
 def plain(text: object) -> str:
     """Text from outside on one line, without what a terminal would act on or a reader could not see."""
     return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())

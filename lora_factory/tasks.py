@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,17 @@ import yaml
 from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example, Split, load_examples, with_text
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
+from lora_factory.image_data import ImageExample
+from lora_factory.image_sources import CocoSource, ImageRows
 
 __all__ = ["METRICS", "SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
 
 METRICS = ("exact_match", "multiple_choice")
+SOURCES: dict[str, type[DataSource | CocoSource | ImageRows]] = {
+    "text": DataSource,
+    "coco": CocoSource,
+    "images": ImageRows,
+}
 MAX_CHOICES_FOUND = 20
 _TASK_FILE_ENDINGS = (".yaml", ".yml", ".json")
 _TASK_FILE_EXAMPLE = """\
@@ -35,7 +42,7 @@ class Task:
     Attributes:
         name: Short name, also the name of the task's folder in a zoo.
         descriptions: What the task is, in natural language; at least one, better several paraphrases.
-        data: Where the examples come from; None when they were given to `from_examples`.
+        data: Where the examples come from, texts or images; None when they were given to `from_examples`.
         license: Licence of the data, if known.
         metric: How an answer is judged, beside its likelihood: "exact_match", "multiple_choice" or not at all.
         choices: The answers to choose from with "multiple_choice"; default: the completions seen in training.
@@ -43,11 +50,11 @@ class Task:
 
     name: str
     descriptions: tuple[str, ...]
-    data: DataSource | None
+    data: DataSource | CocoSource | ImageRows | None
     license: str | None = None
     metric: str | None = None
     choices: tuple[str, ...] = ()
-    _examples: dict[Split, list[Example]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _examples: dict[Split, list[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check every value at birth; a single description may come as a text."""
@@ -76,9 +83,9 @@ class Task:
         cls,
         name: str,
         descriptions: tuple[str, ...] | list[str],
-        train: Sequence[Example | str],
-        validation: Sequence[Example | str] = (),
-        test: Sequence[Example | str] = (),
+        train: Sequence[Example | ImageExample | str],
+        validation: Sequence[Example | ImageExample | str] = (),
+        test: Sequence[Example | ImageExample | str] = (),
         *,
         license: str | None = None,
         metric: str | None = None,
@@ -110,8 +117,8 @@ class Task:
         """The id on the Hub of the data set that the examples come from; None for local and given ones."""
         return self.data.hub_id if self.data else None
 
-    def examples(self, split: Split) -> list[Example]:
-        """The examples of one split, loaded on first use and kept; rows without text are left out.
+    def examples(self, split: Split) -> list[Any]:
+        """The examples of one split (`Example` or `ImageExample`), loaded on first use; none is without an answer.
 
         A missing validation or test split is carved out of train, a tenth of its rows each, always the same ones;
         equal rows stay on one side.
@@ -125,8 +132,20 @@ class Task:
         if split not in SPLITS:
             raise LoraFactoryError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
         if not self._examples and self.data is not None:
-            self._examples.update(_complete(load_examples(self.data, self.name), self.name))
+            found: Mapping[Split, list[Any]]
+            if isinstance(self.data, DataSource):
+                found = load_examples(self.data, self.name)
+            else:
+                found = self.data.load(self.name)
+            self._examples.update(_complete(found, self.name))
         return self._examples[split]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the examples are images with prompt and answer."""
+        if self.data is None:
+            return isinstance(self._examples["train"][0], ImageExample)
+        return not isinstance(self.data, DataSource)
 
     def answer_choices(self) -> tuple[str, ...]:
         """The answers to choose from: those given, else the different completions of the training split, sorted.
@@ -149,7 +168,8 @@ class Task:
         """SHA-256 of all examples of all splits: equal exactly when the data is."""
         digest = hashlib.sha256()
         for split in SPLITS:
-            digest.update(json.dumps([split, self.examples(split)], ensure_ascii=True).encode())
+            facts = json.dumps([split, self.examples(split)], ensure_ascii=True, default=ImageExample.facts)
+            digest.update(facts.encode())
         return digest.hexdigest()
 
 
@@ -157,7 +177,8 @@ def load_tasks(path: str | Path) -> list[Task]:
     """Read tasks from a YAML or JSON file, or from every such file of a folder; data is loaded later, on first use.
 
     A task file holds `tasks:`, a list of mappings with the fields of `Task`; `data` is a mapping with the fields of
-    `DataSource`, or just its path. Local paths are relative to the task file.
+    `DataSource`, or just its path; with `kind: coco` or `kind: images` those of `CocoSource` or `ImageRows`. Local
+    paths are relative to the task file.
 
     Args:
         path: The task file, or a folder whose .yaml, .yml and .json files are all read, in the order of their names.
@@ -239,14 +260,25 @@ def _task_from_dict(entry: object, path: Path, number: int) -> Task:
             f"{where} has no {missing[0]}; a task needs name, descriptions and data:\n{_TASK_FILE_EXAMPLE}"
         )
     source = {"path": values["data"]} if isinstance(values["data"], str) else values["data"]
-    options = _checked(source, tuple(f.name for f in fields(DataSource)), f"data of {where}")
+    kind = str(source.get("kind", "text")) if isinstance(source, Mapping) else "text"
+    if kind not in SOURCES:
+        raise LoraFactoryError(f"data of {where}: kind={kind!r}: choose one of {', '.join(SOURCES)}")
+    options = _checked(source, ("kind", *(f.name for f in fields(SOURCES[kind]))), f"data of {where}")
     if "path" not in options:
         raise LoraFactoryError(f"data of {where} has no path; give a Hub id, a local file, or json with data_files")
     try:
-        data = DataSource(**options).relative_to(path.resolve().parent)
+        data = _source(kind, options).relative_to(path.resolve().parent)
         return Task(**{"descriptions": (), **values, "data": data})
     except LoraFactoryError as error:
         raise LoraFactoryError(f"{where}: {error}") from error
+
+
+def _source(kind: str, options: Mapping[str, Any]) -> DataSource | CocoSource | ImageRows:
+    values = {name: value for name, value in options.items() if name != "kind"}
+    required = [f.name for f in fields(SOURCES[kind]) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise LoraFactoryError(f"data of kind {kind!r} needs {missing[0]}; give {', '.join(required)}")
+    return SOURCES[kind](**values)
 
 
 def _checked(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
@@ -259,6 +291,11 @@ def _checked(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
 
 def _task_to_dict(task: Task, folder: Path) -> dict[str, Any]:
     data = task.data
+    if data is None and task.has_images:
+        raise LoraFactoryError(
+            f"task {task.name!r} holds images in memory, which no task file can; make it of files, for example with"
+            " lora_factory.detection.detection_tasks"
+        )
     if data is None:
         data = DataSource("json", data_files={split: [str(folder / task.name / f"{split}.jsonl")] for split in SPLITS})
         if any(example.prompt for split in SPLITS for example in task.examples(split)):
@@ -266,11 +303,15 @@ def _task_to_dict(task: Task, folder: Path) -> dict[str, Any]:
         for split in SPLITS:
             _write_examples(folder / task.name / f"{split}.jsonl", task.examples(split), data)
     source: dict[str, Any] = {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name)}
-    if data.path in LOCAL_FORMATS and data.data_files:
+    if isinstance(data, CocoSource):
+        source |= {"kind": "coco"} | {key: _relative_all(source[key], folder) for key in ("path", "annotations")}
+    elif data.path in LOCAL_FORMATS and data.data_files:
         files = data.data_files.items()
         source["data_files"] = {split: [_relative(name, folder) for name in names] for split, names in files}
     else:
         source["path"] = _relative(data.path, folder)
+    if isinstance(data, ImageRows):
+        source["kind"] = "images"
     content = {
         "name": task.name,
         "descriptions": list(task.descriptions),
@@ -308,11 +349,19 @@ def _relative(name: str, folder: Path) -> str:
     return file.relative_to(folder).as_posix() if file.exists() and file.is_relative_to(folder) else name
 
 
-def _as_example(value: Example | str) -> Example:
+def _relative_all(names: str | Mapping[str, str], folder: Path) -> str | dict[str, str]:
+    if isinstance(names, str):
+        return _relative(names, folder)
+    return {split: _relative(name, folder) for split, name in names.items()}
+
+
+def _as_example(value: Example | ImageExample | str) -> Any:  # noqa: ANN401
+    if isinstance(value, ImageExample):
+        return value
     return Example("", value) if isinstance(value, str) else Example(*value)
 
 
-def _complete(found: Mapping[Split, list[Example]], task: str) -> dict[Split, list[Example]]:
+def _complete(found: Mapping[Split, list[Any]], task: str) -> dict[Split, list[Any]]:
     """All three splits: those found, the missing ones carved out of train."""
     complete = {split: found[split] for split in SPLITS if found.get(split)}
     missing = [split for split in SPLITS if split not in complete]

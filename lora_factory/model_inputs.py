@@ -1,0 +1,191 @@
+"""How examples become what a model reads: causal and sequence-to-sequence texts, and images with texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from lora_factory.arguments import CollectArguments
+from lora_factory.data_source import Example
+from lora_factory.errors import LoraFactoryError
+from lora_factory.image_data import ImageExample
+from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_sequences
+
+
+class ModelInputs(Protocol):
+    """Turns examples into rows, and rows into the model's inputs."""
+
+    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> Sequence[TokenSequence]:
+        """The rows that are learned from; ``tokens`` of a row are those of its texts, prompt and answer.
+
+        Raises:
+            LoraFactoryError: When there is nothing to learn from, or the examples are not for this model.
+        """
+
+    def collate(self, rows: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """One batch of the model's inputs with labels; -100 is not scored."""
+
+
+@dataclass(frozen=True)
+class ImageSequence(TokenSequence):
+    """The texts of an example as tokens, with its image, which is opened when the row is read."""
+
+    example: ImageExample
+
+
+@dataclass(frozen=True)
+class CausalInputs:
+    """Texts for causal language models: prompt and answer in one sequence."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[TokenSequence]:
+        """As ``sequences.encode_sequences``."""
+        return encode_sequences(self.tokenizer, _only(Example, examples), arguments)
+
+    def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
+        """As ``sequences.collate``."""
+        return collate(rows, self.tokenizer.pad_token_id or 0, device)
+
+
+@dataclass(frozen=True)
+class Seq2SeqInputs:
+    """Texts for encoder-decoder models: the prompt goes into the encoder, the answer into the decoder."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[TokenSequence]:
+        """One row an example, never packed; an over-long prompt loses its beginning, an over-long answer its end."""
+        length = arguments.sequence_length
+        rows = []
+        for example in _only(Example, examples):
+            source = self.tokenizer(example.prompt).input_ids[-length:] or [self.tokenizer.eos_token_id]
+            rows.append(_answered(source, answer_tokens(self.tokenizer, example.completion, length)))
+        return rows
+
+    def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` of the prompts, ``labels`` of the answers, padded on the right."""
+        sources, answers = zip(*map(_split, rows), strict=True)
+        return {
+            "input_ids": _padded(sources, self.tokenizer.pad_token_id or 0, device),
+            "attention_mask": _padded([[1] * len(source) for source in sources], 0, device),
+            "labels": _padded(answers, IGNORED, device),
+        }
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images with prompts for image-text-to-text models, encoder-decoders such as Florence-2 and decoders alone.
+
+    Attributes:
+        processor: The model's own: sizes images, writes prompts, knows the tokens that stand for an image.
+        is_encoder_decoder: Whether answers are the decoder's, or follow the prompt in one sequence.
+    """
+
+    processor: ProcessorMixin
+    is_encoder_decoder: bool
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[ImageSequence]:
+        """One row an example; images are not opened, and an over-long answer loses its end."""
+        rows = []
+        for example in _only(ImageExample, examples):
+            prompt = self.tokenizer(example.prompt).input_ids or [0]
+            answer = answer_tokens(
+                self.tokenizer, example.completion, arguments.sequence_length, special=self.is_encoder_decoder
+            )
+            row = _answered(prompt, answer)
+            rows.append(ImageSequence(row.tokens, row.labels, example))
+        return rows
+
+    def collate(self, rows: Sequence[ImageSequence], device: torch.device) -> dict[str, Tensor]:
+        """What the processor makes of images and prompts, and the answers as labels.
+
+        Raises:
+            LoraFactoryError: When an image cannot be read.
+        """
+        inputs = self.questions([row.example for row in rows], device)
+        answers = [_split(row)[1] for row in rows]
+        if self.is_encoder_decoder:
+            return inputs | {"labels": _padded(answers, IGNORED, device)}
+        return self._continued(inputs, answers)
+
+    def questions(self, examples: Sequence[ImageExample], device: torch.device) -> dict[str, Tensor]:
+        """Images and prompts alone, as generation wants them: padded on the left for a decoder alone."""
+        images, prompts = [example.open() for example in examples], [example.prompt for example in examples]
+        if self.processor.chat_template:
+            prompts = [self._as_chat(prompt) for prompt in prompts]
+        inputs = self.processor(
+            text=prompts,
+            images=[[image] for image in images] if self.processor.chat_template else images,
+            padding=True,
+            padding_side="right" if self.is_encoder_decoder else "left",
+            return_tensors="pt",
+        )
+        return {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+
+    def _as_chat(self, prompt: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        message: Any = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+    def _continued(self, inputs: dict[str, Tensor], answers: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Prompts padded on the left, continued by their answers; what the answer's end needs is masked padding."""
+        device, shape = inputs["input_ids"].device, inputs["input_ids"].shape
+        answer = _padded(answers, self.tokenizer.pad_token_id or 0, device)
+        mask = _padded([[1] * len(row) for row in answers], 0, device)
+        labels = torch.cat([torch.full(shape, IGNORED, device=device), answer.masked_fill(mask == 0, IGNORED)], 1)
+        tails = {"input_ids": answer, "attention_mask": mask}
+        continued = {
+            name: torch.cat([value, tails.get(name, torch.zeros_like(answer)).to(value.dtype)], 1)
+            for name, value in inputs.items()
+            if value.shape == shape  # token types as well: an answer's are 0
+        }
+        return inputs | continued | {"labels": labels}
+
+
+def model_inputs(model: PreTrainedModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> ModelInputs:
+    """How a model reads examples: images where there is a processor, texts where there is a tokenizer alone."""
+    if isinstance(reader, ProcessorMixin):
+        return ImageInputs(reader, bool(model.config.is_encoder_decoder))
+    return Seq2SeqInputs(reader) if model.config.is_encoder_decoder else CausalInputs(reader)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, length: int, *, special: bool = True) -> list[int]:
+    """The ids of an answer, closed by the end token and cut to ``length``; ``special``: begun as texts are."""
+    tokens = tokenizer(text_target=answer, add_special_tokens=special).input_ids
+    end = tokenizer.eos_token_id
+    return (tokens if end is None or tokens[-1:] == [end] else [*tokens, end])[:length]
+
+
+def _only(kind: type, examples: Sequence[Any]) -> Sequence[Any]:
+    if wrong := [example for example in examples if not isinstance(example, kind)]:
+        needed = "a model that reads texts alone" if kind is Example else "an image-text-to-text model"
+        raise LoraFactoryError(
+            f"{type(wrong[0]).__name__} among the examples, but this is {needed}; give each model tasks of its kind"
+        )
+    return examples
+
+
+def _answered(source: list[int], answer: list[int]) -> TokenSequence:
+    return TokenSequence(source + answer, [IGNORED] * len(source) + answer)
+
+
+def _split(row: TokenSequence) -> tuple[list[int], list[int]]:
+    """Source and answer of a row, whose labels are ignored on the one and scored on the other."""
+    asked = sum(label == IGNORED for label in row.labels)
+    return row.tokens[:asked], row.tokens[asked:]
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], device=device)
