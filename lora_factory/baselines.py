@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import TokenSequence, encode_sequences
-from lora_factory.tasks import Task
+from lora_factory.factory import AdapterFactory, TrainingTask
+from lora_factory.sequences import Row
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike
 RIDGES = torch.logspace(-8, 4, 49, dtype=torch.float64)  # in units of the features' mean eigenvalue
@@ -198,7 +197,9 @@ class PcaRidge:
         return self.mean + (inputs @ self.map).float() @ self.components
 
 
-def train_multitask(factory: AdapterFactory, tasks: Sequence[Task], *, seed: int, steps: int | None = None) -> Tensor:
+def train_multitask(
+    factory: AdapterFactory, tasks: Sequence[TrainingTask], *, seed: int, steps: int | None = None
+) -> Tensor:
     """One LoRA trained on all tasks at once, from the shared initialisation: the control that matters most.
 
     Every batch takes its sequences from the tasks in turn, in a new random order each turn.
@@ -218,7 +219,7 @@ def train_multitask(factory: AdapterFactory, tasks: Sequence[Task], *, seed: int
     if not tasks:
         raise LoraFactoryError("a multi-task LoRA needs tasks to train on; pass the zoo's tasks")
     arguments = factory.arguments
-    train = [encode_sequences(factory.tokenizer, task.examples("train"), arguments) for task in tasks]
+    train = [factory.batches.encode(task.examples("train")) for task in tasks]
     total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
     kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)
@@ -226,9 +227,7 @@ def train_multitask(factory: AdapterFactory, tasks: Sequence[Task], *, seed: int
     return snapshots[min(range(len(losses)), key=losses.__getitem__)]
 
 
-def mixed_batches(
-    sequences: Sequence[Sequence[TokenSequence]], batch_size: int, seed: int
-) -> Iterator[list[TokenSequence]]:
+def mixed_batches(sequences: Sequence[Sequence[Row]], batch_size: int, seed: int) -> Iterator[list[Row]]:
     """Endless batches that take from every task in turn; a task's sequences repeat only after all of them were read.
 
     Args:
@@ -285,7 +284,7 @@ def _leave_one_out(values: Tensor, basis: Tensor, targets: Tensor, ridge: Tensor
     return (residuals / (1 - hat.diagonal()).clamp_min(1e-12)[:, None]).square().sum()
 
 
-def _shuffled(rows: Sequence[TokenSequence], source: random.Random) -> Iterator[TokenSequence]:
+def _shuffled(rows: Sequence[Row], source: random.Random) -> Iterator[Row]:
     while True:
         yield from source.sample(rows, len(rows))
 

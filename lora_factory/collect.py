@@ -16,12 +16,14 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory, comparable_settings
+from lora_factory.image_classification import classifier_factory
+from lora_factory.image_tasks import ImageTask
 from lora_factory.tasks import Task, load_tasks
 from lora_factory.zoo import AdapterZoo
 
 
 def collect_adapters(
-    tasks: str | Path | Sequence[Task],
+    tasks: str | Path | Sequence[Task | ImageTask],
     base_model: str | Path,
     output_dir: str | Path,
     arguments: CollectArguments | None = None,
@@ -34,8 +36,8 @@ def collect_adapters(
     already holds are not repeated.
 
     Args:
-        tasks: A task file, a folder of them, or tasks.
-        base_model: Hub id or folder of the frozen base model.
+        tasks: A task file, a folder of them, or tasks; all of texts, or all of images.
+        base_model: Hub id or folder of the frozen base model: a causal language model, or an image classifier.
         output_dir: The zoo's folder; made when missing, continued when it is there.
         arguments: LoRA, optimiser and snapshot settings.
         base_model_name: The public Hub id that adapters name as their base, when ``base_model`` is a local copy of it.
@@ -49,8 +51,7 @@ def collect_adapters(
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     accelerator = Accelerator(gradient_accumulation_steps=arguments.gradient_accumulation)
-    model, tokenizer = load_base_model(base_model, dtype=arguments.dtype, device=accelerator.device)
-    factory = AdapterFactory.attach(model, tokenizer, arguments, base_model_name or str(base_model), accelerator)
+    factory = _factory(tasks, base_model, arguments, base_model_name or str(base_model), accelerator)
     with accelerator.main_process_first():
         zoo = AdapterZoo.create(output_dir, factory.layout)
     pending = [pair for pair in _pairs(tasks, arguments) if not _finished(zoo, *pair, factory)]
@@ -63,11 +64,25 @@ def collect_adapters(
     return AdapterZoo(output_dir)
 
 
-def _pairs(tasks: Sequence[Task], arguments: CollectArguments) -> list[tuple[Task, int]]:
+def _factory(
+    tasks: Sequence[Task | ImageTask],
+    base_model: str | Path,
+    arguments: CollectArguments,
+    name: str,
+    accelerator: Accelerator,
+) -> AdapterFactory:
+    """A language model or, for tasks of images, an image classifier with one slot."""
+    if tasks and all(isinstance(task, ImageTask) for task in tasks):
+        return classifier_factory(base_model, arguments, name, accelerator)
+    model, tokenizer = load_base_model(base_model, dtype=arguments.dtype, device=accelerator.device)
+    return AdapterFactory.attach(model, tokenizer, arguments, name, accelerator)
+
+
+def _pairs(tasks: Sequence[Task | ImageTask], arguments: CollectArguments) -> list[tuple[Task | ImageTask, int]]:
     return [(task, seed) for seed in arguments.seeds for task in tasks]
 
 
-def _finished(zoo: AdapterZoo, task: Task, seed: int, factory: AdapterFactory) -> bool:
+def _finished(zoo: AdapterZoo, task: Task | ImageTask, seed: int, factory: AdapterFactory) -> bool:
     """Whether the zoo holds this run, made with these settings on this text."""
     run = f"seed-{seed}"
     if not zoo.has_run(task.name, run):

@@ -6,23 +6,58 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
 from lora_factory.adapters import AdapterSlot, wrap_base
 from lora_factory.arguments import CollectArguments
+from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
-from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_sequences, shuffled_batches
-from lora_factory.tasks import Task
+from lora_factory.sequences import TokenBatches, shuffled_batches
 
 LIBRARIES = ("torch", "transformers", "peft")
+
+
+class TrainingTask(Protocol):
+    """What is learned: a `Task` or an `ImageTask`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def descriptions(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def license(self) -> str | None: ...  # noqa: D102
+
+    def examples(self, split: Split) -> Sequence[Any]: ...  # noqa: D102
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+
+class Batches(Protocol):
+    """How a task's examples become the inputs of a model that returns a ``loss``."""
+
+    def encode(self, examples: Sequence[Any]) -> list[Any]:
+        """One row or more an example."""
+        ...
+
+    def collate(self, rows: Sequence[Any], device: torch.device) -> dict[str, torch.Tensor]:
+        """A batch of rows as the model's inputs, with labels."""
+        ...
+
+    def size(self, row: Any) -> int:  # noqa: ANN401
+        """What a row counts in ``train_tokens``."""
+        ...
+
+    def scored(self, row: Any) -> int:  # noqa: ANN401
+        """How many predictions of a row the loss is a mean over."""
+        ...
 
 
 @dataclass
@@ -31,34 +66,41 @@ class AdapterFactory:
 
     Attributes:
         model: The base model with the LoRA attached.
+        tokenizer: A language model's tokenizer; None for a model whose ``batches`` do without.
         slot: Writes weights into the LoRA slot in place.
         initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
+        batches: How a task's examples become the model's inputs.
     """
 
     model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     arguments: CollectArguments
     layout: AdapterLayout
     slot: AdapterSlot
     initial: torch.Tensor
     accelerator: Accelerator
+    batches: Batches
 
     @classmethod
     def attach(
         cls,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,  # noqa: ANN401
         arguments: CollectArguments,
         base_model_name: str,
         accelerator: Accelerator,
+        batches: Batches | None = None,
     ) -> AdapterFactory:
-        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base."""
+        """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
+
+        By default the base is a causal language model; another model comes with ``batches`` of its own.
+        """
         targets = arguments.target_modules
         lora_config = LoraConfig(
             r=arguments.rank,
             lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if batches is None else None,
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         with torch.random.fork_rng():
@@ -69,9 +111,11 @@ class AdapterFactory:
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        return cls(peft_model, tokenizer, arguments, layout, AdapterSlot(peft_model, layout), initial, accelerator)
+        batches = batches or TokenBatches(tokenizer, arguments)
+        slot = AdapterSlot(peft_model, layout)
+        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, batches)
 
-    def train(self, task: Task, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
+    def train(self, task: TrainingTask, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
         """Fine-tune the slot on one task.
 
         Args:
@@ -82,7 +126,7 @@ class AdapterFactory:
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
         """
-        train = encode_sequences(self.tokenizer, task.examples("train"), self.arguments)
+        train = self.batches.encode(task.examples("train"))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
         batches = shuffled_batches(train, self.arguments.batch_size, seed)
@@ -91,8 +135,8 @@ class AdapterFactory:
 
     def fit(
         self,
-        batches: Iterator[list[TokenSequence]],
-        validation: Sequence[list[TokenSequence]],
+        batches: Iterator[list[Any]],
+        validation: Sequence[list[Any]],
         kept: Sequence[int],
         label: str,
     ) -> tuple[torch.Tensor, tuple[float, ...], int]:
@@ -134,9 +178,9 @@ class AdapterFactory:
         arguments = self.arguments
         return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
 
-    def validation(self, task: Task) -> list[TokenSequence]:
+    def validation(self, task: TrainingTask) -> list[Any]:
         """The sequences of a task's validation split that snapshots are scored on."""
-        sequences = encode_sequences(self.tokenizer, task.examples("validation"), self.arguments)
+        sequences = self.batches.encode(task.examples("validation"))
         return sequences[: self.arguments.validation_sequences]
 
     def schedule(self, sequences: int) -> tuple[int, int]:
@@ -149,7 +193,7 @@ class AdapterFactory:
 
     def _step(
         self,
-        batches: Iterator[list[TokenSequence]],
+        batches: Iterator[list[Any]],
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
         label: str,
@@ -167,33 +211,33 @@ class AdapterFactory:
                     f"(now {self.arguments.learning_rate}) or look for damaged text"
                 )
             self.accelerator.backward(loss)  # divides by the accumulation steps itself
-            tokens += sum(len(sequence.tokens) for sequence in batch)
+            tokens += sum(map(self.batches.size, batch))
         self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return tokens
 
-    def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
-        return self.model(**collate(batch, self.tokenizer.pad_token_id or 0, self.accelerator.device)).loss
+    def _forward(self, batch: list[Any]) -> torch.Tensor:
+        return self.model(**self.batches.collate(batch, self.accelerator.device)).loss
 
     def _weights(self) -> torch.Tensor:
         state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         return self.layout.flatten({key: value.detach().float().cpu() for key, value in state_dict.items()})
 
     @torch.no_grad()
-    def loss(self, sequences: list[TokenSequence]) -> float:
-        """Mean loss in nats a scored token."""
+    def loss(self, sequences: list[Any]) -> float:
+        """Mean loss in nats a scored token or image."""
         self.model.eval()
         total, scored = 0.0, 0
         for start in range(0, len(sequences), self.arguments.batch_size):
             batch = sequences[start : start + self.arguments.batch_size]
-            count = sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
+            count = sum(map(self.batches.scored, batch))
             total += self._forward(batch).item() * count
             scored += count
         return total / scored
 
     def _record(
-        self, task: Task, seed: int, steps: tuple[int, ...], losses: tuple[float, ...], tokens: int
+        self, task: TrainingTask, seed: int, steps: tuple[int, ...], losses: tuple[float, ...], tokens: int
     ) -> RunRecord:
         return RunRecord(
             task=task.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 
+Row = TypeVar("Row")
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 
 
@@ -21,6 +23,30 @@ class TokenSequence:
 
     tokens: list[int]
     labels: list[int]
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """How texts become the inputs of a language model: `factory.Batches` for its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    arguments: CollectArguments
+
+    def encode(self, examples: Sequence[Example]) -> list[TokenSequence]:
+        """See `encode_sequences`."""
+        return encode_sequences(self.tokenizer, examples, self.arguments)
+
+    def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, torch.Tensor]:
+        """See `collate`."""
+        return collate(rows, self.tokenizer.pad_token_id or 0, device)
+
+    def size(self, row: TokenSequence) -> int:
+        """The number of tokens."""
+        return len(row.tokens)
+
+    def scored(self, row: TokenSequence) -> int:
+        """The number of tokens that are predicted; the first one is not."""
+        return sum(label != IGNORED for label in row.labels[1:])
 
 
 def encode_sequences(
@@ -75,10 +101,10 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, length:
     return TokenSequence(prompt + completion, [IGNORED] * len(prompt) + completion)
 
 
-def shuffled_batches(sequences: list[TokenSequence], size: int, seed: int) -> Iterator[list[TokenSequence]]:
+def shuffled_batches(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
     """Endless shuffled batches; an epoch's last batch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(sequences), generator=generator).tolist()
+        order = torch.randperm(len(rows), generator=generator).tolist()
         for start in range(0, len(order), size):
-            yield [sequences[index] for index in order[start : start + size]]
+            yield [rows[index] for index in order[start : start + size]]
