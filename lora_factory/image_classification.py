@@ -23,7 +23,7 @@ from lora_factory.image_encoders import image_channels
 from lora_factory.image_tasks import LabelledImage
 from lora_factory.images import ImageLike, read_image
 
-MAX_KEPT_IMAGES = 4096  # preprocessed images kept in memory, up to a quarter of a million pixels each
+MAX_KEPT_BYTES = 1 << 28  # of preprocessed images, which most tasks read many times
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ImageBatches:
         if new:
             opened = [read_image(image, self.channels) for image in new]
             pixels = self.processor(opened, return_tensors="pt")["pixel_values"]
-            if len(self._kept) + len(new) > MAX_KEPT_IMAGES:
+            if (len(self._kept) + len(new)) * pixels[0].nbytes > MAX_KEPT_BYTES:
                 self._kept = {id(row.image): self._kept[id(row.image)] for row in rows if id(row.image) in self._kept}
             # The image is kept with its pixels, so that its id stays its own.
             self._kept |= {id(image): (image, row) for image, row in zip(new, pixels, strict=True)}

@@ -87,6 +87,10 @@ def train_generator(
         raise LoraFactoryError(
             f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"
         )
+    if arguments.base_steps and images is not None:
+        raise LoraFactoryError(
+            f"base_steps={arguments.base_steps}: stage 2 does not read images; pass base_steps=0, or leave images out"
+        )
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
     layout = zoo.layout
