@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 import numpy
 import torch
@@ -220,14 +221,13 @@ def print_table(rows: list[dict], facts: dict) -> None:
     table = Table(title="Accuracy on new images: seen and unseen sets of digits")
     for column in ("method", "condition", "seen", "unseen", "of the original", "lowest unseen"):
         table.add_column(column, justify="left" if column in ("method", "condition") else "right")
-    mean = {key: sum(row[key] for row in rows if row["method"] == "original LoRA") for key in ("unseen",)}
-    seeds = len(facts["seeds"])
-    for method, condition in dict.fromkeys((row["method"], row["condition"]) for row in rows):
-        found = [row for row in rows if (row["method"], row["condition"]) == (method, condition)]
-        seen, unseen = (sum(row[key] for row in found) / len(found) for key in ("seen", "unseen"))
-        lowest = min(row["lowest"] for row in found)
-        share = unseen / (mean["unseen"] / seeds)
-        table.add_row(method, condition, f"{seen:.4f}", f"{unseen:.4f}", f"{share:.1%}", f"{lowest:.4f}")
+    names = dict.fromkeys((row["method"], row["condition"]) for row in rows)
+    found = {name: [row for row in rows if (row["method"], row["condition"]) == name] for name in names}
+    unseen = {name: mean(row["unseen"] for row in group) for name, group in found.items()}
+    for name, group in found.items():
+        share, lowest = unseen[name] / unseen["original LoRA", ""], min(row["lowest"] for row in group)
+        seen = mean(row["seen"] for row in group)
+        table.add_row(*name, f"{seen:.4f}", f"{unseen[name]:.4f}", f"{share:.1%}", f"{lowest:.4f}")
     console.print(table)
     console.print(facts)
 

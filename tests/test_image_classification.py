@@ -52,13 +52,14 @@ def accuracy(model: PeftModel, classifier: Path, task: ImageTask) -> float:
 
 def test_collected_adapters_classify(zoo: AdapterZoo, classifier: Path) -> None:
     model, batches = load_image_classifier(classifier)
+    # The tasks want opposite answers to the same images, so the base model is right about one or none of them.
+    assert sum(image_accuracy(model, batches, task.examples("test")) for task in TASKS) == 1
     for task in TASKS:
         record = zoo.record(task.name, "seed-0")
         assert (record.train_tokens, record.snapshot_steps) == (30 * 16 - 30 // 3 * 8, (29, 30))
         assert record.validation_losses[-1] < 0.3
-        before = image_accuracy(model, batches, task.examples("test"))
         adapted = PeftModel.from_pretrained(model, zoo.folder / task.name / "seed-0")
-        assert accuracy(adapted, classifier, task) == 1.0 > before
+        assert accuracy(adapted, classifier, task) == 1.0
         model = adapted.unload()
 
 
@@ -131,8 +132,7 @@ def test_a_generator_without_images(
     arguments = TrainArguments(steps=1, width=8, text_encoder=str(pico_encoder_folder))
     train_generator(zoo, tmp_path / "text", arguments)
     config = json.loads((tmp_path / "text" / "config.json").read_text())
-    assert config.pop("image_encoder") is None
-    (tmp_path / "text" / "config.json").write_text(json.dumps(config))  # as it was written before there were images
+    assert "image_encoder" not in config  # so that it is what was written before there were images
     generator = CVAELoRAGenerator.from_pretrained(tmp_path / "text")
     assert generator.config.image_encoder is None
     with pytest.raises(LoraFactoryError, match="listens to text and not to images"):
@@ -167,7 +167,7 @@ def test_no_classifier(pico_model_folder: Path, classifier: Path, tmp_path: Path
         with pytest.raises(LoraFactoryError, match="cannot load the image classifier"):
             load_image_classifier(name)
     AutoModelForImageClassification.from_pretrained(classifier).vit.save_pretrained(tmp_path)
-    for file in ("preprocessor_config.json",):
-        (tmp_path / file).write_bytes((classifier / file).read_bytes())
+    processor = classifier / "preprocessor_config.json"
+    (tmp_path / processor.name).write_bytes(processor.read_bytes())
     with pytest.raises(LoraFactoryError, match="lacks 2 weights, first classifier"):
         load_image_classifier(tmp_path)

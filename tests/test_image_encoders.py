@@ -169,9 +169,7 @@ def test_every_mode_and_none(tmp_path: Path) -> None:
         encoder.encode([tmp_path / "absent.png"])
 
 
-def test_vectors_of_tasks_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vectors_of_tasks_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path / "cache"))
     encoder, asked = ImageEncoder(save_classifier(tmp_path / "vit")), []
     encode = encoder.encode
