@@ -34,8 +34,8 @@ class Study:
     ) -> None:
         self.factory, self.seen, self.unseen, self.folder = factory, list(seen), list(unseen), folder
         self.all, self.zoo = zoo, zoo.select([task.name for task in seen])
-        rows = factory.batches.encode(seen[0].examples("test"))
-        self.pixels = factory.batches.collate(rows, torch.device("cpu"))["pixel_values"]
+        rows = factory.inputs.encode(seen[0].examples("test"))
+        self.pixels = factory.inputs.collate(rows, torch.device("cpu"))["pixel_values"]
 
     def rows(self, arguments: TrainArguments, multitask_steps: int) -> list[dict]:
         """Accuracies of all methods for one seed; as many seen tasks are scored as there are unseen ones."""
@@ -107,7 +107,7 @@ class Study:
         for start in range(0, len(tasks), TOGETHER):
             group = tasks[start : start + TOGETHER]
             adapters = torch.stack([make(task) for task in group])
-            rows = [[row.label for row in self.factory.batches.encode(task.examples("test"))] for task in group]
+            rows = [[row.tokens[0] for row in self.factory.inputs.encode(task.examples("test"))] for task in group]
             model = self.factory.model
             with frozen(model), model.disable_adapter(), adapters_in_batch(model, self.zoo.layout, adapters):
                 logits = model(pixel_values=self.pixels.repeat(len(group), 1, 1, 1)).logits

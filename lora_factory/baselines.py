@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory, TrainingTask
-from lora_factory.sequences import Row
+from lora_factory.sequences import TokenSequence
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike
 RIDGES = torch.logspace(-8, 4, 49, dtype=torch.float64)  # in units of the features' mean eigenvalue
@@ -219,7 +219,7 @@ def train_multitask(
     if not tasks:
         raise LoraFactoryError("a multi-task LoRA needs tasks to train on; pass the zoo's tasks")
     arguments = factory.arguments
-    train = [factory.batches.encode(task.examples("train")) for task in tasks]
+    train = [factory.inputs.encode(task.examples("train"), arguments) for task in tasks]
     total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
     kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)
@@ -227,7 +227,9 @@ def train_multitask(
     return snapshots[min(range(len(losses)), key=losses.__getitem__)]
 
 
-def mixed_batches(sequences: Sequence[Sequence[Row]], batch_size: int, seed: int) -> Iterator[list[Row]]:
+def mixed_batches(
+    sequences: Sequence[Sequence[TokenSequence]], batch_size: int, seed: int
+) -> Iterator[list[TokenSequence]]:
     """Endless batches that take from every task in turn; a task's sequences repeat only after all of them were read.
 
     Args:
@@ -284,7 +286,7 @@ def _leave_one_out(values: Tensor, basis: Tensor, targets: Tensor, ridge: Tensor
     return (residuals / (1 - hat.diagonal()).clamp_min(1e-12)[:, None]).square().sum()
 
 
-def _shuffled(rows: Sequence[Row], source: random.Random) -> Iterator[Row]:
+def _shuffled(rows: Sequence[TokenSequence], source: random.Random) -> Iterator[TokenSequence]:
     while True:
         yield from source.sample(rows, len(rows))
 

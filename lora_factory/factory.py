@@ -21,7 +21,7 @@ from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
-from lora_factory.sequences import TokenBatches, shuffled_batches
+from lora_factory.sequences import IGNORED, CausalInputs, TokenSequence, shuffled_batches
 
 LIBRARIES = ("torch", "transformers", "peft")
 
@@ -40,24 +40,14 @@ class TrainingTask(Protocol):
     def fingerprint(self) -> str: ...  # noqa: D102
 
 
-class Batches(Protocol):
-    """How a task's examples become the inputs of a model that returns a ``loss``."""
+class ModelInputs(Protocol):
+    """Turns a task's examples into rows, and rows into the inputs of a model that returns a ``loss``."""
 
-    def encode(self, examples: Sequence[Any]) -> list[Any]:
-        """One row or more an example."""
-        ...
+    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> Sequence[TokenSequence]:
+        """The rows that are learned from."""
 
     def collate(self, rows: Sequence[Any], device: torch.device) -> dict[str, torch.Tensor]:
-        """A batch of rows as the model's inputs, with labels."""
-        ...
-
-    def size(self, row: Any) -> int:  # noqa: ANN401
-        """What a row counts in ``train_tokens``."""
-        ...
-
-    def scored(self, row: Any) -> int:  # noqa: ANN401
-        """How many predictions of a row the loss is a mean over."""
-        ...
+        """One batch of the model's inputs with labels."""
 
 
 @dataclass
@@ -66,10 +56,10 @@ class AdapterFactory:
 
     Attributes:
         model: The base model with the LoRA attached.
-        tokenizer: A language model's tokenizer; None for a model whose ``batches`` do without.
+        tokenizer: A language model's tokenizer; None for an image classifier.
         slot: Writes weights into the LoRA slot in place.
         initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
-        batches: How a task's examples become the model's inputs.
+        inputs: Turns a task's examples into what the model reads.
     """
 
     model: PeftModel
@@ -79,7 +69,7 @@ class AdapterFactory:
     slot: AdapterSlot
     initial: torch.Tensor
     accelerator: Accelerator
-    batches: Batches
+    inputs: ModelInputs
 
     @classmethod
     def attach(
@@ -89,18 +79,18 @@ class AdapterFactory:
         arguments: CollectArguments,
         base_model_name: str,
         accelerator: Accelerator,
-        batches: Batches | None = None,
+        inputs: ModelInputs | None = None,
     ) -> AdapterFactory:
         """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
 
-        By default the base is a causal language model; another model comes with ``batches`` of its own.
+        By default the base is a causal language model; another model comes with ``inputs`` of its own.
         """
         targets = arguments.target_modules
         lora_config = LoraConfig(
             r=arguments.rank,
             lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type="CAUSAL_LM" if batches is None else None,
+            task_type="CAUSAL_LM" if inputs is None else None,
         )
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         with torch.random.fork_rng():
@@ -111,9 +101,8 @@ class AdapterFactory:
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
-        batches = batches or TokenBatches(tokenizer, arguments)
-        slot = AdapterSlot(peft_model, layout)
-        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, batches)
+        slot, inputs = AdapterSlot(peft_model, layout), inputs or CausalInputs(tokenizer)
+        return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, inputs)
 
     def train(self, task: TrainingTask, seed: int, label: str) -> tuple[RunRecord, torch.Tensor]:
         """Fine-tune the slot on one task.
@@ -126,7 +115,7 @@ class AdapterFactory:
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
         """
-        train = self.batches.encode(task.examples("train"))
+        train = self.inputs.encode(task.examples("train"), self.arguments)
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
         batches = shuffled_batches(train, self.arguments.batch_size, seed)
@@ -135,8 +124,8 @@ class AdapterFactory:
 
     def fit(
         self,
-        batches: Iterator[list[Any]],
-        validation: Sequence[list[Any]],
+        batches: Iterator[list[TokenSequence]],
+        validation: Sequence[list[TokenSequence]],
         kept: Sequence[int],
         label: str,
     ) -> tuple[torch.Tensor, tuple[float, ...], int]:
@@ -178,10 +167,10 @@ class AdapterFactory:
         arguments = self.arguments
         return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
 
-    def validation(self, task: TrainingTask) -> list[Any]:
+    def validation(self, task: TrainingTask) -> list[TokenSequence]:
         """The sequences of a task's validation split that snapshots are scored on."""
-        sequences = self.batches.encode(task.examples("validation"))
-        return sequences[: self.arguments.validation_sequences]
+        sequences = self.inputs.encode(task.examples("validation"), self.arguments)
+        return list(sequences)[: self.arguments.validation_sequences]
 
     def schedule(self, sequences: int) -> tuple[int, int]:
         """Optimizer steps in all, and steps between snapshots."""
@@ -193,7 +182,7 @@ class AdapterFactory:
 
     def _step(
         self,
-        batches: Iterator[list[Any]],
+        batches: Iterator[list[TokenSequence]],
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
         label: str,
@@ -211,27 +200,27 @@ class AdapterFactory:
                     f"(now {self.arguments.learning_rate}) or look for damaged text"
                 )
             self.accelerator.backward(loss)  # divides by the accumulation steps itself
-            tokens += sum(map(self.batches.size, batch))
+            tokens += sum(len(sequence.tokens) for sequence in batch)
         self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return tokens
 
-    def _forward(self, batch: list[Any]) -> torch.Tensor:
-        return self.model(**self.batches.collate(batch, self.accelerator.device)).loss
+    def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
+        return self.model(**self.inputs.collate(batch, self.accelerator.device)).loss
 
     def _weights(self) -> torch.Tensor:
         state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         return self.layout.flatten({key: value.detach().float().cpu() for key, value in state_dict.items()})
 
     @torch.no_grad()
-    def loss(self, sequences: list[Any]) -> float:
+    def loss(self, sequences: list[TokenSequence]) -> float:
         """Mean loss in nats a scored token or image."""
         self.model.eval()
         total, scored = 0.0, 0
         for start in range(0, len(sequences), self.arguments.batch_size):
             batch = sequences[start : start + self.arguments.batch_size]
-            count = sum(map(self.batches.scored, batch))
+            count = sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
             total += self._forward(batch).item() * count
             scored += count
         return total / scored

@@ -1,4 +1,4 @@
-"""LoRA on image classifiers: loading one, batches of labelled images, and accuracy."""
+"""LoRA on image classifiers: loading one, its inputs, and accuracy."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from lora_factory.factory import AdapterFactory
 from lora_factory.image_encoders import image_channels
 from lora_factory.image_tasks import LabelledImage
 from lora_factory.images import ImageLike, read_image
+from lora_factory.sequences import IGNORED, TokenSequence
 
 MAX_KEPT_BYTES = 1 << 28  # of preprocessed images, which most tasks read many times
 
 
 @dataclass(frozen=True)
-class ImageRow:
-    """One example of a batch: an image and the index of its class among the model's outputs."""
+class ImageRow(TokenSequence):
+    """An image with its class, which counts as one token that is predicted."""
 
     image: ImageLike
-    label: int
 
 
 @dataclass
-class ImageBatches:
-    """How labelled images become the inputs of an image classifier.
+class ClassifierInputs:
+    """Labelled images for image classifiers.
 
     Attributes:
         processor: The model's image processor.
@@ -49,8 +49,8 @@ class ImageBatches:
     channels: int
     _kept: dict[int, tuple[ImageLike, Tensor]] = field(default_factory=dict, repr=False)
 
-    def encode(self, examples: Sequence[LabelledImage]) -> list[ImageRow]:
-        """Rows of examples; images are read when they are needed.
+    def encode(self, examples: Sequence[LabelledImage], arguments: CollectArguments | None = None) -> list[ImageRow]:
+        """One row an example; images are read when they are needed.
 
         Raises:
             LoraFactoryError: When the model has no output for a class.
@@ -60,7 +60,8 @@ class ImageBatches:
                 f"the classifier has no output for {strangers}, its classes are {list(self.labels)[:20]}; save it "
                 "with id2label= and label2id= that name the tasks' classes"
             )
-        return [ImageRow(example.image, self.labels[example.label]) for example in examples]
+        known = {label: ([index], [IGNORED, index]) for label, index in self.labels.items()}
+        return [ImageRow(*known[example.label], example.image) for example in examples]
 
     def collate(self, rows: Sequence[ImageRow], device: torch.device) -> dict[str, Tensor]:
         """``pixel_values`` of shape ``(rows, channels, height, width)`` and ``labels`` of shape ``(rows,)``."""
@@ -75,16 +76,8 @@ class ImageBatches:
         stacked = torch.stack([self._kept[id(row.image)][1] for row in rows])
         return {
             "pixel_values": stacked.to(device),
-            "labels": torch.tensor([row.label for row in rows], device=device),
+            "labels": torch.tensor([row.tokens[0] for row in rows], device=device),
         }
-
-    def size(self, row: ImageRow) -> int:
-        """What a row counts in ``train_tokens``: one image."""
-        return 1
-
-    def scored(self, row: ImageRow) -> int:
-        """How many labels of a row the loss is a mean over: one."""
-        return 1
 
 
 def load_image_classifier(
@@ -93,8 +86,8 @@ def load_image_classifier(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-) -> tuple[PreTrainedModel, ImageBatches]:
-    """Load an image classifier, frozen and in evaluation mode, and what makes its batches.
+) -> tuple[PreTrainedModel, ClassifierInputs]:
+    """Load an image classifier, frozen and in evaluation mode, and what makes its inputs.
 
     Any classifier that transformers knows, timm's among them (``timm/resnet18.a1_in1k``); only safetensors are read.
 
@@ -130,8 +123,8 @@ def load_image_classifier(
             "classifier, not its backbone"
         )
     labels = {str(label): int(index) for index, label in model.config.id2label.items()}
-    batches = ImageBatches(processor, labels, image_channels(model.config))
-    return model.requires_grad_(False).eval().to(device or "cpu"), batches
+    inputs = ClassifierInputs(processor, labels, image_channels(model.config))
+    return model.requires_grad_(False).eval().to(device or "cpu"), inputs
 
 
 def is_image_classifier(name: str | Path, revision: str | None = None) -> bool:
@@ -147,13 +140,13 @@ def classifier_factory(
     base_model: str | Path, arguments: CollectArguments, base_model_name: str, accelerator: Accelerator
 ) -> AdapterFactory:
     """An image classifier with one LoRA slot, to be trained on one `ImageTask` after another."""
-    model, batches = load_image_classifier(base_model, dtype=arguments.dtype, device=accelerator.device)
-    return AdapterFactory.attach(model, None, arguments, base_model_name, accelerator, batches)
+    model, inputs = load_image_classifier(base_model, dtype=arguments.dtype, device=accelerator.device)
+    return AdapterFactory.attach(model, None, arguments, base_model_name, accelerator, inputs)
 
 
 def image_accuracy(
     model: PreTrainedModel | PeftModel,
-    batches: ImageBatches,
+    inputs: ClassifierInputs,
     examples: Sequence[LabelledImage],
     *,
     batch_size: int = 64,
@@ -165,10 +158,10 @@ def image_accuracy(
     """
     if not examples:
         raise LoraFactoryError("no image to score; give at least one labelled image")
-    rows, right = batches.encode(examples), 0
+    rows, right = inputs.encode(examples), 0
     with frozen(model):
         for start in range(0, len(rows), batch_size):
-            inputs = batches.collate(rows[start : start + batch_size], next(model.parameters()).device)
-            labels = inputs.pop("labels")
-            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+            batch = inputs.collate(rows[start : start + batch_size], next(model.parameters()).device)
+            labels = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(-1) == labels).sum())
     return right / len(rows)

@@ -26,27 +26,18 @@ class TokenSequence:
 
 
 @dataclass(frozen=True)
-class TokenBatches:
-    """How texts become the inputs of a language model: `factory.Batches` for its tokenizer."""
+class CausalInputs:
+    """Texts for causal language models: prompt and answer in one sequence."""
 
     tokenizer: PreTrainedTokenizerBase
-    arguments: CollectArguments
 
-    def encode(self, examples: Sequence[Example]) -> list[TokenSequence]:
-        """See `encode_sequences`."""
-        return encode_sequences(self.tokenizer, examples, self.arguments)
+    def encode(self, examples: Sequence[Example], arguments: CollectArguments) -> list[TokenSequence]:
+        """As `encode_sequences`."""
+        return encode_sequences(self.tokenizer, examples, arguments)
 
     def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, torch.Tensor]:
-        """See `collate`."""
+        """As `collate`."""
         return collate(rows, self.tokenizer.pad_token_id or 0, device)
-
-    def size(self, row: TokenSequence) -> int:
-        """The number of tokens."""
-        return len(row.tokens)
-
-    def scored(self, row: TokenSequence) -> int:
-        """The number of tokens that are predicted; the first one is not."""
-        return sum(label != IGNORED for label in row.labels[1:])
 
 
 def encode_sequences(
@@ -101,10 +92,10 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, length:
     return TokenSequence(prompt + completion, [IGNORED] * len(prompt) + completion)
 
 
-def shuffled_batches(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
+def shuffled_batches(sequences: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
     """Endless shuffled batches; an epoch's last batch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
+        order = torch.randperm(len(sequences), generator=generator).tolist()
         for start in range(0, len(order), size):
-            yield [rows[index] for index in order[start : start + size]]
+            yield [sequences[index] for index in order[start : start + size]]

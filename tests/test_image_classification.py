@@ -51,9 +51,9 @@ def accuracy(model: PeftModel, classifier: Path, task: ImageTask) -> float:
 
 
 def test_collected_adapters_classify(zoo: AdapterZoo, classifier: Path) -> None:
-    model, batches = load_image_classifier(classifier)
+    model, inputs = load_image_classifier(classifier)
     # The tasks want opposite answers to the same images, so the base model is right about one or none of them.
-    assert sum(image_accuracy(model, batches, task.examples("test")) for task in TASKS) == 1
+    assert sum(image_accuracy(model, inputs, task.examples("test")) for task in TASKS) == 1
     for task in TASKS:
         record = zoo.record(task.name, "seed-0")
         assert (record.train_tokens, record.snapshot_steps) == (30 * 16 - 30 // 3 * 8, (29, 30))
@@ -152,7 +152,7 @@ def test_one_adapter_for_all_tasks(classifier: Path) -> None:
     same = [TASKS[0], replace(TASKS[0], name="again")]
     vector = train_multitask(factory, same, seed=0, steps=30)
     factory.slot.load(vector)
-    assert image_accuracy(factory.model, factory.batches, TASKS[0].examples("test")) == 1.0
+    assert image_accuracy(factory.model, factory.inputs, TASKS[0].examples("test")) == 1.0
 
 
 def test_a_class_that_the_model_has_not(classifier: Path) -> None:
