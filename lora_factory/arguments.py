@@ -104,6 +104,9 @@ class TrainArguments:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     seed: int = _option(0, "seed of the weights, of the order of the data and of the latent noise")
     text_encoder: str = _option("sentence-transformers/all-MiniLM-L6-v2", "Hub id or folder, or open_clip:<model>")
+    image_encoder: str = _option(
+        "", "with images: Hub id or folder of an image model, or open_clip:<model> (default: the base model)"
+    )
     width: int = _option(384, "hidden size of the token decoder")
     depth: int = _option(2, "residual blocks of the token decoder")
     conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20")

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
+from lora_factory.factory import AdapterFactory, TrainingTask
 from lora_factory.sequences import TokenSequence
-from lora_factory.tasks import Task
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike
 RIDGES = torch.logspace(-8, 4, 49, dtype=torch.float64)  # in units of the features' mean eigenvalue
@@ -198,7 +197,9 @@ class PcaRidge:
         return self.mean + (inputs @ self.map).float() @ self.components
 
 
-def train_multitask(factory: AdapterFactory, tasks: Sequence[Task], *, seed: int, steps: int | None = None) -> Tensor:
+def train_multitask(
+    factory: AdapterFactory, tasks: Sequence[TrainingTask], *, seed: int, steps: int | None = None
+) -> Tensor:
     """One LoRA trained on all tasks at once, from the shared initialisation: the control that matters most.
 
     Every batch takes its sequences from the tasks in turn, in a new random order each turn.

@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_required(train, "--zoo", "folder that collect wrote")
     _add_required(train, "--output-dir", "folder of the generator")
     train.add_argument("--tasks", help="YAML or JSON task file of the zoo's tasks, for what needs their examples")
+    train.add_argument("--images", help="folder with a folder of images for every task, to be conditioned on images")
     train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
     _add_options(train, TrainArguments)
 
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--examples", help="text file of examples of the task, a blank line between them: beside --text or alone"
     )
+    generate.add_argument("--images", nargs="+", metavar="FILE", help="images of the task: beside --text or alone")
     generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
     _add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
     generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
@@ -181,13 +183,17 @@ def _import(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     arguments = _read_options(options, TrainArguments)
+    from pathlib import Path
+
+    from lora_factory.images import images_in
     from lora_factory.tasks import load_tasks
     from lora_factory.training import train_generator
     from lora_factory.zoo import AdapterZoo
 
-    tasks = load_tasks(options.tasks) if options.tasks else None
+    zoo, tasks = AdapterZoo(options.zoo), load_tasks(options.tasks) if options.tasks else None
+    images = {task: images_in(Path(options.images) / task) for task in zoo.tasks} if options.images else None
     train_generator(
-        AdapterZoo(options.zoo), options.output_dir, arguments=arguments, tasks=tasks, base_model=options.base_model
+        zoo, options.output_dir, arguments=arguments, tasks=tasks, images=images, base_model=options.base_model
     )
 
 
@@ -195,13 +201,14 @@ def _generate(options: argparse.Namespace) -> None:
     from lora_factory.files import read_paragraphs
     from lora_factory.modeling import CVAELoRAGenerator
 
-    if options.text is None and options.examples is None:
-        raise LoraFactoryError("nothing to condition on; give --text, --examples or both")
+    if options.text is None and options.examples is None and options.images is None:
+        raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several of them")
     generator = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision)
-    conditions = None
+    conditions: dict[str, Any] = {}
     if options.examples is not None:
-        examples = read_paragraphs(options.examples)
-        conditions = generator.encode_examples(examples, options.base_model)
+        conditions |= generator.encode_examples(read_paragraphs(options.examples), options.base_model)
+    if options.images is not None:
+        conditions |= generator.encode_images(options.images)
     generator.save_adapter(
         options.text, options.output_dir, conditions=conditions, seed=options.seed, temperature=options.temperature
     )

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.collection import HIDDEN_FOLDER, Collection, PlannedRun
 from lora_factory.factory import AdapterFactory
+from lora_factory.image_classification import classifier_factory
+from lora_factory.image_tasks import ImageTask
 from lora_factory.model_inputs import model_inputs
 from lora_factory.progress import make_accelerator
 from lora_factory.run_state import writing_into
@@ -23,7 +27,7 @@ from lora_factory.zoo import AdapterZoo
 
 
 def collect_adapters(
-    tasks: str | Path | Sequence[Task],
+    tasks: str | Path | Sequence[Task | ImageTask],
     base_model: str | Path,
     output_dir: str | Path,
     arguments: CollectArguments | None = None,
@@ -36,8 +40,8 @@ def collect_adapters(
     already holds are not repeated. A run depends on its task and seed alone, not on the process that makes it.
 
     Args:
-        tasks: A task file, a folder of them, or tasks.
-        base_model: Hub id or folder of the frozen base model.
+        tasks: A task file, a folder of them, or tasks; all of texts, or all of images.
+        base_model: Hub id or folder of the frozen base model: a causal language model, or an image classifier.
         output_dir: The zoo's folder; made when missing, continued when it is there.
         arguments: LoRA, optimiser and snapshot settings.
         base_model_name: The public Hub id that adapters name as their base, when ``base_model`` is a local copy of it.
@@ -54,17 +58,28 @@ def collect_adapters(
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
-    model, tokenizer = load_base_model(
-        base_model, dtype=arguments.dtype, device=accelerator.device, quantization=arguments.quantization
-    )
-    reads_images = any(task.has_images for task in tasks)
-    inputs = model_inputs(model, load_processor(base_model)) if reads_images else None
-    factory = AdapterFactory.attach(
-        model, tokenizer, arguments, base_model_name or str(base_model), accelerator, inputs
-    )
+    factory = _factory(tasks, base_model, arguments, base_model_name or str(base_model), accelerator)
     if arguments.parallel == "data":
         factory.share_runs()
     with writing_into(Path(output_dir)):
         zoo = AdapterZoo.create(output_dir, factory.layout)
     Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
     return AdapterZoo(output_dir)
+
+
+def _factory(
+    tasks: Sequence[Task | ImageTask],
+    base_model: str | Path,
+    arguments: CollectArguments,
+    name: str,
+    accelerator: Accelerator,
+) -> AdapterFactory:
+    """A language model or, for tasks of labelled images, an image classifier with one slot."""
+    if any(isinstance(task, ImageTask) for task in tasks):
+        return classifier_factory(base_model, arguments, name, accelerator)
+    model, tokenizer = load_base_model(
+        base_model, dtype=arguments.dtype, device=accelerator.device, quantization=arguments.quantization
+    )
+    reads_images = any(task.has_images for task in tasks if isinstance(task, Task))
+    inputs = model_inputs(model, load_processor(base_model)) if reads_images else None
+    return AdapterFactory.attach(model, tokenizer, arguments, name, accelerator, inputs)

@@ -24,13 +24,12 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.factory import AdapterFactory, comparable_settings, versions
+from lora_factory.factory import AdapterFactory, TrainingTask, comparable_settings, versions
 from lora_factory.failures import CollectionError, Failures
 from lora_factory.files import sha256_text
 from lora_factory.leases import Lease, Leases
 from lora_factory.progress import Progress
 from lora_factory.run_state import RunCheckpoint, writing_into
-from lora_factory.tasks import Task
 from lora_factory.zoo import AdapterZoo
 
 HIDDEN_FOLDER = ".collection"  # in the zoo's folder: leases, states, failures, logs
@@ -46,7 +45,7 @@ class LeaseLostError(LoraFactoryError):
 class PlannedRun:
     """One task with one seed."""
 
-    task: Task
+    task: TrainingTask
     seed: int
 
     @property

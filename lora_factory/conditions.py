@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -15,9 +15,106 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_factory.base_loss import FrozenBase
 from lora_factory.base_models import load_base_model
 from lora_factory.data_source import Example
-from lora_factory.encoders import HiddenStateEncoder, task_vector
+from lora_factory.encoders import HiddenStateEncoder, TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
+from lora_factory.image_classification import is_image_classifier, load_image_classifier
+from lora_factory.image_encoders import ImageEncoder
+from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
+
+if TYPE_CHECKING:
+    from lora_factory.modeling import CVAELoRAGenerator
+
+
+class ConditionMixin:
+    """How a generator is told what to write: texts, examples and images become task vectors, a modality each."""
+
+    _text_encoder: TextEncoder | None = None
+    _image_encoder: ImageEncoder | None = None
+
+    def conditions(  # type: ignore[misc]  # the mixin's host is always a generator
+        self: CVAELoRAGenerator, text: str | None = None, conditions: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Task vectors of shape ``(width,)`` by modality, checked against the config."""
+        vectors = dict(conditions or {})
+        if text is not None:
+            vectors["text"] = self.text_encoder.encode([text])[0]
+        check_conditions(vectors, self.config.modalities or {})
+        return vectors
+
+    def encode_examples(  # type: ignore[misc]
+        self: CVAELoRAGenerator,
+        examples: Sequence[Example | str],
+        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> dict[str, Tensor]:
+        """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
+
+        Args:
+            examples: Texts, or prompts with their completions; from 4 to 32 is what training saw.
+            base_model: Model, folder or Hub id; by default the one that the generator's layout names.
+            tokenizer: The tokenizer of a live model; a folder or Hub id has its own.
+
+        Returns:
+            ``{"hidden": vector}``, to be passed as ``conditions``.
+
+        Raises:
+            LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
+                without its tokenizer.
+        """
+        self._refuse_unheard("hidden", "examples", "train_generator(zoo, output_dir, tasks=tasks)")
+        base = open_reader(self.layout, base_model, tokenizer)
+        return {"hidden": task_vector(HiddenStateEncoder(base.model, base.tokenizer).encode(examples))}
+
+    def encode_images(self: CVAELoRAGenerator, images: Sequence[ImageLike]) -> dict[str, Tensor]:  # type: ignore[misc]
+        """A few images of a task as a condition: the mean of their vectors.
+
+        Args:
+            images: Files or images in memory, of any size and mode, at least one.
+
+        Returns:
+            ``{"image": vector}``, to be passed as ``conditions``.
+
+        Raises:
+            LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
+        """
+        self._refuse_unheard("image", "images", "train_generator(zoo, output_dir, arguments, images=images)")
+        if not len(images):
+            raise LoraFactoryError('images=[] is empty; give one or more: generate_adapter(images=["a.png"])')
+        return {"image": task_vector(self.image_encoder.encode(images))}
+
+    def nearest_tasks(  # type: ignore[misc]
+        self: CVAELoRAGenerator, vectors: Mapping[str, Tensor], count: int = 3
+    ) -> list[dict[str, Any]]:
+        """The zoo's tasks whose vectors are nearest by cosine similarity, best first: ``{"task", "similarity"}``."""
+        known = {name: self.get_buffer(f"{name}_task_vectors") for name in vectors}
+        return nearest_tasks([task["name"] for task in self.config.tasks or []], known, vectors, count)
+
+    @property
+    def text_encoder(self: CVAELoRAGenerator) -> TextEncoder:  # type: ignore[misc]
+        """The sentence encoder that the config names, loaded on first use."""
+        if self._text_encoder is None:
+            if self.config.text_encoder is None:
+                raise LoraFactoryError("this generator was trained without texts; pass conditions= instead of text")
+            self._text_encoder = TextEncoder(self.config.text_encoder)
+        return self._text_encoder
+
+    @property
+    def image_encoder(self: CVAELoRAGenerator) -> ImageEncoder:  # type: ignore[misc]
+        """The image encoder that the config names, loaded on first use."""
+        if self._image_encoder is None:
+            if self.config.image_encoder is None:
+                raise LoraFactoryError("this generator's config names no image encoder; pass conditions= instead")
+            self._image_encoder = ImageEncoder(self.config.image_encoder)
+        return self._image_encoder
+
+    def _refuse_unheard(self: CVAELoRAGenerator, modality: str, noun: str, remedy: str) -> None:  # type: ignore[misc]
+        modalities = self.config.modalities or {}
+        if modality not in modalities:
+            raise LoraFactoryError(
+                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, or train one with "
+                f"{remedy}"
+            )
 
 
 def check_conditions(vectors: Mapping[str, Tensor], modalities: Mapping[str, int]) -> None:
@@ -64,27 +161,10 @@ def open_reader(
         LoraFactoryError: When a live model comes without its tokenizer.
     """
     if base_model is None or isinstance(base_model, str | Path):
-        return FrozenBase(*_load(layout, base_model), layout)
+        base_model, tokenizer = _load(layout, base_model)
     if tokenizer is None:
         raise LoraFactoryError("examples and a live base model need its tokenizer; pass tokenizer=")
     return FrozenBase(base_model, tokenizer, layout)
-
-
-def encode_examples(
-    modalities: Mapping[str, int],
-    layout: AdapterLayout,
-    examples: Sequence[Example | str],
-    base_model: str | Path | PreTrainedModel | PeftModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> dict[str, Tensor]:
-    """See :meth:`lora_factory.CVAELoRAGenerator.encode_examples`."""
-    if "hidden" not in modalities:
-        raise LoraFactoryError(
-            f"this generator listens to {', '.join(modalities)} and not to examples; pass a text, or train one with "
-            "train_generator(zoo, output_dir, tasks=tasks)"
-        )
-    base = open_reader(layout, base_model, tokenizer)
-    return {"hidden": task_vector(HiddenStateEncoder(base.model, base.tokenizer).encode(examples))}
 
 
 def nearest_tasks(
@@ -108,6 +188,15 @@ def nearest_tasks(
     ]
 
 
-def _load(layout: AdapterLayout, base_model: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    layout: AdapterLayout, base_model: str | Path | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A layout's base model and, unless it is an image classifier, its tokenizer."""
+    name = str(base_model or layout.base_model)
     revision = layout.base_revision if base_model in (None, layout.base_model) else None
-    return load_base_model(base_model or layout.base_model, revision=revision)
+    try:
+        return load_base_model(name, revision=revision)
+    except LoraFactoryError:
+        if not is_image_classifier(name, revision):
+            raise
+    return load_image_classifier(name, revision=revision)[0], None

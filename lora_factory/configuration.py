@@ -33,6 +33,7 @@ class CVAELoRAConfig(PreTrainedConfig):
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
         modalities: Width of every task vector that the generator listens to, for example ``{"text": 384}``.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.
+        image_encoder: Hub id (or folder) of the image encoder of the ``image`` modality.
         tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license",
             "dataset"}`` each, the data set by its Hub id, null when it has none.
         zoo_fingerprint: ``AdapterZoo.fingerprint()`` of that zoo.
@@ -51,6 +52,7 @@ class CVAELoRAConfig(PreTrainedConfig):
     layout: dict[str, Any] | None = None
     modalities: dict[str, int] | None = None
     text_encoder: str | None = None
+    image_encoder: str | None = None
     tasks: list[dict[str, Any]] | None = None
     zoo_fingerprint: str | None = None
     decoder: str = "token"

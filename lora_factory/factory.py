@@ -8,26 +8,43 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
 from lora_factory.adapters import AdapterSlot, whole, wrap_base
 from lora_factory.arguments import CollectArguments
+from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_inputs import ModelInputs, model_inputs
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
 from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
-from lora_factory.tasks import Task
 
 LIBRARIES = ("torch", "transformers", "peft")
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
+
+
+class TrainingTask(Protocol):
+    """What is learned: a `Task` or an `ImageTask`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def descriptions(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def license(self) -> str | None: ...  # noqa: D102
+    @property
+    def dataset(self) -> str | None: ...  # noqa: D102
+
+    def examples(self, split: Split) -> Sequence[Any]: ...  # noqa: D102
+    def fingerprint(self) -> str: ...  # noqa: D102
 
 
 @dataclass
@@ -36,6 +53,7 @@ class AdapterFactory:
 
     Attributes:
         model: The base model with the LoRA attached.
+        tokenizer: A language model's tokenizer; None for an image classifier.
         slot: Writes weights into the LoRA slot in place.
         initial: The LoRA initialisation shared by all runs, shape ``(D,)``.
         inputs: Turns a task's examples into what the model reads.
@@ -44,7 +62,7 @@ class AdapterFactory:
     """
 
     model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     arguments: CollectArguments
     layout: AdapterLayout
     slot: AdapterSlot
@@ -58,7 +76,7 @@ class AdapterFactory:
     def attach(
         cls,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,  # noqa: ANN401
         arguments: CollectArguments,
         base_model_name: str,
         accelerator: Accelerator,
@@ -128,7 +146,7 @@ class AdapterFactory:
 
     def train(
         self,
-        task: Task,
+        task: TrainingTask,
         seed: int,
         label: str,
         *,
@@ -220,7 +238,7 @@ class AdapterFactory:
         arguments = self.arguments
         return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
 
-    def validation(self, task: Task) -> list[TokenSequence]:
+    def validation(self, task: TrainingTask) -> list[TokenSequence]:
         """The sequences of a task's validation split that snapshots are scored on."""
         sequences = self.inputs.encode(task.examples("validation"), self.arguments)
         return list(sequences)[: self.arguments.validation_sequences]
@@ -294,7 +312,7 @@ class AdapterFactory:
 
     @torch.no_grad()
     def loss(self, sequences: list[TokenSequence]) -> float:
-        """Mean loss in nats a scored token."""
+        """Mean loss in nats a scored token or image."""
         self.model.eval()
         total, scored = 0.0, 0
         for start in range(0, len(sequences), self.arguments.batch_size):
@@ -305,7 +323,7 @@ class AdapterFactory:
         return total / scored
 
     def _record(
-        self, task: Task, seed: int, steps: tuple[int, ...], losses: tuple[float, ...], tokens: int
+        self, task: TrainingTask, seed: int, steps: tuple[int, ...], losses: tuple[float, ...], tokens: int
     ) -> RunRecord:
         return RunRecord(
             task=task.name,

@@ -13,15 +13,15 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from lora_factory.adapters import attach_adapter
 from lora_factory.base_models import quiet_transformers
-from lora_factory.conditions import check_conditions, encode_examples, nearest_tasks, open_base, open_reader
+from lora_factory.conditions import ConditionMixin, open_base, open_reader
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
-from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, write_text
 from lora_factory.generation import write_adapter
 from lora_factory.generator_files import GeneratorSource, read_generator
 from lora_factory.hub_errors import explain
+from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import AdapterCard, origins_of
 from lora_factory.networks import (
@@ -39,7 +39,7 @@ from lora_factory.refine import STEPS, refine_state_dict
 from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
-class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
+class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
     """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
 
     The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one
@@ -76,7 +76,6 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         self.register_buffer("token_scale", torch.ones(self.layout.num_tokens))
         for name, width in widths.items():
             self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
-        self._text_encoder: TextEncoder | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -243,43 +242,13 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
         self.layout.check(state_dict)
         return state_dict
 
-    def conditions(
-        self, text: str | None = None, conditions: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Task vectors of shape ``(width,)`` by modality, checked against the config."""
-        vectors = dict(conditions or {})
-        if text is not None:
-            vectors["text"] = self.text_encoder.encode([text])[0]
-        check_conditions(vectors, self.config.modalities or {})
-        return vectors
-
-    def encode_examples(
-        self,
-        examples: Sequence[Example | str],
-        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
-
-        Args:
-            examples: Texts, or prompts with their completions; from 4 to 32 is what training saw.
-            base_model: Model, folder or Hub id; by default the one that the generator's layout names.
-            tokenizer: The tokenizer of a live model; a folder or Hub id has its own.
-
-        Returns:
-            ``{"hidden": vector}``, to be passed as ``conditions``.
-
-        Raises:
-            LoraFactoryError: When this generator was trained without examples, or one is empty.
-        """
-        return encode_examples(self.config.modalities or {}, self.layout, examples, base_model, tokenizer)
-
     def generate_adapter(
         self,
         text: str | None = None,
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         *,
         examples: Sequence[Example | str] | None = None,
+        images: Sequence[ImageLike] | None = None,
         conditions: Mapping[str, torch.Tensor] | None = None,
         seed: int = 0,
         temperature: float = 0.0,
@@ -296,6 +265,7 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
                 A ``PeftModel`` gets one more adapter (or has the one of this name overwritten).
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
                 :meth:`encode_examples` makes it, and what the written adapter is refined on.
+            images: A few images of the task, likewise; see :meth:`encode_images`.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
             temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
@@ -309,7 +279,8 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             A ``peft.PeftModel`` with the adapter active, in evaluation mode unless it is trainable.
 
         Raises:
-            LoraFactoryError: When the text is empty, or the base model has not the modules or sizes of the layout.
+            LoraFactoryError: When the text is empty, an image cannot be read, or the base model has not the modules or
+                sizes of the layout.
         """
         model, vectors = base_model, dict(conditions or {})
         if examples is not None:
@@ -317,6 +288,8 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             model = base.model
             if "hidden" in (self.config.modalities or {}) or not (text or vectors) or not refine_steps:
                 vectors |= self.encode_examples(examples, model, base.tokenizer)
+        if images is not None:
+            vectors |= self.encode_images(images)
         state_dict = self.generate_state_dict(text, conditions=vectors, seed=seed, temperature=temperature)
         if examples is not None:
             state_dict = refine_state_dict(base, state_dict, examples, refine_steps)
@@ -357,20 +330,6 @@ class CVAELoRAGenerator(HubMixin, PreTrainedModel):  # type: ignore[misc]  # our
             card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})
             write_text(folder / "README.md", card.text)
         return Path(save_directory)
-
-    def nearest_tasks(self, vectors: Mapping[str, torch.Tensor], count: int = 3) -> list[dict[str, Any]]:
-        """The zoo's tasks whose vectors are nearest by cosine similarity, best first: ``{"task", "similarity"}``."""
-        known = {name: self.get_buffer(f"{name}_task_vectors") for name in vectors}
-        return nearest_tasks([task["name"] for task in self.config.tasks or []], known, vectors, count)
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """The sentence encoder that the config names, loaded on first use."""
-        if self._text_encoder is None:
-            if self.config.text_encoder is None:
-                raise LoraFactoryError("this generator was trained without texts; pass conditions= instead of text")
-            self._text_encoder = TextEncoder(self.config.text_encoder)
-        return self._text_encoder
 
     @torch.no_grad()
     def fit_statistics(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -13,6 +14,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 
+Row = TypeVar("Row")
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 
 
@@ -125,7 +127,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example
     return Example(start, whole.removeprefix(start))
 
 
-def shuffled_batches(sequences: list[TokenSequence], size: int, seed: int) -> Iterator[list[TokenSequence]]:
+def shuffled_batches(sequences: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
     """Endless shuffled batches; an epoch's last batch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -24,8 +24,10 @@ from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
-from lora_factory.features import example_features
+from lora_factory.features import FEATURE_EXAMPLES, example_features
 from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
+from lora_factory.image_encoders import ImageEncoder, image_vectors
+from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
@@ -53,6 +55,7 @@ def train_generator(
     arguments: TrainArguments | None = None,
     *,
     tasks: Sequence[Task] | None = None,
+    images: Mapping[str, Sequence[ImageLike]] | None = None,
     base_model: str | Path | None = None,
     bias_adapter: torch.Tensor | None = None,
 ) -> CVAELoRAGenerator:
@@ -63,6 +66,7 @@ def train_generator(
         output_dir: Folder of the generator, replaced when it is there; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
         tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts.
+        images: Images by the name of the task, when the generator is to listen to images as well as to texts.
         base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
         bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
             hand already; trained here by default.
@@ -84,6 +88,10 @@ def train_generator(
         raise LoraFactoryError(
             f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"
         )
+    if arguments.base_steps and images is not None:
+        raise LoraFactoryError(
+            f"base_steps={arguments.base_steps}: stage 2 does not read images; pass base_steps=0, or leave images out"
+        )
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
     layout = zoo.layout
@@ -96,6 +104,10 @@ def train_generator(
         tasks = _known(zoo, tasks)
         factory = zoo_factory(zoo, base_model, accelerator, layout)
         features["hidden"] = example_features(factory.model, factory.tokenizer, tasks)
+    if images is not None:
+        arguments = replace(arguments, image_encoder=arguments.image_encoder or str(base_model or layout.base_model))
+        known = {task: images.get(task, ()) for task in zoo.tasks}
+        features["image"] = image_vectors(ImageEncoder(arguments.image_encoder, device=accelerator.device), known)
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths, layout)
     statistics = generator.fit_statistics(weights, features)
@@ -139,6 +151,7 @@ def build_generator(
         layout=(layout or zoo.layout).to_dict(),
         modalities=modalities,
         text_encoder=arguments.text_encoder,
+        image_encoder=arguments.image_encoder if "image" in modalities else None,
         tasks=tasks,
         zoo_fingerprint=zoo.fingerprint(),
         decoder=arguments.decoder,
@@ -283,7 +296,7 @@ def sample_episode(
     """Draw tasks without replacement (with, once all are drawn), a snapshot and a condition of each.
 
     A condition is one of the task's descriptions and/or the mean over a random support set of its examples' hidden
-    states (Eq. 1), so that every subset of the modalities is a valid condition later.
+    states (Eq. 1) or of its images, so that every subset of the modalities is a valid condition later.
 
     Returns:
         Adapters ``(batch, D)`` and conditions ``(batch, width)`` with noise, on the generator's device.
@@ -295,7 +308,7 @@ def sample_episode(
     adapters = torch.stack([_draw(weights[task], source) for task in tasks])
     conditions = {}
     for name in random_subset(list(features), source):
-        support = MAX_SUPPORT if name == "hidden" else 1
+        support = {"text": 1, "image": FEATURE_EXAMPLES}.get(name, MAX_SUPPORT)
         drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
         drawn = drawn + noise * generator.standardiser.length(name) * torch.randn(drawn.shape, generator=source)
         conditions[name] = drawn.to(generator.device)

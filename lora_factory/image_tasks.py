@@ -1,0 +1,195 @@
+"""Image classification tasks: from image folders, from data sets with an image and a label column, or from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lora_factory.data_source import SPLITS, Split
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import safe_name
+from lora_factory.images import ImageLike, image_fingerprint, images_in
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+class LabelledImage(NamedTuple):
+    """One example: an image (a file, a file's content or in memory) and the name of its class."""
+
+    image: ImageLike
+    label: str
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Telling images apart: what one LoRA on an image classifier learns.
+
+    Made by `from_examples`, `from_folder` or `from_dataset`; a missing validation or test split is carved out of
+    train, a tenth of its rows each, always the same ones.
+
+    Attributes:
+        name: Short name, also the name of the task's folder in a zoo.
+        descriptions: What the task is, in natural language; at least one.
+        shown: Classes whose images tell a generator what the task is, for example ``("yes",)``; all when empty.
+        license: Licence of the data, if known.
+        dataset: The data set's id on the Hub, if it has one.
+    """
+
+    name: str
+    descriptions: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+    license: str | None = None
+    dataset: str | None = None
+    _examples: dict[Split, list[LabelledImage]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        safe_name(self.name)
+        if isinstance(self.descriptions, str) or not self.descriptions or not all(map(str.strip, self.descriptions)):
+            raise LoraFactoryError(
+                f"task {self.name!r}: descriptions={self.descriptions!r} must be texts, one or more"
+            )
+        found = {example.label for example in self._examples.get("train", ())}
+        if len(found) < 2:
+            raise LoraFactoryError(
+                f"task {self.name!r} has training images of {sorted(found)}; give some of two classes or more"
+            )
+        if strangers := sorted(set(self.shown) - found):
+            raise LoraFactoryError(f"task {self.name!r} shows {strangers}, but has images of {sorted(found)} only")
+
+    @classmethod
+    def from_examples(
+        cls,
+        name: str,
+        descriptions: Sequence[str],
+        train: Sequence[LabelledImage],
+        validation: Sequence[LabelledImage] = (),
+        test: Sequence[LabelledImage] = (),
+        *,
+        shown: Sequence[str] = (),
+        license: str | None = None,
+    ) -> ImageTask:
+        """A task of images with their labels.
+
+        Raises:
+            LoraFactoryError: When there is no description, one class only, or too few images to carve a split out of.
+        """
+        given = dict(zip(SPLITS, (train, validation, test), strict=True))
+        return cls(name, tuple(descriptions), tuple(shown), license, None, _complete(given, name))
+
+    @classmethod
+    def from_folder(
+        cls,
+        name: str,
+        descriptions: Sequence[str],
+        folder: str | Path,
+        *,
+        shown: Sequence[str] = (),
+        license: str | None = None,
+    ) -> ImageTask:
+        """A task of a folder with one folder a class, or with such a folder for each of train, validation and test.
+
+        Raises:
+            LoraFactoryError: When the folder is missing, or a class has no image.
+        """
+        folder = Path(folder).expanduser()
+        parts = [folder / split for split in SPLITS] if (folder / "train").is_dir() else [folder]
+        rows = [_labelled(part) if part.is_dir() or part is parts[0] else [] for part in parts]
+        return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        name: str,
+        descriptions: Sequence[str],
+        data: Dataset | DatasetDict,
+        *,
+        image_column: str = "image",
+        label_column: str = "label",
+        shown: Sequence[str] = (),
+        license: str | None = None,
+    ) -> ImageTask:
+        """A task of a loaded data set; images stay encoded until they are needed.
+
+        Args:
+            name: Short name.
+            descriptions: What the task is; at least one sentence.
+            data: What `datasets.load_dataset` returns: one split, which is train, or a dictionary of them.
+            image_column: Its images.
+            label_column: Its labels: texts, or numbers with names.
+            shown: Classes whose images tell a generator what the task is; all when empty.
+            license: Licence of the data, if known.
+
+        Raises:
+            LoraFactoryError: When a column is missing or no image, or an image is.
+        """
+        parts = data if isinstance(data, Mapping) else {"train": data}
+        rows = [_rows(parts[split], image_column, label_column, name) if split in parts else [] for split in SPLITS]
+        return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
+
+    def examples(self, split: Split) -> list[LabelledImage]:
+        """The labelled images of "train", "validation" or "test"."""
+        return self._examples[split]
+
+    def images(self) -> list[ImageLike]:
+        """The training images that tell a generator what the task is: those of the classes `shown`."""
+        return [image for image, label in self.examples("train") if not self.shown or label in self.shown]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all images and labels of all splits."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            rows = (f"{image_fingerprint(image)} {label}\n" for image, label in self.examples(split))
+            digest.update(f"{split}\n{''.join(rows)}".encode())
+        return digest.hexdigest()
+
+
+def _labelled(folder: Path) -> list[LabelledImage]:
+    """Every image below a folder's class folders."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not classes:
+        raise LoraFactoryError(f"{folder} has no folders of images; make one folder a class in it")
+    return [LabelledImage(file, path.name) for path in classes for file in images_in(path)]
+
+
+def _rows(data: Dataset, image_column: str, label_column: str, task: str) -> list[LabelledImage]:
+    """A split's rows, with images as files' contents where the data set holds those."""
+    from datasets import ClassLabel, Image
+
+    for column in (image_column, label_column):
+        if column not in data.column_names:
+            raise LoraFactoryError(f"task {task!r}: no column {column!r}; the data set has {data.column_names}")
+    if not isinstance(data.features[image_column], Image):
+        raise LoraFactoryError(
+            f"task {task!r}: column {image_column!r} holds no images; cast it: "
+            f"data.cast_column({image_column!r}, datasets.Image())"
+        )
+    labels = data.features[label_column]
+    rows = []
+    for number, row in enumerate(data.cast_column(image_column, Image(decode=False))):
+        image, label = row[image_column], row[label_column]
+        if image is None or label is None or not (image["bytes"] or image["path"]):
+            raise LoraFactoryError(f"task {task!r}: row {number} lacks its image or its label; filter such rows out")
+        name = labels.int2str(label) if isinstance(labels, ClassLabel) else str(label)
+        rows.append(LabelledImage(image["bytes"] or image["path"], name))
+    return rows
+
+
+def _complete(given: Mapping[Split, Sequence[LabelledImage]], task: str) -> dict[Split, list[LabelledImage]]:
+    """All three splits: those given, the missing ones carved out of train."""
+    complete = {split: [LabelledImage(*row) for row in rows] for split, rows in given.items()}
+    missing = [split for split in SPLITS if not complete[split] and split != "train"]
+    train = complete["train"]
+    share = max(1, len(train) // 10)
+    if missing and len(train) <= share * len(missing):
+        raise LoraFactoryError(f"task {task!r} has {len(train)} training images, too few; give more of them")
+    if missing:
+        random.Random(0).shuffle(train)
+    for split in missing:
+        complete[split], complete["train"] = complete["train"][:share], complete["train"][share:]
+    return complete
