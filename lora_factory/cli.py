@@ -6,13 +6,13 @@ Everything heavy is imported inside the command that needs it, so that ``lora-fa
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lora_factory import __version__
 from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.cli_options import add_options, add_required, command, read_options
 from lora_factory.cli_zoo import add_import, add_zoo, run_import
 from lora_factory.errors import LoraFactoryError
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_factory.evaluation import TextScore
-
-Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
-METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,47 +52,50 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    demo = _command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
-    _add_options(demo, DemoArguments)
+    demo = command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
+    add_options(demo, DemoArguments)
 
-    collect = _command(commands, "collect", _collect, "fine-tune one LoRA a task and seed and keep its last snapshots")
-    _add_required(collect, "--tasks", "YAML or JSON task file, or a folder of them")
-    _add_required(collect, "--base-model", "Hub id or folder of the base model")
-    _add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
+    collect = command(commands, "collect", _collect, "fine-tune one LoRA a task and seed and keep its last snapshots")
+    add_required(collect, "--tasks", "YAML or JSON task file, or a folder of them")
+    add_required(collect, "--base-model", "Hub id or folder of the base model")
+    add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
     collect.add_argument("--base-model-name", help="Hub id that adapters name as their base (default: --base-model)")
-    _add_options(collect, CollectArguments)
+    add_options(collect, CollectArguments)
 
-    imported = _command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
+    imported = command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
     add_import(imported)
-    _add_options(imported, ImportArguments)
+    add_options(imported, ImportArguments)
 
-    add_zoo(commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos"), _command)
+    add_zoo(commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos"), command)
 
-    train = _command(commands, "train", _train, "train a generator on a zoo")
-    _add_required(train, "--zoo", "folder that collect wrote")
-    _add_required(train, "--output-dir", "folder of the generator")
+    train = command(commands, "train", _train, "train a generator on a zoo")
+    add_required(train, "--zoo", "folder that collect wrote")
+    add_required(train, "--output-dir", "folder of the generator")
     train.add_argument("--tasks", help="YAML or JSON task file of the zoo's tasks, for what needs their examples")
     train.add_argument("--images", help="folder with a folder of images for every task, to be conditioned on images")
     train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
-    _add_options(train, TrainArguments)
+    add_options(train, TrainArguments)
 
-    generate = _command(commands, "generate", _generate, "write an adapter from a description")
-    _add_required(generate, "--generator", "folder or Hub id of a generator")
+    generate = command(commands, "generate", _generate, "write an adapter from a description")
+    add_required(generate, "--generator", "folder or Hub id of a generator")
     generate.add_argument("--text", help="what the adapter is to do, in a sentence")
     generate.add_argument(
         "--examples", help="text file of examples of the task, a blank line between them: beside --text or alone"
     )
     generate.add_argument("--images", nargs="+", metavar="FILE", help="images of the task: beside --text or alone")
+    generate.add_argument(
+        "--refine-steps", type=int, default=60, help="with --examples: steps on them at most, 0 for none (default: 60)"
+    )
     generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
-    _add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
+    add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
     generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
     generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="spread of the latent noise; 0 is deterministic (default: 0.0)"
     )
 
-    evaluate = _command(commands, "evaluate", _evaluate, "score the base model and adapters on the tasks' test splits")
-    _add_required(evaluate, "--tasks", "YAML or JSON task file, or a folder of them")
+    evaluate = command(commands, "evaluate", _evaluate, "score the base model and adapters on the tasks' test splits")
+    add_required(evaluate, "--tasks", "YAML or JSON task file, or a folder of them")
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--adapter", action="append", metavar="FOLDER", help="PEFT folder; give it again for several")
     what.add_argument("--generator", help="folder of a generator: compare it with every baseline and control")
@@ -104,13 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--zoo", help="with --generator: the zoo that it was trained on")
     evaluate.add_argument("--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo")
     evaluate.add_argument("--unseen-zoo", help="with --generator: zoo of the unseen tasks' own LoRAs")
-    _add_options(evaluate, CompareArguments)
+    add_options(evaluate, CompareArguments)
 
-    push = _command(commands, "push", _push, "push a generator, an adapter that it writes, or a zoo to the Hub")
+    push = command(commands, "push", _push, "push a generator, an adapter that it writes, or a zoo to the Hub")
     what = push.add_mutually_exclusive_group(required=True)
     what.add_argument("--generator", help="folder or Hub id of a generator")
     what.add_argument("--zoo", help="folder of a zoo, which becomes a data set repository")
-    _add_required(push, "--repo-id", "Hub id to push to, user/name")
+    add_required(push, "--repo-id", "Hub id to push to, user/name")
     push.add_argument("--text", help="with --generator: push the adapter that it writes for this description")
     push.add_argument("--seed", type=int, default=0, help="with --text: seed of the latent noise (default: 0)")
     push.add_argument(
@@ -126,19 +126,19 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--create-pr", action="store_true", help="propose the commit as a pull request")
     push.add_argument("--dry-run", action="store_true", help="show the files and the card, and push nothing")
 
-    search = _command(commands, "search", _search, "list the generators on the Hub for a base model")
-    _add_required(search, "--base-model", "Hub id of the base model")
+    search = command(commands, "search", _search, "list the generators on the Hub for a base model")
+    add_required(search, "--base-model", "Hub id of the base model")
     return parser
 
 
 def _demo(options: argparse.Namespace) -> None:
     from lora_factory.demo import run_demo
 
-    run_demo(_read_options(options, DemoArguments))
+    run_demo(read_options(options, DemoArguments))
 
 
 def _collect(options: argparse.Namespace) -> int:
-    arguments = _read_options(options, CollectArguments)
+    arguments = read_options(options, CollectArguments)
     from accelerate import PartialState
 
     from lora_factory.collect import collect_adapters
@@ -178,11 +178,11 @@ def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    run_import(options, _read_options(options, ImportArguments))
+    run_import(options, read_options(options, ImportArguments))
 
 
 def _train(options: argparse.Namespace) -> None:
-    arguments = _read_options(options, TrainArguments)
+    arguments = read_options(options, TrainArguments)
     from pathlib import Path
 
     from lora_factory.images import images_in
@@ -204,13 +204,15 @@ def _generate(options: argparse.Namespace) -> None:
     if options.text is None and options.examples is None and options.images is None:
         raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several of them")
     generator = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision)
-    conditions: dict[str, Any] = {}
-    if options.examples is not None:
-        conditions |= generator.encode_examples(read_paragraphs(options.examples), options.base_model)
-    if options.images is not None:
-        conditions |= generator.encode_images(options.images)
     generator.save_adapter(
-        options.text, options.output_dir, conditions=conditions, seed=options.seed, temperature=options.temperature
+        options.text,
+        options.output_dir,
+        examples=read_paragraphs(options.examples) if options.examples else None,
+        images=options.images,
+        base_model=options.base_model,
+        seed=options.seed,
+        temperature=options.temperature,
+        refine_steps=options.refine_steps,
     )
     _console().print(f"wrote {options.output_dir}", markup=False, highlight=False, soft_wrap=True)
 
@@ -225,7 +227,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     if not options.zoo:
         raise LoraFactoryError("--generator needs --zoo, the folder of the zoo that the generator was trained on")
-    arguments = _read_options(options, CompareArguments)
+    arguments = read_options(options, CompareArguments)
     from lora_factory.comparison import compare
     from lora_factory.fold import Fold
     from lora_factory.modeling import CVAELoRAGenerator
@@ -350,52 +352,6 @@ def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr)
-
-
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int | None],
-    text: str,
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_required(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
-    parser.add_argument(flag, required=True, help=f"{text} (required)")
-
-
-def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    """Add one flag a field: ``--learning-rate 0.002``, ``--seeds 0,1``, ``--packing`` or ``--no-packing``."""
-    types = get_type_hints(options)
-    for field in dataclasses.fields(options):
-        flag, kind = f"--{field.name.replace('_', '-')}", types[field.name]
-        default: Any = field.default
-        text = field.metadata["help"].replace("%", "%%")
-        if kind is bool:
-            shown = flag if default else flag.replace("--", "--no-", 1)
-            text = f"{text} (default: {shown})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-            continue
-        many = get_origin(kind) is tuple
-        shown = ",".join(map(str, default)) if many else str(default)
-        text = f"{text} (default: {shown})" if shown else text
-        parse = _tuple_parser(get_args(kind)[0]) if many else kind
-        parser.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
-
-
-def _read_options(namespace: argparse.Namespace, options: type[Options]) -> Options:
-    return options(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)})
-
-
-def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:
-    def comma_separated(text: str) -> tuple[object, ...]:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-
-    comma_separated.__name__ = f"comma-separated {kind.__name__}"
-    return comma_separated
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +16,12 @@ from torch.nn import functional
 
 from lora_factory import __version__
 from lora_factory.adapters import ADAPTER_FILE
+from lora_factory.base_loss import FrozenBase
+from lora_factory.data_source import Example
 from lora_factory.files import sha256_file, write_json
 from lora_factory.generator_files import is_hub_id
+from lora_factory.images import ImageLike
+from lora_factory.refine import STEPS, refine_state_dict
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator
@@ -35,6 +39,7 @@ class Generation:
             ``condition.safetensors``.
         seed: Seed of the sample.
         temperature: 0 for the most likely adapter.
+        refined_on: On how many examples it was refined; 0 when it is as the network wrote it.
         nearest_tasks: The training tasks nearest to the condition, best first: ``{"task", "similarity"}``.
         distance: Cosine distance of the condition from the nearest task.
         zoo_distance: The median of the training tasks' own distances from their nearest neighbour.
@@ -50,6 +55,7 @@ class Generation:
     conditions: tuple[str, ...]
     seed: int
     temperature: float
+    refined_on: int = 0
     nearest_tasks: tuple[Mapping[str, Any], ...]
     distance: float | None
     zoo_distance: float | None
@@ -61,34 +67,76 @@ class Generation:
     versions: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a user asks of a generator; the fields are the arguments of ``generate_adapter``."""
+
+    text: str | None
+    examples: Sequence[Example | str] | None = None
+    images: Sequence[ImageLike] | None = None
+    conditions: Mapping[str, Tensor] | None = None
+    seed: int = 0
+    temperature: float = 0.0
+    refine_steps: int = STEPS
+
+
+def fulfil(
+    generator: CVAELoRAGenerator, order: Order, base: FrozenBase | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Generate an adapter and, where examples are given, refine it on them.
+
+    A generator that does not listen to examples takes them for the second alone, if there is something else to listen
+    to.
+
+    Args:
+        generator: Writes the adapter.
+        order: What is asked.
+        base: The base model, with ``order.examples``.
+
+    Returns:
+        The adapter's state dict, and the task vectors that were made of examples and images or given as such.
+
+    Raises:
+        LoraFactoryError: When there is nothing to condition on, or something cannot be read.
+    """
+    given = dict(order.conditions or {})
+    if order.images is not None:
+        given |= generator.encode_images(order.images)
+    if order.examples is not None and base is not None:
+        heard = "hidden" in (generator.config.modalities or {})
+        if heard or not (order.text or given) or not order.refine_steps:
+            given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
+    state_dict = generator.generate_state_dict(
+        order.text, conditions=given, seed=order.seed, temperature=order.temperature
+    )
+    if order.examples is not None and base is not None:
+        state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps)
+    return state_dict, given
+
+
 def write_adapter(
-    generator: CVAELoRAGenerator,
-    folder: Path,
-    *,
-    text: str | None,
-    conditions: Mapping[str, Tensor] | None,
-    seed: int,
-    temperature: float,
+    generator: CVAELoRAGenerator, folder: Path, order: Order, base: FrozenBase | None = None
 ) -> Generation:
     """Generate an adapter into an existing folder: what PEFT writes, and ``generation.json``; the card is not written.
 
     Raises:
-        LoraFactoryError: When the text is empty, or a task vector has another size.
+        LoraFactoryError: As :func:`fulfil`.
     """
-    vectors = generator.conditions(text, conditions)
-    state_dict = generator.generate_state_dict(conditions=vectors, seed=seed, temperature=temperature)
+    state_dict, given = fulfil(generator, order, base)
+    vectors = generator.conditions(order.text, given)
     generator.layout.peft_config().save_pretrained(str(folder))
     save_file(state_dict, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    if conditions:
-        given = {name: vector.detach().float().cpu().contiguous() for name, vector in conditions.items()}
-        save_file(given, folder / CONDITION_FILE, metadata={"format": "pt"})
+    if given:
+        kept = {name: vector.detach().float().cpu().contiguous() for name, vector in given.items()}
+        save_file(kept, folder / CONDITION_FILE, metadata={"format": "pt"})
     nearest = generator.nearest_tasks(vectors)
     name, commit = generator.config.name_or_path or "", getattr(generator.config, "_commit_hash", None)
     generation = Generation(
-        text=text,
-        conditions=tuple(sorted(conditions or ())),
-        seed=seed,
-        temperature=temperature,
+        text=order.text,
+        conditions=tuple(sorted(given)),
+        seed=order.seed,
+        temperature=order.temperature,
+        refined_on=len(order.examples) if order.examples is not None and order.refine_steps else 0,
         nearest_tasks=tuple(nearest),
         distance=round(1 - nearest[0]["similarity"], 4) if nearest else None,
         zoo_distance=zoo_distance(generator, list(vectors)),

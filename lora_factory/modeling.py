@@ -18,7 +18,7 @@ from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, write_text
-from lora_factory.generation import write_adapter
+from lora_factory.generation import Order, fulfil, write_adapter
 from lora_factory.generator_files import GeneratorSource, read_generator
 from lora_factory.hub_errors import explain
 from lora_factory.images import ImageLike
@@ -35,7 +35,7 @@ from lora_factory.networks import (
     token_scales,
 )
 from lora_factory.pushing import HubMixin
-from lora_factory.refine import STEPS, refine_state_dict
+from lora_factory.refine import STEPS
 from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
@@ -282,18 +282,11 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             LoraFactoryError: When the text is empty, an image cannot be read, or the base model has not the modules or
                 sizes of the layout.
         """
-        model, vectors = base_model, dict(conditions or {})
-        if examples is not None:
-            base = open_reader(self.layout, base_model, tokenizer)
-            model = base.model
-            if "hidden" in (self.config.modalities or {}) or not (text or vectors) or not refine_steps:
-                vectors |= self.encode_examples(examples, model, base.tokenizer)
-        if images is not None:
-            vectors |= self.encode_images(images)
-        state_dict = self.generate_state_dict(text, conditions=vectors, seed=seed, temperature=temperature)
-        if examples is not None:
-            state_dict = refine_state_dict(base, state_dict, examples, refine_steps)
-        attached = attach_adapter(open_base(self.layout, model), self.layout, state_dict, adapter_name)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
+        base = None if examples is None else open_reader(self.layout, base_model, tokenizer)
+        state_dict = fulfil(self, order, base)[0]
+        model = open_base(self.layout, base_model) if base is None else base.model
+        attached = attach_adapter(model, self.layout, state_dict, adapter_name)
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
 
@@ -302,31 +295,41 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         text: str | None,
         save_directory: str | Path,
         *,
+        examples: Sequence[Example | str] | None = None,
+        images: Sequence[ImageLike] | None = None,
         conditions: Mapping[str, torch.Tensor] | None = None,
+        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         seed: int = 0,
         temperature: float = 0.0,
         overwrite: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        refine_steps: int = STEPS,
     ) -> Path:
-        """Write an adapter as a plain PEFT folder, without loading the base model.
+        """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.
 
         The folder appears by one rename and holds ``adapter_config.json``, ``adapter_model.safetensors``,
-        ``generation.json`` (condition, seed, generator, version) and a model card.
+        ``generation.json`` (condition, seed, generator, version) and a model card; examples and images are not kept.
 
         Args:
             text: What the adapter is for.
             save_directory: The folder to make.
-            conditions: Task vectors by modality, instead of or beside ``text``.
-            seed: Seed of the sample; of no effect at temperature 0.
-            temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
+            examples: As in :meth:`generate_adapter`, like all that is not listed here.
+            images: As there.
+            conditions: As there.
+            base_model: As there.
+            seed: As there.
+            temperature: As there.
             overwrite: Whether an existing folder is replaced.
+            tokenizer: As there.
+            refine_steps: As there.
 
         Returns:
             The folder.
         """
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
+        base = None if examples is None else open_reader(self.layout, base_model, tokenizer)
         with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
-            generation = write_adapter(
-                self, folder, text=text, conditions=conditions, seed=seed, temperature=temperature
-            )
+            generation = write_adapter(self, folder, order, base)
             card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})
             write_text(folder / "README.md", card.text)
         return Path(save_directory)

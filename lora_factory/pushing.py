@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_factory import __version__
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, safe_name, write_json, write_text
-from lora_factory.generation import Generation, write_adapter
+from lora_factory.generation import Generation, Order, write_adapter
 from lora_factory.generator_files import is_hub_id, is_public_name
 from lora_factory.hub import CARD_FILE, PushOptions, Writer, collect_repositories, license_of, push
 from lora_factory.model_card import AdapterCard, Origins, ZooCard, generator_card, origins_of
@@ -219,7 +219,7 @@ def adapter_writer(
     origins = origins_of(generator, license_of(generator.layout.base_model, token))
 
     def write(folder: Path, title: str) -> None:
-        made = write_adapter(generator, folder, text=text, conditions=conditions, seed=seed, temperature=temperature)
+        made = write_adapter(generator, folder, Order(text, conditions=conditions, seed=seed, temperature=temperature))
         card = AdapterCard(title=title, origins=origins, generations={"": made}, tags=tags)
         write_text(folder / CARD_FILE, card.text)
 
@@ -243,9 +243,7 @@ def adapters_writer(
         made: dict[str, Generation] = {}
         for name, text in texts.items():
             (folder / name).mkdir()
-            made[name] = write_adapter(
-                generator, folder / name, text=text, conditions=None, seed=seed, temperature=temperature
-            )
+            made[name] = write_adapter(generator, folder / name, Order(text, seed=seed, temperature=temperature))
             one = AdapterCard(title=title, subfolder=name, origins=origins, generations={"": made[name]}, tags=tags)
             write_text(folder / name / CARD_FILE, one.text)
         card = AdapterCard(title=title, origins=origins, generations=made, tags=tags)

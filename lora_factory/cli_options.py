@@ -1,0 +1,62 @@
+"""Flags of the command line: one for every field of a stage's data class."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+
+Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+def command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    text: str,
+) -> argparse.ArgumentParser:
+    """Add a sub-command that runs a function."""
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_required(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    """Add a flag that must be given."""
+    parser.add_argument(flag, required=True, help=f"{text} (required)")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """Add one flag a field: ``--learning-rate 0.002``, ``--seeds 0,1``, ``--packing`` or ``--no-packing``."""
+    types = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        flag, kind = f"--{field.name.replace('_', '-')}", types[field.name]
+        default: Any = field.default
+        text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            shown = flag if default else flag.replace("--", "--no-", 1)
+            text = f"{text} (default: {shown})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            continue
+        many = get_origin(kind) is tuple
+        shown = ",".join(map(str, default)) if many else str(default)
+        text = f"{text} (default: {shown})" if shown else text
+        parse = _tuple_parser(get_args(kind)[0]) if many else kind
+        parser.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
+
+
+def read_options(namespace: argparse.Namespace, options: type[Options]) -> Options:
+    """The data class of a command, from its parsed flags."""
+    return options(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)})
+
+
+def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:
+    def comma_separated(text: str) -> tuple[object, ...]:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+
+    comma_separated.__name__ = f"comma-separated {kind.__name__}"
+    return comma_separated
