@@ -13,7 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from lora_factory import LoraFactoryError, __version__, cli
+from lora_factory import LoraFactoryError, __version__, cli, cli_options
 from lora_factory.arguments import CollectArguments, DemoArguments, ImportArguments, TrainArguments
 
 COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "evaluate", "push", "search")
@@ -103,10 +103,10 @@ def test_flags_become_the_arguments() -> None:
     parser = cli.build_parser()
     words = ["collect", "--tasks", "t.yaml", "--base-model", "b", "--output-dir", "zoo"]
     defaults = parser.parse_args(words)
-    assert cli._read_options(defaults, CollectArguments) == CollectArguments()
+    assert cli_options.read_options(defaults, CollectArguments) == CollectArguments()
     given = parser.parse_args([*words, "--seeds", "1, 2", "--no-packing", "--learning-rate", "1e-3", "--rank", "4"])
     expected = CollectArguments(seeds=(1, 2), packing=False, learning_rate=1e-3, rank=4)
-    assert cli._read_options(given, CollectArguments) == expected
+    assert cli_options.read_options(given, CollectArguments) == expected
 
 
 @pytest.mark.parametrize(

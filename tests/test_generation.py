@@ -41,7 +41,7 @@ def generator(pico_model_folder: Path, pico_encoder_folder: Path) -> CVAELoRAGen
         generator = CVAELoRAGenerator(config)
         generator.fit_statistics(
             {name: 0.05 * torch.randn(4, layout.size) for name in "ab"},
-            {"text": {task: torch.randn(2, 32) for task in "ab"}},
+            {"text": {name: torch.randn(2, 32) for name in "ab"}},
         )
     return generator.eval()
 
