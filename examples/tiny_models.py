@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from lora_factory.boxes import BINS
@@ -111,6 +113,25 @@ def tiny_llama(folder: Path, texts: Sequence[str], *, width: int = 32, seed: int
         eos_token_id=tokenizer.eos_token_id,
     )
     tokenizer.save_pretrained(_save(lambda: LlamaForCausalLM(config), folder, seed))
+    return folder
+
+
+def tiny_t5(folder: Path, texts: Sequence[str], *, seed: int = 0) -> Path:
+    """A T5 of two layers on either side and its tokenizer."""
+    tokenizer = make_tokenizer(texts)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(_save(lambda: T5ForConditionalGeneration(config), folder, seed))
     return folder
 
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters import adapters_in_batch
 from lora_factory.layout import AdapterLayout
-from lora_factory.sequences import IGNORED, TokenSequence, collate
+from lora_factory.model_inputs import ModelInputs, model_inputs
+from lora_factory.sequences import IGNORED
 
 
 class Base(Protocol):
-    """A frozen base model that reads text with adapters of one layout; an ``AdapterFactory`` is one."""
+    """A frozen base model that reads examples with adapters of one layout; an ``AdapterFactory`` is one."""
 
     @property
-    def model(self) -> PreTrainedModel | PeftModel: ...  # noqa: D102
+    def model(self) -> Any: ...  # noqa: ANN401, D102
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...  # noqa: D102
+    def tokenizer(self) -> Any: ...  # noqa: ANN401, D102
+
+    @property
+    def inputs(self) -> ModelInputs: ...  # noqa: D102
 
     @property
     def layout(self) -> AdapterLayout: ...  # noqa: D102
@@ -31,25 +35,34 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A live base model, its tokenizer, and the layout of the adapters that it is read with."""
+    """A live base model, its tokenizer (or processor), and the layout of the adapters that it is read with."""
 
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     layout: AdapterLayout
 
+    @property
+    def inputs(self) -> ModelInputs:
+        """How examples become what the model reads."""
+        return model_inputs(self.model, self.tokenizer)
 
-def query_loss(base: Base, adapters: torch.Tensor, queries: Sequence[Sequence[TokenSequence]]) -> torch.Tensor:
-    """Mean over tasks of the mean loss a scored token, each task's sequences read with its own adapter.
+
+def query_loss(base: Base, adapters: torch.Tensor, queries: Sequence[Sequence[Any]]) -> torch.Tensor:
+    """Mean over tasks of the mean loss a scored token, each task's rows read with its own adapter.
 
     Args:
         base: The frozen base model; adapters that are active in it take part too.
         adapters: Shape ``(tasks, D)``.
-        queries: For every task equally many sequences.
+        queries: For every task equally many rows, as ``base.inputs`` encodes examples.
     """
-    inputs = collate([row for rows in queries for row in rows], base.tokenizer.pad_token_id or 0, adapters.device)
-    labels = inputs.pop("labels")[:, 1:]
+    inputs = base.inputs.collate([row for rows in queries for row in rows], adapters.device)
+    labels, decodes = inputs["labels"], base.model.config.is_encoder_decoder
+    if not decodes:  # an encoder-decoder makes its inputs of the labels
+        del inputs["labels"]
     with adapters_in_batch(base.model, base.layout, adapters):
-        logits = base.model(**inputs, use_cache=False).logits[:, :-1].float()
+        logits = base.model(**inputs, use_cache=False).logits.float()
+    if not decodes:
+        logits, labels = logits[:, :-1], labels[:, 1:]
     losses = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    scored = (labels != IGNORED).view(len(adapters), -1).sum(1)
-    return (losses.view(len(adapters), -1).sum(1) / scored).mean()
+    scored = (labels != IGNORED).reshape(len(adapters), -1).sum(1)
+    return (losses.reshape(len(adapters), -1).sum(1) / scored).mean()

@@ -11,15 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.collection import HIDDEN_FOLDER, Collection, PlannedRun
-from lora_factory.factory import AdapterFactory
-from lora_factory.image_classification import classifier_factory
 from lora_factory.image_tasks import ImageTask
-from lora_factory.model_inputs import model_inputs
+from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
 from lora_factory.run_state import writing_into
 from lora_factory.tasks import Task, load_tasks
@@ -58,28 +53,10 @@ def collect_adapters(
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
-    factory = _factory(tasks, base_model, arguments, base_model_name or str(base_model), accelerator)
+    factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
     if arguments.parallel == "data":
         factory.share_runs()
     with writing_into(Path(output_dir)):
         zoo = AdapterZoo.create(output_dir, factory.layout)
     Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
     return AdapterZoo(output_dir)
-
-
-def _factory(
-    tasks: Sequence[Task | ImageTask],
-    base_model: str | Path,
-    arguments: CollectArguments,
-    name: str,
-    accelerator: Accelerator,
-) -> AdapterFactory:
-    """A language model or, for tasks of labelled images, an image classifier with one slot."""
-    if any(isinstance(task, ImageTask) for task in tasks):
-        return classifier_factory(base_model, arguments, name, accelerator)
-    model, tokenizer = load_base_model(
-        base_model, dtype=arguments.dtype, device=accelerator.device, quantization=arguments.quantization
-    )
-    reads_images = any(task.has_images for task in tasks if isinstance(task, Task))
-    inputs = model_inputs(model, load_processor(base_model)) if reads_images else None
-    return AdapterFactory.attach(model, tokenizer, arguments, name, accelerator, inputs)

@@ -10,14 +10,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from lora_factory.answer_states import example_states
 from lora_factory.base_loss import FrozenBase
-from lora_factory.base_models import load_base_model
+from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.data_source import Example
-from lora_factory.encoders import HiddenStateEncoder, TextEncoder, task_vector
+from lora_factory.encoders import TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
 from lora_factory.image_classification import is_image_classifier, load_image_classifier
+from lora_factory.image_data import ImageExample
 from lora_factory.image_encoders import ImageEncoder
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
@@ -44,16 +46,16 @@ class ConditionMixin:
 
     def encode_examples(  # type: ignore[misc]
         self: CVAELoRAGenerator,
-        examples: Sequence[Example | str],
+        examples: Sequence[Example | ImageExample | str],
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ) -> dict[str, Tensor]:
         """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
 
         Args:
-            examples: Texts, or prompts with their completions; from 4 to 32 is what training saw.
+            examples: Texts, prompts with their completions, or images with both; from 4 to 32 is what training saw.
             base_model: Model, folder or Hub id; by default the one that the generator's layout names.
-            tokenizer: The tokenizer of a live model; a folder or Hub id has its own.
+            tokenizer: Tokenizer or processor of a live model; a folder or Hub id has its own.
 
         Returns:
             ``{"hidden": vector}``, to be passed as ``conditions``.
@@ -63,8 +65,8 @@ class ConditionMixin:
                 without its tokenizer.
         """
         self._refuse_unheard("hidden", "examples", "train_generator(zoo, output_dir, tasks=tasks)")
-        base = open_reader(self.layout, base_model, tokenizer)
-        return {"hidden": task_vector(HiddenStateEncoder(base.model, base.tokenizer).encode(examples))}
+        base = open_reader(self.layout, examples, base_model, tokenizer)
+        return {"hidden": task_vector(example_states(base, examples))}
 
     def encode_images(self: CVAELoRAGenerator, images: Sequence[ImageLike]) -> dict[str, Tensor]:  # type: ignore[misc]
         """A few images of a task as a condition: the mean of their vectors.
@@ -152,16 +154,20 @@ def open_base(
 
 def open_reader(
     layout: AdapterLayout,
+    examples: Sequence[Example | ImageExample | str],
     base_model: str | Path | PreTrainedModel | PeftModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
 ) -> FrozenBase:
-    """The same with its tokenizer, to read examples with.
+    """The same with its tokenizer, or for examples with images its processor.
 
     Raises:
         LoraFactoryError: When a live model comes without its tokenizer.
     """
     if base_model is None or isinstance(base_model, str | Path):
-        base_model, tokenizer = _load(layout, base_model)
+        name, (model, tokenizer) = base_model or layout.base_model, _load(layout, base_model)
+        if any(isinstance(example, ImageExample) for example in examples):
+            tokenizer = load_processor(name, revision=_revision(layout, base_model))
+        base_model = model
     if tokenizer is None:
         raise LoraFactoryError("examples and a live base model need its tokenizer; pass tokenizer=")
     return FrozenBase(base_model, tokenizer, layout)
@@ -192,11 +198,14 @@ def _load(
     layout: AdapterLayout, base_model: str | Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A layout's base model and, unless it is an image classifier, its tokenizer."""
-    name = str(base_model or layout.base_model)
-    revision = layout.base_revision if base_model in (None, layout.base_model) else None
+    name, revision = str(base_model or layout.base_model), _revision(layout, base_model)
     try:
         return load_base_model(name, revision=revision)
     except LoraFactoryError:
         if not is_image_classifier(name, revision):
             raise
     return load_image_classifier(name, revision=revision)[0], None
+
+
+def _revision(layout: AdapterLayout, base_model: str | Path | None) -> str | None:
+    return layout.base_revision if base_model in (None, layout.base_model) else None

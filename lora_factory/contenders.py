@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from lora_factory.arguments import CollectArguments, CompareArguments
-from lora_factory.base_models import load_base_model
 from lora_factory.baselines import (
     ConditionBaseline,
     PcaRidge,
@@ -30,8 +29,9 @@ from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
 from lora_factory.fold import Fold
+from lora_factory.open_factory import open_factory
 from lora_factory.refine import best_of, refine
-from lora_factory.sequences import TokenSequence, encode_sequences
+from lora_factory.sequences import TokenSequence
 from lora_factory.summaries import ANOTHER_TASK, FROM_EXAMPLES, GENERATED, UNREFINED
 from lora_factory.tasks import Task
 
@@ -116,7 +116,7 @@ class Contenders:
         """The examples of a task's condition as the base model reads them."""
         examples = next(task for task in (*self.fold.seen, *self.fold.unseen) if task.name == name).examples("train")
         drawn = [examples[index] for index in self._drawn(name, seed).tolist()]
-        return encode_sequences(factory.tokenizer, drawn, factory.arguments)
+        return list(factory.inputs.encode(drawn, factory.arguments))
 
     def _refined(self, method: str, task: Task, seed: int, *, another: bool = False) -> torch.Tensor:
         factory, name, steps = self.factory_of(method), self._asked(task, another=another), self.arguments.refine_steps
@@ -161,17 +161,14 @@ class Contenders:
         return self._attached(replace(wanted, lora_alpha=scaling * wanted.rank))
 
     def _attached(self, settings: CollectArguments) -> AdapterFactory:
-        accelerator = Accelerator()
-        model, tokenizer = load_base_model(
-            self.base_model, dtype=settings.dtype, device=accelerator.device, quantization=settings.quantization
-        )
-        return AdapterFactory.attach(model, tokenizer, settings, self.fold.zoo.layout.base_model, accelerator)
+        name, tasks = self.fold.zoo.layout.base_model, (*self.fold.seen, *self.fold.unseen)
+        return open_factory(self.base_model, settings, Accelerator(), tasks, base_model_name=name)
 
     def _features(self, way: str) -> dict[str, torch.Tensor]:
         """Vectors of every task's descriptions or training examples, by the name of the task."""
         tasks = (*self.fold.seen, *self.fold.unseen)
         if way == "hidden":
-            return example_features(self.factory.model, self.factory.tokenizer, tasks)
+            return example_features(self.factory, tasks)
         return {task.name: self.fold.generator.text_encoder.encode(list(task.descriptions)) for task in tasks}
 
     @cached_property

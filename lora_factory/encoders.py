@@ -154,7 +154,7 @@ class HiddenStateEncoder:
         hidden, mask = outputs.last_hidden_state.float(), inputs["attention_mask"]
         last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1]
         error = _prediction_error(hidden[:, :-1], inputs["input_ids"][:, 1:], mask[:, 1:], self._head)
-        return torch.cat([last, _masked_mean(hidden, mask), error], dim=-1).cpu()
+        return torch.cat([last, masked_mean(hidden, mask), error], dim=-1).cpu()
 
     def _backbone_weights(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's weights by the names of the backbone's parameters; a head's LoRA changes no hidden state."""
@@ -196,7 +196,7 @@ def _prediction_error(hidden: Tensor, targets: Tensor, mask: Tensor, head: nn.Mo
     errors = [
         weight[ids] - (states @ weight.T).softmax(-1) @ weight for states, ids in zip(hidden, targets, strict=True)
     ]
-    return _masked_mean(torch.stack(errors), mask)
+    return masked_mean(torch.stack(errors), mask)
 
 
 class _SentenceEncoder:
@@ -245,10 +245,10 @@ class _SentenceEncoder:
             max_length=min(MAX_TEXT_TOKENS, self.tokenizer.model_max_length),
             return_tensors="pt",
         ).to(self.model.device)
-        return _masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
+        return masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
 
 
-def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over the tokens that the mask keeps: ``(batch, tokens, width)`` to ``(batch, width)``."""
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_factory.answer_states import example_states
+from lora_factory.base_loss import Base
 from lora_factory.data_source import Example
 from lora_factory.encoders import HiddenStateEncoder
 from lora_factory.files import cache_folder
+from lora_factory.model_inputs import CausalInputs
 
 if TYPE_CHECKING:
     from lora_factory.tasks import Task
@@ -28,26 +29,25 @@ if TYPE_CHECKING:
 FEATURE_EXAMPLES = 128  # training examples a task whose hidden states are computed
 
 
-def example_features(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
-) -> dict[str, Tensor]:
-    """Hidden states of every task's first 128 training examples on the frozen base, from the cache where they are.
+def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """Hidden states of every task's first 128 training examples on the frozen base; those of texts are cached.
 
     Args:
-        model: The base model, with or without adapters attached.
-        tokenizer: Its tokenizer.
+        base: The base model, with or without adapters attached.
         tasks: Tasks with training examples.
 
     Returns:
         Shape ``(examples, width)`` by the name of the task; a progress bar shows on the main process.
     """
-    encoder, cache = HiddenStateEncoder(model, tokenizer), FeatureCache(cache_folder() / "features")
+    states, bar = {}, tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process)
+    if not isinstance(base.inputs, CausalInputs):
+        return {task.name: example_states(base, task.examples("train")[:FEATURE_EXAMPLES]) for task in bar}
+    encoder, cache = HiddenStateEncoder(base.model, base.tokenizer), FeatureCache(cache_folder() / "features")
 
     def encode(texts: list[str]) -> Tensor:
         return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
 
-    states = {}
-    for task in tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process):
+    for task in bar:
         texts = ["\0".join(row) for row in task.examples("train")[:FEATURE_EXAMPLES]]
         states[task.name] = cache.get_or_compute(encoder.identifier, texts, encode)
     return states

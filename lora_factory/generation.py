@@ -20,6 +20,7 @@ from lora_factory.base_loss import FrozenBase
 from lora_factory.data_source import Example
 from lora_factory.files import sha256_file, write_json
 from lora_factory.generator_files import is_hub_id
+from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 from lora_factory.refine import STEPS, refine_state_dict
 
@@ -72,7 +73,7 @@ class Order:
     """What a user asks of a generator; the fields are the arguments of ``generate_adapter``."""
 
     text: str | None
-    examples: Sequence[Example | str] | None = None
+    examples: Sequence[Example | ImageExample | str] | None = None
     images: Sequence[ImageLike] | None = None
     conditions: Mapping[str, Tensor] | None = None
     seed: int = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -153,7 +154,7 @@ class ImageInputs:
         return inputs | continued | {"labels": labels}
 
 
-def model_inputs(model: PreTrainedModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> ModelInputs:
+def model_inputs(model: PreTrainedModel | PeftModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> ModelInputs:
     """How a model reads examples: images where there is a processor, texts where there is a tokenizer alone."""
     if isinstance(reader, ProcessorMixin):
         return ImageInputs(reader, bool(model.config.is_encoder_decoder))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters import attach_adapter
 from lora_factory.base_models import quiet_transformers
@@ -21,6 +21,7 @@ from lora_factory.files import atomic_folder, write_text
 from lora_factory.generation import Order, fulfil, write_adapter
 from lora_factory.generator_files import GeneratorSource, read_generator
 from lora_factory.hub_errors import explain
+from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import AdapterCard, origins_of
@@ -247,14 +248,14 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         text: str | None = None,
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         *,
-        examples: Sequence[Example | str] | None = None,
+        examples: Sequence[Example | ImageExample | str] | None = None,
         images: Sequence[ImageLike] | None = None,
         conditions: Mapping[str, torch.Tensor] | None = None,
         seed: int = 0,
         temperature: float = 0.0,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         refine_steps: int = STEPS,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
@@ -283,7 +284,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
                 sizes of the layout.
         """
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
-        base = None if examples is None else open_reader(self.layout, base_model, tokenizer)
+        base = None if examples is None else open_reader(self.layout, examples, base_model, tokenizer)
         state_dict = fulfil(self, order, base)[0]
         model = open_base(self.layout, base_model) if base is None else base.model
         attached = attach_adapter(model, self.layout, state_dict, adapter_name)
@@ -295,14 +296,14 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         text: str | None,
         save_directory: str | Path,
         *,
-        examples: Sequence[Example | str] | None = None,
+        examples: Sequence[Example | ImageExample | str] | None = None,
         images: Sequence[ImageLike] | None = None,
         conditions: Mapping[str, torch.Tensor] | None = None,
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         seed: int = 0,
         temperature: float = 0.0,
         overwrite: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         refine_steps: int = STEPS,
     ) -> Path:
         """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.
@@ -327,7 +328,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             The folder.
         """
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
-        base = None if examples is None else open_reader(self.layout, base_model, tokenizer)
+        base = None if examples is None else open_reader(self.layout, examples, base_model, tokenizer)
         with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
             generation = write_adapter(self, folder, order, base)
             card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})

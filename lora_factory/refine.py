@@ -14,7 +14,8 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.base_loss import Base, query_loss
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.sequences import TokenSequence, encode_sequences
+from lora_factory.image_data import ImageExample
+from lora_factory.sequences import TokenSequence
 
 STEPS = 60  # at most
 LEARNING_RATE = 1e-3
@@ -41,7 +42,7 @@ def refine(
     Args:
         base: The frozen base model, its tokenizer and the layout.
         adapter: Shape ``(D,)``, for example a generated one.
-        sequences: The examples, from ``encode_sequences``; a single one cannot be left out, so nothing changes.
+        sequences: The examples, as ``base.inputs`` encodes them; a single one cannot be left out, so nothing changes.
         steps: Optimizer steps at most; 0 returns the adapter as it is.
         learning_rate: Adam's, constant.
 
@@ -86,11 +87,11 @@ def refine(
 
 
 def refine_state_dict(
-    base: Base, state_dict: Mapping[str, Tensor], examples: Sequence[Example | str], steps: int
+    base: Base, state_dict: Mapping[str, Tensor], examples: Sequence[Example | ImageExample | str], steps: int
 ) -> dict[str, Tensor]:
     """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
-    rows = [Example("", example) if isinstance(example, str) else Example(*example) for example in examples]
-    sequences = encode_sequences(base.tokenizer, rows, CollectArguments())
+    rows = [Example("", example) if isinstance(example, str) else example for example in examples]
+    sequences = base.inputs.encode(rows, CollectArguments())
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
 
@@ -101,7 +102,7 @@ def best_of(base: Base, adapters: Tensor, sequences: Sequence[TokenSequence]) ->
     Args:
         base: The frozen base model, its tokenizer and the layout.
         adapters: Candidates of shape ``(n, D)``.
-        sequences: The examples, from ``encode_sequences``.
+        sequences: The examples, as ``base.inputs`` encodes them.
 
     Returns:
         The best one, shape ``(D,)``, and the loss of each in nats a token.

@@ -23,9 +23,10 @@ from lora_factory.base_loss import query_loss
 from lora_factory.conditions import random_subset
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
+from lora_factory.model_inputs import CausalInputs
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE
-from lora_factory.sequences import TokenSequence, encode_example, encode_sequences
+from lora_factory.sequences import TokenSequence, encode_example
 from lora_factory.tasks import Task
 from lora_factory.training_state import TrainingCheckpoint, TrainingState
 
@@ -82,14 +83,8 @@ class TaskData:
         halves = []
         for part in (0, 1):
             kept = examples[part::2]
-            length = factory.arguments.sequence_length
-            chat = factory.arguments.chat_template
-            encoded = [encode_example(factory.tokenizer, one, length, chat_template=chat) for one in kept]
-            ends = torch.tensor([len(one.tokens) for one in encoded]).cumsum(0)
-            sequences = encode_sequences(factory.tokenizer, kept, factory.arguments)
-            read = torch.tensor([len(sequence.tokens) for sequence in sequences])
-            owners = torch.searchsorted(ends, read.cumsum(0) - read, right=True).clamp_max(len(kept) - 1)
-            halves.append(Half(hidden[part::2], sequences, owners.tolist()))
+            sequences = list(factory.inputs.encode(kept, factory.arguments))
+            halves.append(Half(hidden[part::2], sequences, _owners(factory, kept, sequences)))
         return cls(texts, (halves[0], halves[1]), factory.validation(task))
 
 
@@ -295,6 +290,17 @@ def _task_vector(name: str, mixture: _Mixture, source: torch.Generator) -> torch
         for index, task in enumerate(mixture.tasks)
     ]
     return mixture.shares @ torch.stack(rows)
+
+
+def _owners(factory: AdapterFactory, examples: Sequence[Any], sequences: Sequence[TokenSequence]) -> list[int]:
+    """The index of the example that each sequence begins in; only causal language models pack or cut examples."""
+    if not isinstance(factory.inputs, CausalInputs):
+        return list(range(len(sequences)))
+    length, chat = factory.arguments.sequence_length, factory.arguments.chat_template
+    encoded = [encode_example(factory.tokenizer, one, length, chat_template=chat) for one in examples]
+    ends = torch.tensor([len(one.tokens) for one in encoded]).cumsum(0)
+    read = torch.tensor([len(sequence.tokens) for sequence in sequences])
+    return torch.searchsorted(ends, read.cumsum(0) - read, right=True).clamp_max(len(examples) - 1).tolist()
 
 
 def _index(rows: Any, source: torch.Generator) -> int:  # noqa: ANN401

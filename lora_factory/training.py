@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.base_models import load_base_model
 from lora_factory.baselines import train_multitask
 from lora_factory.conditions import random_subset
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
@@ -32,6 +31,7 @@ from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
+from lora_factory.open_factory import open_factory
 from lora_factory.snapshots import SnapshotRows, open_snapshots
 from lora_factory.tasks import Task
 from lora_factory.through_base import TaskData, start_from, train_through_base
@@ -102,8 +102,8 @@ def train_generator(
     factory = None
     if tasks is not None:
         tasks = _known(zoo, tasks)
-        factory = zoo_factory(zoo, base_model, accelerator, layout)
-        features["hidden"] = example_features(factory.model, factory.tokenizer, tasks)
+        factory = zoo_factory(zoo, base_model, accelerator, layout, tasks)
+        features["hidden"] = example_features(factory, tasks)
     if images is not None:
         arguments = replace(arguments, image_encoder=arguments.image_encoder or str(base_model or layout.base_model))
         known = {task: images.get(task, ()) for task in zoo.tasks}
@@ -331,21 +331,19 @@ def training_history(folder: str | Path) -> list[dict[str, float]]:
 
 
 def zoo_factory(
-    zoo: AdapterZoo, base_model: str | Path | None, accelerator: Accelerator, layout: AdapterLayout
+    zoo: AdapterZoo,
+    base_model: str | Path | None,
+    accelerator: Accelerator,
+    layout: AdapterLayout,
+    tasks: Sequence[Task] = (),
 ) -> AdapterFactory:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
     record = zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0])
     config = layout.lora_config
     settings = replace(CollectArguments(**record.arguments), rank=config["r"], lora_alpha=config["lora_alpha"])
+    revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
-    model, tokenizer = load_base_model(
-        base_model or name,
-        revision=None if base_model else zoo.layout.base_revision,
-        dtype=settings.dtype,
-        device=accelerator.device,
-        quantization=settings.quantization,
-    )
-    return AdapterFactory.attach(model, tokenizer, settings, name, accelerator)
+    return open_factory(base_model or name, settings, accelerator, tasks, base_model_name=name, revision=revision)
 
 
 def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tiny_models import make_tokenizer, tiny_florence
+from tiny_models import make_tokenizer, tiny_florence, tiny_t5
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
@@ -19,8 +19,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerBase,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from lora_factory.arguments import CollectArguments
@@ -56,24 +54,7 @@ def florence_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "pico-t5", make_tokenizer(WORDS)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        T5ForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_t5(tmp_path_factory.mktemp("models") / "pico-t5", WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def arguments(pico_encoder_folder: Path) -> TrainArguments:
 
 def prepared(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments) -> tuple[CVAELoRAGenerator, dict]:
     tasks = make_tasks()
-    hidden = example_features(factory.model, factory.tokenizer, tasks)
+    hidden = example_features(factory, tasks)
     source = torch.Generator().manual_seed(0)
     texts = {task.name: torch.randn(2, 8, generator=source) for task in tasks}
     widths = {"text": 8, "hidden": next(iter(hidden.values())).shape[1]}

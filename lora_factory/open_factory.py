@@ -1,0 +1,53 @@
+"""The base model that tasks need, loaded and with one LoRA slot: for texts, for images with texts, or a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from lora_factory.arguments import CollectArguments
+from lora_factory.base_models import load_base_model, load_processor
+from lora_factory.factory import AdapterFactory
+from lora_factory.image_classification import classifier_factory
+from lora_factory.image_tasks import ImageTask
+from lora_factory.model_inputs import model_inputs
+from lora_factory.tasks import Task
+
+
+def open_factory(
+    base_model: str | Path,
+    arguments: CollectArguments,
+    accelerator: Accelerator,
+    tasks: Sequence[Task | ImageTask] = (),
+    *,
+    base_model_name: str | None = None,
+    revision: str | None = None,
+) -> AdapterFactory:
+    """Load a base model onto the accelerator's device and attach a LoRA slot.
+
+    Args:
+        base_model: Hub id or folder.
+        arguments: LoRA and optimiser settings, precision and quantisation.
+        accelerator: The device.
+        tasks: What is to be learned or read; by default texts.
+        base_model_name: What adapters name as their base; default: ``base_model``.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        LoraFactoryError: When the model cannot be loaded, or reads no images though the tasks have some.
+    """
+    name = base_model_name or str(base_model)
+    if any(isinstance(task, ImageTask) for task in tasks):
+        return classifier_factory(base_model, arguments, name, accelerator)
+    model, tokenizer = load_base_model(
+        base_model,
+        revision=revision,
+        dtype=arguments.dtype,
+        device=accelerator.device,
+        quantization=arguments.quantization,
+    )
+    reads_images = any(task.has_images for task in tasks if isinstance(task, Task))
+    inputs = model_inputs(model, load_processor(base_model, revision=revision)) if reads_images else None
+    return AdapterFactory.attach(model, tokenizer, arguments, name, accelerator, inputs)

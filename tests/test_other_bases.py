@@ -1,0 +1,111 @@
+"""Stage 2, conditions from examples and refinement on encoder-decoders and on models that read images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tiny_models import tiny_florence, tiny_t5
+
+from lora_factory.answer_states import example_states
+from lora_factory.arguments import CollectArguments, TrainArguments
+from lora_factory.base_loss import query_loss
+from lora_factory.collect import collect_adapters
+from lora_factory.data_source import Example
+from lora_factory.factory import AdapterFactory
+from lora_factory.image_data import ImageExample
+from lora_factory.open_factory import open_factory
+from lora_factory.tasks import Task
+from lora_factory.training import train_generator
+
+WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]
+SETTINGS = CollectArguments(
+    steps=4,
+    snapshots=2,
+    snapshot_every=2,
+    batch_size=2,
+    sequence_length=32,
+    packing=False,
+    learning_rate=1e-2,
+    target_modules="all-linear",
+    dtype="float32",
+)
+TRAIN = TrainArguments(width=32, depth=1, base_steps=30, base_tasks=2, base_bias_learning_rate=1e-2)
+
+
+def echo_task(word: str) -> Task:
+    rows = [Example(f"Say it again: {word} {number}", f"{word} {word}") for number in range(8)]
+    return Task.from_examples(word, [f"Say {word}."], rows, rows[:2], rows[2:4])
+
+
+def boxes_task(label: str) -> Task:
+    rows = []
+    for number in range(8):
+        image, box = Image.new("RGB", (40, 30), "black"), (number, 2, number + 20, 22)
+        image.paste((255, 255, 0), box)
+        rows.append(ImageExample.of_boxes(image, label, [box]))
+    return Task.from_examples(label, [f"Detect the {label}."], rows, rows[:2], rows[2:4])
+
+
+@pytest.fixture(scope="module", params=["encoder-decoder", "images"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Task]]:
+    folder = tmp_path_factory.mktemp("models") / "pico"
+    if request.param == "images":
+        return tiny_florence(folder, WORDS), [boxes_task(name) for name in ("dog", "cat")]
+    return tiny_t5(folder, WORDS), [echo_task(name) for name in ("one", "two")]
+
+
+@pytest.fixture
+def factory(case: tuple[Path, list[Task]]) -> AdapterFactory:
+    folder, tasks = case
+    return open_factory(folder, SETTINGS, Accelerator(cpu=True), tasks)
+
+
+@torch.no_grad()
+def test_query_loss_is_the_models_own(case: tuple[Path, list[Task]], factory: AdapterFactory) -> None:
+    factory.model.eval()
+    rows = [factory.validation(task) for task in case[1]]
+    source = torch.Generator().manual_seed(0)
+    adapters = factory.initial + 0.05 * torch.randn(2, factory.layout.size, generator=source)
+    with factory.slot.disabled():
+        found = float(query_loss(factory, adapters, rows))
+    expected = []
+    for adapter, sequences in zip(adapters, rows, strict=True):
+        factory.slot.load(adapter)
+        expected.append(float(factory.model(**factory.inputs.collate(sequences, torch.device("cpu"))).loss))
+    assert found == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_states_are_of_the_base_alone_and_one_row_an_example(
+    case: tuple[Path, list[Task]], factory: AdapterFactory
+) -> None:
+    examples = case[1][0].examples("train")
+    states = example_states(factory, examples[:3])
+    assert states.shape == (3, 3 * 32)
+    assert torch.isfinite(states).all()
+    factory.slot.load(factory.initial + 0.3)
+    assert torch.allclose(example_states(factory, examples[:3]), states, atol=1e-6)
+    assert torch.allclose(example_states(factory, examples[1:2])[0], states[1], atol=1e-4), "padding has no effect"
+
+
+def test_stage_two_learns_and_adapters_come_from_examples(
+    case: tuple[Path, list[Task]], pico_encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, tasks = case
+    zoo = collect_adapters(tasks, folder, tmp_path / "zoo", SETTINGS)
+    settings = replace(TRAIN, text_encoder=str(pico_encoder_folder))
+    generator = train_generator(zoo, tmp_path / "generator", settings, tasks=tasks, base_model=folder)
+    factory = open_factory(folder, SETTINGS, Accelerator(cpu=True), tasks)
+    examples = tasks[0].examples("train")[:4]
+    with torch.no_grad(), factory.slot.disabled():
+        rows = [factory.validation(tasks[0])]
+        base = float(query_loss(factory, torch.zeros(1, factory.layout.size), rows))
+        condition = {"hidden": example_states(factory, examples).mean(0, keepdim=True)}
+        generated = float(query_loss(factory, generator.generate_vector(condition), rows))
+    assert generated < base - 0.1
+    model = generator.generate_adapter(base_model=folder, examples=examples, refine_steps=3)
+    assert model.active_adapters == ["default"]
