@@ -262,6 +262,8 @@ def _quantized(bits: str, dtype: str | torch.dtype, device: str | torch.device) 
         raise LoraFactoryError(f"quantization={bits!r}: choose '4bit' or '8bit'")
     if find_spec("bitsandbytes") is None:
         raise LoraFactoryError(f"quantization={bits!r} needs bitsandbytes; run: pip install bitsandbytes")
+    # Its 8-bit layers say at every step that they round their inputs.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     config = BitsAndBytesConfig(
         load_in_4bit=bits == "4bit",

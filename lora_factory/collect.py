@@ -1,7 +1,8 @@
 """Fine-tune one LoRA a task and seed on a frozen base model and keep the last snapshots: a generator's training data.
 
 Launch it as it is, or on many processes with ``accelerate launch -m lora_factory.cli collect …``, once or several
-times on one zoo: processes share the work out among themselves. A finished run is a folder that appeared by one
+times on one zoo: processes share the work out among themselves by files in the zoo's hidden folder ``.collection``, so
+that all of them must see the same file system. A finished run is a folder that appeared by one
 rename, and an unfinished one continues from its last saved state, so the same command continues after any
 interruption.
 """

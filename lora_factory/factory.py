@@ -103,7 +103,7 @@ class AdapterFactory:
         if arguments.quantization:
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.config.use_cache = False
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -5,6 +5,7 @@ The folder holds a JSON and a safetensors file, no pickle, and is replaced in on
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_factory.errors import LoraFactoryError, StorageError
@@ -131,9 +132,10 @@ class RunCheckpoint:
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values, path = read_json(self.folder / _STATE_FILE), self.folder / _TENSORS_FILE
         values = {name: values[name] for name in ("key", "step", "tokens", "losses", "schedule", "sha256")}
-        if sha256_file(path) != values["sha256"]:
+        content = path.read_bytes()  # not mapped into memory: the file is replaced while its tensors are in use
+        if hashlib.sha256(content).hexdigest() != values["sha256"]:
             raise LoraFactoryError(f"{path} was cut short or altered")
-        return values, load_file(path)
+        return values, load(content)
 
 
 @contextmanager

@@ -12,9 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import attach, random_adapter
+from peft import get_peft_model_state_dict
 from test_collect import SMALL, modification_times, tasks, text_task
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
 
 from lora_factory import cli, collection
+from lora_factory.adapters import AdapterSlot, whole
 from lora_factory.arguments import CollectArguments
 from lora_factory.collect import collect_adapters
 from lora_factory.data_source import DataSource
@@ -245,6 +253,30 @@ def test_a_quantised_base_trains(bits: str, pico_model_folder: Path, tmp_path: P
     for first, second in pairwise(zoo.snapshots("prose")[1:]):  # from where B is not 0; a validation in between
         before, after = zoo.layout.unflatten(first), zoo.layout.unflatten(second)
         assert all(not torch.equal(before[key], after[key]) for key in before), "every layer has a gradient"
+
+
+def test_a_slot_that_fsdp_shards_is_written_read_and_trained(pico_model_folder: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trained = [one_step(pico_model_folder, mesh) for mesh in (None, init_device_mesh("cpu", (1,)))]
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(*trained)
+
+
+def one_step(folder: Path, mesh: DeviceMesh | None) -> torch.Tensor:
+    """An adapter after a step from given weights, in a model that FSDP shards over a mesh."""
+    model, layout = attach(LlamaForCausalLM.from_pretrained(folder))
+    for module in [*model.get_base_model().model.layers, model] if mesh else []:
+        fully_shard(module, mesh=mesh)
+    AdapterSlot(model, layout).load(random_adapter(layout, 0))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(isinstance(parameter, DTensor) == (mesh is not None) for parameter in parameters)
+    tokens = torch.arange(3, 35).reshape(2, 16)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.AdamW(parameters, lr=1e-2).step()
+    state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return layout.flatten({key: whole(value).detach() for key, value in state_dict.items()})
 
 
 @pytest.mark.parametrize(
