@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=32, help="tasks to generate for (default: 32)")
     parser.add_argument("--seeds", default="0,1", help="seeds of generator, baselines and drawn images (default: 0,1)")
     parser.add_argument("--steps", type=int, default=TRAIN.steps, help=f"of the generator (default: {TRAIN.steps})")
-    parser.add_argument("--multitask-steps", type=int, default=1000, help="of the multi-task LoRA (default: 1000)")
+    parser.add_argument("--multitask-steps", type=int, default=500, help="of the multi-task LoRA (default: 500)")
     options = parser.parse_args()
     seeds = tuple(map(int, options.seeds.split(",")))
     if not (options.output / "base").is_dir():
