@@ -317,7 +317,7 @@ def cut_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "download it again"),
+        (truncate, "download it, or train it"),
         (drop_weight, "network.latent.weight"),
         (add_weight, "network.more"),
         (cut_weight, "bias"),

@@ -22,7 +22,7 @@ from lora_factory.training import train_generator
 def test_the_data_set_of_a_task_reaches_the_card(
     pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = {"train": [Example("", TRAINING_TEXT[0])] * 30}
+    rows = {"train": [Example("", f"{number} {TRAINING_TEXT[0]}") for number in range(30)]}
     monkeypatch.setattr(tasks_module, "load_examples", lambda source, task: rows)
     (tmp_path / "folder").mkdir()
     sources = {"legal": "alice/legal", "file": str(tmp_path / "rows.jsonl"), "folder": str(tmp_path / "folder")}
