@@ -58,7 +58,7 @@ COLLECT = CollectArguments(
     validation_sequences=32,
     dtype="float32",
 )
-TRAIN = TrainArguments(width=128, steps=600, batch_size=32)
+TRAIN = TrainArguments(width=128, steps=2000, batch_size=32)
 BASE_EPOCHS = 60
 TOGETHER = 32  # LoRAs that are trained in one batch
 

@@ -114,7 +114,7 @@ class Drill:
     def corrupted_state(self) -> str:
         folder = self.output / "state"
         process = self.start(folder)
-        while not (states := list(folder.glob(".collection/state/*@*/state.safetensors"))):
+        while not (states := list(folder.glob(".collection/state/[!.]*@*/state.safetensors"))):
             time.sleep(0.002)
         process.kill()
         process.join()

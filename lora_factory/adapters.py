@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from lora_factory.adapted_modules import check_plain_lora
 from lora_factory.errors import LoraFactoryError
+from lora_factory.files import read_json, write_json
 from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
 from lora_factory.layout import AdapterLayout
 
@@ -68,6 +69,20 @@ def attach_adapter(
     AdapterSlot(model, layout, adapter_name).load(state_dict)
     model.set_adapter(adapter_name)
     return model.eval()
+
+
+def save_adapter_config(layout: AdapterLayout, folder: Path) -> None:
+    """Write ``adapter_config.json`` as PEFT does, but with sets in alphabetical order: the same bytes every time."""
+    layout.peft_config().save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    values, config = read_json(path), layout.peft_config()
+    write_json(
+        path,
+        {
+            name: sorted(value) if isinstance(getattr(config, name, None), set) else value
+            for name, value in values.items()
+        },
+    )
 
 
 def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> PeftModel:

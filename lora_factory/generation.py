@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory import __version__
-from lora_factory.adapters import ADAPTER_FILE
+from lora_factory.adapters import ADAPTER_FILE, save_adapter_config
 from lora_factory.base_loss import FrozenBase
 from lora_factory.data_source import Example
 from lora_factory.files import sha256_file, write_json
@@ -125,7 +125,7 @@ def write_adapter(
     """
     state_dict, given = fulfil(generator, order, base)
     vectors = generator.conditions(order.text, given)
-    generator.layout.peft_config().save_pretrained(str(folder))
+    save_adapter_config(generator.layout, folder)
     save_file(state_dict, folder / ADAPTER_FILE, metadata={"format": "pt"})
     if given:
         kept = {name: vector.detach().float().cpu().contiguous() for name, vector in given.items()}

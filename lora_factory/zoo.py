@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_factory.adapted_modules import natural_key
+from lora_factory.adapters import save_adapter_config
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, read_json, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
@@ -166,7 +167,7 @@ class AdapterZoo:
         self._check_new_run(record, snapshots, extra_files)
         checkpoints = self.layout.unflatten(snapshots.detach().cpu())
         with atomic_folder(self.folder / record.task / record.run) as folder:
-            self.layout.peft_config().save_pretrained(str(folder))
+            save_adapter_config(self.layout, folder)
             final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}
             save_file(final, folder / _ADAPTER_FILE, metadata={"format": "pt"})
             save_file(checkpoints, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})

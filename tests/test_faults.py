@@ -54,7 +54,7 @@ def test_kills_at_random_change_nothing(
         )
         process.start()
         if killed == 0:
-            wait_until(process, lambda: list(folder.glob(".collection/state/*@*/state.json")))
+            wait_until(process, lambda: list(folder.glob(".collection/state/[!.]*@*/state.json")))
         else:
             wait_until(process, lambda: f'"pid": {process.pid},' in leases(folder))  # noqa: B023
             process.join(source.uniform(0, 0.3))
