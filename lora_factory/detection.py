@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -63,7 +64,14 @@ class MeanAveragePrecision(Metric[Sequence[Detection], Sequence[tuple[str, Box]]
         if not labels:
             raise LoraFactoryError(f"no box in {len(pairs)} references; mean average precision needs one")
         number = {label: index for index, label in enumerate(labels)}
-        backend = Backend(box_format="xyxy", backend="faster_coco_eval", extended_summary=True)
+        backend = Backend(
+            box_format="xyxy",
+            backend="faster_coco_eval",
+            extended_summary=True,
+            # pycocotools' own; the defaults are rounded to 32 bits, which moves a recall of 0.8 below its threshold
+            iou_thresholds=numpy.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=numpy.linspace(0.0, 1.0, 101).tolist(),
+        )
         for found, truth in pairs:
             known = [one for one in found if one.label in number]
             prediction = {

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_factory.adapted_modules import natural_key
-from lora_factory.adapters import save_adapter_config
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, read_json, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
@@ -166,6 +165,8 @@ class AdapterZoo:
         extra_files = extra_files or {}
         self._check_new_run(record, snapshots, extra_files)
         checkpoints = self.layout.unflatten(snapshots.detach().cpu())
+        from lora_factory.adapters import save_adapter_config  # here: a zoo is read without peft and transformers
+
         with atomic_folder(self.folder / record.task / record.run) as folder:
             save_adapter_config(self.layout, folder)
             final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}

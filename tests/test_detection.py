@@ -95,6 +95,15 @@ def test_average_precision_is_that_of_pycocotools(seed: int) -> None:
     assert figures == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("boxes", [5, 10, 20])
+def test_a_recall_on_a_threshold_counts_as_in_pycocotools(boxes: int) -> None:
+    truth: list[Truth] = [[("a", Box(0, 0, 10 + number, 20))] for number in range(boxes)]
+    found = [[Detection("a", row[0][1], 0.9 - number / 100)] for number, row in enumerate(truth)]
+    found[boxes // 2] = [Detection("a", Box(200, 200, 220, 220), 0.95)]
+    figures = MeanAveragePrecision().compute(predictions=found, references=truth)
+    assert figures == pytest.approx(pycocotools_figures(found, truth), abs=1e-6)
+
+
 def test_perfect_boxes_and_none() -> None:
     truth = random_truth(4, "ab", 0)
     perfect = [[Detection(label, box, 0.5) for label, box in row] for row in truth]
