@@ -114,7 +114,7 @@ def train_through_base(
     held_out: Mapping[str, TaskData] | None = None,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> list[dict[str, float]]:
-    """Train the generator and its bias adapter; afterwards it has the weights that validated best.
+    """Train the generator and its bias adapter; afterwards it has the weights that validated best, the first ones too.
 
     With several processes, each draws episodes of its own and the gradients are averaged.
 
@@ -150,6 +150,8 @@ def train_through_base(
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=total, initial=state.step, desc="train through the base", disable=hidden)
     with factory.slot.disabled():
+        if state.step == 0:  # a multi-task LoRA to start from may be better than what follows
+            state.keep_best(validate(generator, factory, held_out or data), generator)
         while state.step < total:
             state.step += 1
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):

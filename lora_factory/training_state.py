@@ -48,6 +48,10 @@ class TrainingState:
         """Take note of a validation, and of the weights if they are the best so far."""
         losses = {"loss": round(self.running, 5), "validation": round(validation, 5)}
         self.history.append({"step": self.step, **losses, "tokens": self.tokens})
+        self.keep_best(validation, model)
+
+    def keep_best(self, validation: float, model: nn.Module) -> None:
+        """Keep the weights if they validate better than all before."""
         if validation < self.best:
             self.best = validation
             self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}

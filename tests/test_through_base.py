@@ -84,6 +84,18 @@ def prepared(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
     return generator, data
 
 
+def test_a_start_that_no_step_improves_on_is_kept(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
+) -> None:
+    generator, data = prepared(zoo, factory, arguments)
+    train_through_base(generator, factory, data, arguments)
+    before = generator.bias.detach().clone()
+    rates = {"base_steps": 3, "base_learning_rate": 3.0, "base_bias_learning_rate": 3.0}
+    history = train_through_base(generator, factory, data, replace(arguments, **rates))
+    assert torch.equal(generator.bias, before)
+    assert [row["step"] for row in history] == [1, 2, 3]
+
+
 def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, factory: AdapterFactory) -> None:
     adapters = torch.stack([zoo.final(name, "seed-0") for name in zoo.tasks])
     ids = torch.randint(3, 300, (6, 10), generator=torch.Generator().manual_seed(0))
