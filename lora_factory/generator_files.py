@@ -228,9 +228,13 @@ def check_public_names(config: CVAELoRAConfig, source: str) -> None:
     """Check that a downloaded configuration names models of the Hub, so that it chooses no file here to be read.
 
     Raises:
-        LoraFactoryError: When the base model or the text encoder is, or may be, a local file or folder.
+        LoraFactoryError: When the base model or an encoder is, or may be, a local file or folder.
     """
-    names = {"base model": config.layout["base_model"] if config.layout else None, "text encoder": config.text_encoder}
+    names = {
+        "base model": config.layout["base_model"] if config.layout else None,
+        "text encoder": config.text_encoder,
+        "image encoder": config.image_encoder,
+    }
     for noun, name in names.items():
         if name is not None and not is_public_name(name):
             raise LoraFactoryError(

@@ -194,6 +194,7 @@ def generator_card(
         "decoder": config.decoder,
         "listens to": ", ".join(config.modalities),
         "text encoder": config.text_encoder or "none",
+        **({"image encoder": config.image_encoder} if config.image_encoder else {}),
         "fingerprint of the zoo": config.zoo_fingerprint or "unknown",
     }
     return GeneratorCard(

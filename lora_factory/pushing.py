@@ -173,12 +173,13 @@ def generator_writer(
         LoraFactoryError: When the comparison cannot be read, or is one of another base model.
     """
     check_base_model(generator)
-    encoder = generator.config.text_encoder
-    if encoder is not None and not is_public_name(encoder):
-        raise LoraFactoryError(
-            f"the generator's text encoder {encoder!r} is no model of the Hub, so others cannot load it; push the "
-            "encoder and set generator.config.text_encoder to its Hub id"
-        )
+    for field in ("text_encoder", "image_encoder"):
+        encoder = getattr(generator.config, field)
+        if encoder is not None and not is_public_name(encoder):
+            raise LoraFactoryError(
+                f"the generator's {field.replace('_', ' ')} {encoder!r} is no model of the Hub, so others cannot load "
+                f"it; push the encoder and set generator.config.{field} to its Hub id"
+            )
     results = read_json(comparison) if isinstance(comparison, str | Path) else comparison
     if results is not None:
         known = isinstance(results, Mapping) and {"cells", "methods"} <= results.keys()

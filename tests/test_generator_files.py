@@ -21,8 +21,11 @@ from lora_factory.generator_files import (
 )
 
 
-def config(base_model: str = "alice/base", text_encoder: str | None = "alice/encoder") -> CVAELoRAConfig:
-    return CVAELoRAConfig(layout={"base_model": base_model}, modalities={"text": 3}, text_encoder=text_encoder)
+def config(
+    base_model: str = "alice/base", text_encoder: str | None = "alice/encoder", image_encoder: str | None = None
+) -> CVAELoRAConfig:
+    encoders = {"text_encoder": text_encoder, "image_encoder": image_encoder}
+    return CVAELoRAConfig(layout={"base_model": base_model}, modalities={"text": 3}, **encoders)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,12 @@ def config(base_model: str = "alice/base", text_encoder: str | None = "alice/enc
 )
 def test_a_downloaded_config_names_no_local_file(name: str) -> None:
     assert not is_public_name(name)
-    for noun, values in (("text encoder", config(text_encoder=name)), ("base model", config(base_model=name))):
+    named = {
+        "text encoder": config(text_encoder=name),
+        "base model": config(base_model=name),
+        "image encoder": config(image_encoder=name),
+    }
+    for noun, values in named.items():
         with pytest.raises(LoraFactoryError, match=rf"names '{name}' as its {noun}, which is no model of the Hub"):
             check_public_names(values, "alice/generator")
 
