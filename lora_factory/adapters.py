@@ -73,9 +73,9 @@ def attach_adapter(
 
 def save_adapter_config(layout: AdapterLayout, folder: Path) -> None:
     """Write ``adapter_config.json`` as PEFT does, but with sets in alphabetical order: the same bytes every time."""
-    layout.peft_config().save_pretrained(str(folder))
-    path = folder / "adapter_config.json"
-    values, config = read_json(path), layout.peft_config()
+    config, path = layout.peft_config(), folder / "adapter_config.json"
+    config.save_pretrained(str(folder))
+    values = read_json(path)
     write_json(
         path,
         {

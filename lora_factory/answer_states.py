@@ -11,9 +11,9 @@ from torch import Tensor
 from lora_factory.adapters import without_adapters
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_loss import Base
-from lora_factory.data_source import Example
 from lora_factory.encoders import HiddenStateEncoder, masked_mean
 from lora_factory.evaluation import frozen
+from lora_factory.image_data import as_example
 from lora_factory.model_inputs import CausalInputs
 from lora_factory.sequences import IGNORED
 
@@ -35,8 +35,7 @@ def example_states(base: Base, examples: Sequence[Any]) -> Tensor:
     """
     if isinstance(base.inputs, CausalInputs):
         return HiddenStateEncoder(base.model, base.tokenizer).encode(examples)
-    given = [Example("", example) if isinstance(example, str) else example for example in examples]
-    rows = base.inputs.encode(given, READ)
+    rows = base.inputs.encode([*map(as_example, examples)], READ)
     with frozen(base.model), without_adapters(base.model):
         return torch.cat([_read(base, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
 

@@ -14,6 +14,9 @@ def _option(default: Any, text: str) -> Any:  # noqa: ANN401
     return field(default=default, metadata={"help": text})
 
 
+REFINE_STEPS = 60  # at most, on a user's examples
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectArguments:
     """How one LoRA a task and seed is fine-tuned and which of its snapshots are kept."""
@@ -154,7 +157,7 @@ class CompareArguments:
     max_examples: int = _option(100, "test examples answered a task, where a task has a metric")
     window: int = _option(256, "tokens of context a forward pass")
     examples: int = _option(16, "examples a condition is made of, where a method is conditioned on examples")
-    refine_steps: int = _option(60, "steps at most on the examples of the methods that are refined on them")
+    refine_steps: int = _option(REFINE_STEPS, "steps at most on the examples of the methods that are refined on them")
     multitask_rank: int = _option(0, "rank of the multi-task LoRA; 0: that of the zoo")
     multitask_learning_rate: float = _option(0.0, "learning rate of the multi-task LoRA; 0: that of the zoo")
 

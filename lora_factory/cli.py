@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_factory import __version__
-from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.arguments import (
+    REFINE_STEPS,
+    CollectArguments,
+    CompareArguments,
+    DemoArguments,
+    ImportArguments,
+    TrainArguments,
+)
 from lora_factory.cli_options import add_options, add_required, command, read_options
 from lora_factory.cli_zoo import add_import, add_zoo, run_import
 from lora_factory.errors import LoraFactoryError
@@ -84,7 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--images", nargs="+", metavar="FILE", help="images of the task: beside --text or alone")
     generate.add_argument(
-        "--refine-steps", type=int, default=60, help="with --examples: steps on them at most, 0 for none (default: 60)"
+        "--refine-steps",
+        type=int,
+        default=REFINE_STEPS,
+        help=f"with --examples: steps on them at most, 0 for none (default: {REFINE_STEPS})",
     )
     generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
     add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")

@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from lora_factory import __version__
 from lora_factory.adapters import ADAPTER_FILE, save_adapter_config
+from lora_factory.arguments import REFINE_STEPS
 from lora_factory.base_loss import FrozenBase
 from lora_factory.data_source import Example
 from lora_factory.files import sha256_file, write_json
 from lora_factory.generator_files import is_hub_id
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
-from lora_factory.refine import STEPS, refine_state_dict
+from lora_factory.refine import refine_state_dict
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator
@@ -78,7 +79,7 @@ class Order:
     conditions: Mapping[str, Tensor] | None = None
     seed: int = 0
     temperature: float = 0.0
-    refine_steps: int = STEPS
+    refine_steps: int = REFINE_STEPS
 
 
 def fulfil(

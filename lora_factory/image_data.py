@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lora_factory.boxes import Box, boxes_to_text, clipped
+from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 
 DETECTION_PROMPT = "<OD>"  # Florence-2's own name for object detection
@@ -155,6 +156,13 @@ class ImageExample:
     def facts(self) -> list[Any]:
         """Everything that a training depends on, as JSON; the image by its bytes."""
         return [self.image.sha256, self.prompt, self.completion, self.boxes, self.label]
+
+
+def as_example(value: Example | ImageExample | str | Sequence[str]) -> Any:  # noqa: ANN401
+    """What a user gives as an example: a text is an answer to no prompt, a pair is prompt and answer."""
+    if isinstance(value, ImageExample):
+        return value
+    return Example("", value) if isinstance(value, str) else Example(*value)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters import attach_adapter
+from lora_factory.arguments import REFINE_STEPS
 from lora_factory.base_models import quiet_transformers
 from lora_factory.conditions import ConditionMixin, open_base, open_reader
 from lora_factory.configuration import CVAELoRAConfig
@@ -36,7 +37,6 @@ from lora_factory.networks import (
     token_scales,
 )
 from lora_factory.pushing import HubMixin
-from lora_factory.refine import STEPS
 from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
@@ -256,7 +256,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         adapter_name: str = "default",
         is_trainable: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = STEPS,
+        refine_steps: int = REFINE_STEPS,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
 
@@ -304,7 +304,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         temperature: float = 0.0,
         overwrite: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = STEPS,
+        refine_steps: int = REFINE_STEPS,
     ) -> Path:
         """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.
 

@@ -10,14 +10,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lora_factory.adapters import without_adapters
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import REFINE_STEPS, CollectArguments
 from lora_factory.base_loss import Base, query_loss
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_data import ImageExample
+from lora_factory.image_data import ImageExample, as_example
 from lora_factory.sequences import TokenSequence
 
-STEPS = 60  # at most
 LEARNING_RATE = 1e-3
 PARTS = 4  # copies of the adapter, each trained without its part of the examples
 BATCH = 4  # sequences a step and copy
@@ -30,7 +29,7 @@ def refine(
     adapter: Tensor,
     sequences: Sequence[TokenSequence],
     *,
-    steps: int = STEPS,
+    steps: int = REFINE_STEPS,
     learning_rate: float = LEARNING_RATE,
 ) -> Tensor:
     """Fine-tune an adapter on a few examples with Adam, as far as that helps on examples it is not trained on.
@@ -90,8 +89,7 @@ def refine_state_dict(
     base: Base, state_dict: Mapping[str, Tensor], examples: Sequence[Example | ImageExample | str], steps: int
 ) -> dict[str, Tensor]:
     """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
-    rows = [Example("", example) if isinstance(example, str) else example for example in examples]
-    sequences = base.inputs.encode(rows, CollectArguments())
+    sequences = base.inputs.encode([*map(as_example, examples)], CollectArguments())
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
 

@@ -15,7 +15,7 @@ import yaml
 from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example, Split, load_examples, with_text
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
-from lora_factory.image_data import ImageExample
+from lora_factory.image_data import ImageExample, as_example
 from lora_factory.image_sources import CocoSource, ImageRows
 
 __all__ = ["METRICS", "SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
@@ -108,7 +108,7 @@ class Task:
         """
         task = cls(name, tuple(descriptions), None, license, metric, choices)
         given = dict(zip(SPLITS, (train, validation, test), strict=True))
-        found = {split: with_text(map(_as_example, examples)) for split, examples in given.items() if len(examples)}
+        found = {split: with_text(map(as_example, examples)) for split, examples in given.items() if len(examples)}
         task._examples.update(_complete(found, name))
         return task
 
@@ -353,12 +353,6 @@ def _relative_all(names: str | Mapping[str, str], folder: Path) -> str | dict[st
     if isinstance(names, str):
         return _relative(names, folder)
     return {split: _relative(name, folder) for split, name in names.items()}
-
-
-def _as_example(value: Example | ImageExample | str) -> Any:  # noqa: ANN401
-    if isinstance(value, ImageExample):
-        return value
-    return Example("", value) if isinstance(value, str) else Example(*value)
 
 
 def _complete(found: Mapping[Split, list[Any]], task: str) -> dict[Split, list[Any]]:
