@@ -118,6 +118,10 @@ class TrainArguments:
         0, "steps of a multi-task LoRA that stage 2's bias adapter starts from; 0: the LoRA initialisation"
     )
     multitask_learning_rate: float = _option(5e-3, "peak learning rate of this multi-task LoRA")
+    specialist_steps: int = _option(
+        0, "steps that stage 2 ends with for every task alone, for the network to write what each has of its own"
+    )
+    specialist_learning_rate: float = _option(2e-3, "peak learning rate of these steps")
     base_rank: int = _option(0, "rank of the adapters that stage 2 learns to write; 0: that of the zoo")
     base_tasks: int = _option(4, "tasks a step of stage 2")
     base_sequences: int = _option(2, "query sequences a task and step of stage 2")
@@ -134,12 +138,8 @@ class TrainArguments:
         """Check every value at birth."""
         _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
         _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
-        _positive(self, "multitask_learning_rate")
-        if min(self.multitask_steps, self.base_steps, self.base_noise, self.base_l2) < 0:
-            raise LoraFactoryError(
-                f"multitask_steps={self.multitask_steps}, base_steps={self.base_steps}, base_noise={self.base_noise}, "
-                f"base_l2={self.base_l2}: none may be below 0"
-            )
+        _positive(self, "multitask_learning_rate", "specialist_learning_rate")
+        _not_negative(self, "multitask_steps", "base_steps", "specialist_steps", "base_noise", "base_l2")
         if min(self.base_mixtures, self.base_stretches) < 0 or self.base_mixtures + self.base_stretches > 1:
             raise LoraFactoryError(
                 f"base_mixtures={self.base_mixtures}, base_stretches={self.base_stretches}: two shares of one whole"
@@ -182,6 +182,13 @@ def _positive(arguments: object, *names: str) -> None:
         value = getattr(arguments, name)
         if not value > 0:
             raise LoraFactoryError(f"{name}={value} must be above 0")
+
+
+def _not_negative(arguments: object, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value < 0:
+            raise LoraFactoryError(f"{name}={value} must not be below 0")
 
 
 def _one_of(arguments: object, name: str, *values: str) -> None:

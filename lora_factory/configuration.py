@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +38,8 @@ class CVAELoRAConfig(PreTrainedConfig):
         tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license",
             "dataset"}`` each, the data set by its Hub id, null when it has none.
         zoo_fingerprint: ``AdapterZoo.fingerprint()`` of that zoo.
+        reach: Two distances by modality: how near a known task a condition is believed, and from where on it is not
+            (`familiarity.py`); null where every condition is.
         decoder: ``"token"`` (default) or ``"conv1d"``, the paper's convolutional network.
         width: Hidden size of the token decoder.
         depth: Residual blocks of the token decoder.
@@ -55,6 +58,7 @@ class CVAELoRAConfig(PreTrainedConfig):
     image_encoder: str | None = None
     tasks: list[dict[str, Any]] | None = None
     zoo_fingerprint: str | None = None
+    reach: dict[str, list[float]] | None = None
     decoder: str = "token"
     width: int = 384
     depth: int = 2
@@ -87,6 +91,11 @@ class CVAELoRAConfig(PreTrainedConfig):
         for name, width in (self.modalities or {}).items():
             if not re.fullmatch("[a-z][a-z0-9_]{0,30}", name) or not 1 <= width <= MAX_SIZE:
                 raise ValueError(f"modality {name!r} of width {width}: expected a short lower-case name and 1 or more")
+        if self.reach is not None and set(self.reach) != set(self.modalities or {}):
+            raise ValueError(f"reach={self.reach}: expected one entry for each of the modalities {self.modalities}")
+        for name, distances in (self.reach or {}).items():
+            if len(distances) != 2 or not 0 <= distances[0] < distances[1] < math.inf:
+                raise ValueError(f"reach of {name!r} is {distances}: expected two rising distances")
         for task in self.tasks or []:
             check_task(task)
 

@@ -182,6 +182,7 @@ class AdapterFactory:
         label: str,
         *,
         seed: int = 0,
+        start: torch.Tensor | None = None,
         checkpoint: RunCheckpoint | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> tuple[torch.Tensor, tuple[float, ...], int]:
@@ -193,6 +194,7 @@ class AdapterFactory:
             kept: Rising steps after which a snapshot is taken; the last one ends the training.
             label: What the progress bar and errors say.
             seed: Of what the base model drops out, if it does.
+            start: Weights to start from instead of the initialisation, shape ``(D,)``.
             checkpoint: Where the state is kept; default: nowhere.
             on_step: Called after every step with its number, the number of all steps and the loss.
 
@@ -203,7 +205,8 @@ class AdapterFactory:
             LoraFactoryError: When a training loss is not finite.
         """
         arguments, total, state = self.arguments, kept[-1], RunState()
-        self.slot.load(self.initial)
+        start = self.initial if start is None else start
+        self.slot.load(start)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
         optimizer.zero_grad()  # what an earlier run left that failed between two batches
@@ -212,7 +215,7 @@ class AdapterFactory:
         with self._seeded(seed), tqdm(total=total, desc=label, unit="step", leave=None, disable=hidden) as bar:
             if checkpoint:
                 state, weights = checkpoint.restore(optimizer, schedule, self.accelerator)
-                self.slot.load(self.initial if weights is None else weights)
+                self.slot.load(start if weights is None else weights)
                 bar.update(state.step)
             batches = islice(batches, state.step * arguments.gradient_accumulation, None)
             while state.step < total:

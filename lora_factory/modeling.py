@@ -18,6 +18,7 @@ from lora_factory.conditions import ConditionMixin, open_base, open_reader
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.familiarity import familiarity
 from lora_factory.files import atomic_folder, write_text
 from lora_factory.generation import Order, fulfil, write_adapter
 from lora_factory.generator_files import GeneratorSource, read_generator
@@ -195,12 +196,17 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     ) -> torch.Tensor:
         """What :meth:`generate_vector` adds to the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
 
-        No condition at all is a valid one: every modality is then replaced by its learned absence.
+        No condition at all is a valid one: every modality is then replaced by its learned absence. After stage 2 with
+        specialists it shrinks with the distance from all known tasks, see `familiarity.py`.
         """
         generator = torch.Generator().manual_seed(seed)
-        condition = self.network.embed_condition(self.standardiser.all(conditions), batch)
+        coordinates = self.standardiser.all(conditions)
+        condition = self.network.embed_condition(coordinates, batch)
         latent = self.network.prior(condition).sample(temperature, generator)
         mean, log_std = self.network.decode(latent, condition)
+        if self.config.reach is not None:
+            known = {name: self.standardiser(name, self.get_buffer(f"{name}_task_vectors")) for name in conditions}
+            mean = mean * familiarity(self.config.reach, known, coordinates, batch).to(mean)
         if temperature > 0:
             noise = torch.randn(mean.shape, generator=generator).to(mean)
             mean = mean + temperature * torch.exp(log_std) * noise
@@ -348,8 +354,12 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         self.bias.copy_((statistics := zoo_statistics(weights)).mean)
         self.token_scale.copy_(token_scales(self.layout, statistics.deviation))
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
-        groups = {name: torch.cat([group_means(rows) for rows in tasks.values()]) for name, tasks in features.items()}
-        self.standardiser.fit({name: rows if name == "text" else groups[name] for name, rows in vectors.items()})
+        differing, within = dict(vectors), {}
+        if "image" in features:
+            differing["image"] = torch.cat([group_means(rows) for rows in features["image"].values()])
+        if "hidden" in features:
+            within["hidden"] = torch.cat([rows - rows.mean(0) for rows in features["hidden"].values()])
+        self.standardiser.fit(differing, within)
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
         return statistics

@@ -17,6 +17,8 @@ from transformers.utils.generic import ModelOutput
 
 from lora_factory.layout import AdapterLayout, TokenGroup
 
+SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be fewer than directions
+
 
 @dataclass
 class GeneratorOutput(ModelOutput):
@@ -60,10 +62,11 @@ class Gaussian:
 class ConditionStandardiser(nn.Module):
     """Task vectors as coordinates in the directions in which the zoo's tasks differ, a modality each.
 
-    Minus the mean task vector, times an orthonormal basis of the span of the tasks' deviations from it, over their
-    root mean square coordinate. What a task vector says beyond that span, no task could teach the network to
-    understand: left in, it would move the adapters of unseen tasks at random. The statistics are persistent buffers,
-    so that a downloaded generator has them.
+    Minus the mean task vector, times a basis of the span of the tasks' deviations from it, over their root mean
+    square coordinate. What a task vector says beyond that span, no task could teach the network to understand: left
+    in, it would move the adapters of unseen tasks at random. The basis is orthonormal, or where it is known how the
+    examples of one task differ, orthonormal after whitening by that (linear discriminants). The statistics are
+    persistent buffers, so that a downloaded generator has them.
 
     Args:
         widths: Width of every modality's task vectors.
@@ -79,15 +82,21 @@ class ConditionStandardiser(nn.Module):
             self.register_buffer(f"{name}_scale", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, features: Mapping[str, torch.Tensor]) -> None:
-        """Set the statistics from what differs: a row a task, or group of examples, ``(rows, width)`` a modality."""
+    def fit(self, features: Mapping[str, torch.Tensor], within: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Set the statistics from what differs.
+
+        Args:
+            features: For every modality a row a task, or group of examples, shape ``(rows, width)``.
+            within: For some of them, how examples differ from the mean of their task, shape ``(examples, width)``.
+        """
         for name, rows in features.items():
             mean, basis = rows.mean(0), self.get_buffer(f"{name}_basis")
-            _, lengths, directions = torch.linalg.svd((rows - mean).double(), full_matrices=False)
+            white = _whitening((within or {}).get(name, rows[:0]))
+            _, lengths, directions = torch.linalg.svd((rows - mean).double() @ white, full_matrices=False)
             lengths = lengths[: len(basis)]
             spanned = (lengths > 1e-4 * lengths[0].clamp_min(1e-12)).sum().clamp_min(1)
             basis.zero_()
-            basis[:spanned] = directions[:spanned].to(basis)
+            basis[:spanned] = (directions[:spanned] @ white.T).to(basis)
             self.get_buffer(f"{name}_mean").copy_(mean)
             variance = lengths.square().sum() / (len(rows) * spanned)
             self.get_buffer(f"{name}_scale").copy_(variance.sqrt().clamp_min(1e-6))
@@ -103,7 +112,9 @@ class ConditionStandardiser(nn.Module):
 
     def length(self, name: str) -> float:
         """How far a task vector is from the mean one, in the units of the encoder."""
-        return float(self.get_buffer(f"{name}_scale")) * math.sqrt(self.spanned(name))
+        spanned = self.spanned(name)
+        stretch = self.get_buffer(f"{name}_basis")[:spanned].norm(dim=1).mean().clamp_min(1e-12)
+        return float(self.get_buffer(f"{name}_scale") / stretch) * math.sqrt(spanned)
 
     def spanned(self, name: str) -> int:
         """The number of directions in which the fitted task vectors differ, at least 1."""
@@ -340,6 +351,21 @@ def _gaussian(parameters: torch.Tensor) -> Gaussian:
     """Split into mean and log-variance; the latter is kept within e^±10, where half precision still holds it."""
     mean, log_variance = parameters.chunk(2, dim=-1)
     return Gaussian(mean, log_variance.clamp(-10, 10))
+
+
+def _whitening(deviations: torch.Tensor) -> torch.Tensor:
+    """The matrix that turns rows of ``(n, width)`` into ones of about unit covariance; float64, ``(width, width)``.
+
+    The covariance is shrunk by a tenth towards an isotropic one; where it is zero or unknown nothing is changed.
+    """
+    width = deviations.shape[1]
+    identity = torch.eye(width, dtype=torch.float64, device=deviations.device)
+    covariance = deviations.double().T @ deviations.double() / max(1, len(deviations))
+    variance = covariance.diagonal().mean()
+    if not variance > 0:
+        return identity
+    shrunk = (1 - SHRINKAGE) * covariance / variance + SHRINKAGE * identity
+    return torch.linalg.inv(torch.linalg.cholesky(shrunk)).T
 
 
 def group_means(rows: torch.Tensor) -> torch.Tensor:

@@ -99,11 +99,15 @@ def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor) -> None:
         bias: The LoRA initialisation that all runs share, or one LoRA trained on all tasks, shape ``(D,)``.
     """
     generator.bias.copy_(bias)
+    for parameter in head_parameters(generator):
+        parameter.zero_()
+
+
+def head_parameters(generator: CVAELoRAGenerator) -> list[torch.nn.Parameter]:
+    """Those of the network's last layer, in which its output is linear."""
     network = generator.network
-    outputs = network.outputs if isinstance(network, TokenCVAE) else [network.decoder[-1]]
-    for output in outputs:
-        for parameter in output.parameters():
-            parameter.zero_()
+    last = network.outputs if isinstance(network, TokenCVAE) else network.decoder[-1]
+    return list(last.parameters())
 
 
 def train_through_base(

@@ -1,0 +1,195 @@
+"""Stage 1: fit a generator to the adapters of a zoo, the evidence lower bound over checkpoints, in episodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from lora_factory.arguments import TrainArguments
+from lora_factory.conditions import random_subset
+from lora_factory.errors import LoraFactoryError
+from lora_factory.features import FEATURE_EXAMPLES
+from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.networks import TokenCVAE, spread_over_weights
+from lora_factory.snapshots import SnapshotRows
+
+# Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
+# which tasks differ, so that much of it teaches the network to listen to these alone: paraphrases land on their task.
+CONDITION_NOISE = 0.05
+HEAD_NOISE = 0.025  # the same while the heads are solved, where less of it leaves a smaller error on known texts
+MAX_SUPPORT = 32  # examples in the largest support set
+HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
+SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
+HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
+KL_WARMUP = 0.3  # share of the steps over which the KL term rises to its weight
+
+
+def fit(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, SnapshotRows],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    arguments: TrainArguments,
+    accelerator: Accelerator,
+) -> list[dict[str, float]]:
+    """Stage 1: minimise the negative evidence lower bound (Eq. 8) over (snapshot, description) pairs.
+
+    Args:
+        generator: Its statistics must be fitted.
+        weights: Snapshots ``(n, D)`` of every task.
+        features: For every modality the rows ``(n, width)`` of every task.
+        arguments: Steps, batch size, learning rate and seed.
+        accelerator: Device and progress bar.
+
+    Returns:
+        One record about every fiftieth step: loss, reconstruction, KL and active latents.
+    """
+    generator.to(accelerator.device).train()
+    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
+    warmup = math.ceil(arguments.steps * arguments.warmup_ratio)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
+    source = torch.Generator().manual_seed(arguments.seed)
+    history = []
+    solve_heads(generator, weights, features, arguments.batch_size, source)
+    bar = tqdm(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
+    for step in range(arguments.steps):
+        adapters, conditions = sample_episode(generator, weights, features, arguments.batch_size, source)
+        kl_factor = min(1.0, (step + 1) / (KL_WARMUP * arguments.steps))
+        output = generator(adapters, conditions, kl_factor=kl_factor, generator=source)
+        if not torch.isfinite(output.loss):
+            raise LoraFactoryError(
+                f"the generator's loss is {output.loss.item()} at step {step}; lower learning_rate "
+                f"(now {arguments.learning_rate})"
+            )
+        accelerator.backward(output.loss)
+        accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.update()
+        if step % 50 == 0 or step == arguments.steps - 1:
+            record = {name: round(value.item(), 6) for name, value in output.items()}
+            history.append({"step": step, **record})
+            bar.set_postfix(error=f"{record['reconstruction']:.4f}", kl=f"{record['kl']:.1f}")
+    bar.close()
+    solve_heads(generator, weights, features, arguments.batch_size, source)
+    return history
+
+
+@torch.no_grad()
+def solve_heads(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, SnapshotRows],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    batch_size: int,
+    source: torch.Generator,
+) -> None:
+    """Set the token decoder's linear heads to the ridge solution for the features that its blocks give them now.
+
+    The mean squared error is quadratic in the heads, so its minimum is a linear system of ``width + 1`` unknowns a
+    token group: under a second for what gradient descent needs hundreds of steps to approach. Before training it is
+    a warm start, after training it removes the error that the heads have left.
+    """
+    network = generator.network
+    if not isinstance(network, TokenCVAE):
+        return
+    groups = network.layout.groups
+    heads = [head for head in network.outputs if isinstance(head, nn.Linear)]
+    sizes = [head.in_features + 1 for head in heads]
+    like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
+    grams = [torch.zeros(size, size, **like) for size in sizes]
+    products = [torch.zeros(size, head.out_features, **like) for size, head in zip(sizes, heads, strict=True)]
+    for episode in range(HEAD_EPISODES):
+        adapters, conditions = sample_episode(generator, weights, features, batch_size, source, noise=HEAD_NOISE)
+        standard, condition = generator.encode_inputs(adapters, conditions)
+        prior = network.prior(condition)
+        latent = network.posterior(standard, condition).sample(generator=source) if episode % 2 else prior.mean
+        tokens = network.layout.to_tokens(standard)
+        for index, (group, hidden) in enumerate(zip(groups, network.features(latent, condition), strict=True)):
+            rows = functional.pad(hidden, (0, 1), value=1.0).flatten(0, 1).double()
+            grams[index] += rows.T @ rows
+            products[index] += rows.T @ tokens[group.name].flatten(0, 1).double()
+    for head, gram, product in zip(heads, grams, products, strict=True):
+        ridge = HEAD_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        solution = torch.linalg.solve(gram + ridge, product).to(head.weight.dtype)
+        head.weight.copy_(solution[:-1].T)
+        head.bias.copy_(solution[-1])
+
+
+@torch.no_grad()
+def calibrate_spread(
+    generator: CVAELoRAGenerator,
+    within: torch.Tensor,
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
+    """Set the token decoder's ``log_std`` so that samples at temperature 1 spread as real checkpoints of a task do.
+
+    What a token's weights vary within a task, less what they vary already by sampling z, is left to independent noise.
+
+    Args:
+        generator: A trained one, in evaluation mode.
+        within: Mean variance within a task, shape ``(D,)``: `ZooStatistics.within`.
+        features: For every modality the rows ``(n, width)`` of every task.
+    """
+    network = generator.network
+    if not isinstance(network, TokenCVAE):
+        return
+    missing = within.clone()
+    network.log_std.fill_(-math.inf)
+    name, tasks = next(iter(features.items()))
+    for rows in tasks.values():
+        conditions = {name: rows.mean(0, keepdim=True).expand(SPREAD_SAMPLES, -1).to(generator.device)}
+        sampled = generator.generate_vector(conditions, temperature=1.0).cpu()
+        missing -= sampled.var(0) / len(tasks)
+    scale = spread_over_weights(network.layout, generator.token_scale).cpu()
+    per_token = [rows.mean(-1) for rows in network.layout.to_tokens(missing / scale.square()).values()]
+    network.log_std.copy_(0.5 * torch.cat(per_token).clamp_min(1e-8).log())
+
+
+def sample_episode(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, SnapshotRows],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    batch_size: int,
+    source: torch.Generator,
+    *,
+    noise: float = CONDITION_NOISE,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Draw tasks without replacement (with, once all are drawn), a snapshot and a condition of each.
+
+    A condition is one of the task's descriptions and/or the mean over a random support set of its examples' hidden
+    states (Eq. 1) or of its images, so that every subset of the modalities is a valid condition later.
+
+    Returns:
+        Adapters ``(batch, D)`` and conditions ``(batch, width)`` with noise, on the generator's device.
+    """
+    names = list(weights)
+    rounds = math.ceil(batch_size / len(names))
+    order = torch.cat([torch.randperm(len(names), generator=source) for _ in range(rounds)])[:batch_size]
+    tasks = [names[index] for index in order.tolist()]
+    adapters = torch.stack([_draw(weights[task], source) for task in tasks])
+    conditions = {}
+    for name in random_subset(list(features), source):
+        support = {"text": 1, "image": FEATURE_EXAMPLES}.get(name, MAX_SUPPORT)
+        drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
+        drawn = drawn + noise * generator.standardiser.length(name) * torch.randn(drawn.shape, generator=source)
+        conditions[name] = drawn.to(generator.device)
+    return adapters.to(generator.device), conditions
+
+
+def _support_mean(rows: torch.Tensor, largest: int, source: torch.Generator) -> torch.Tensor:
+    """Mean over one to ``largest`` rows, drawn without replacement."""
+    count = int(torch.randint(1, min(largest, len(rows)) + 1, (), generator=source))
+    return rows[torch.randperm(len(rows), generator=source)[:count]].mean(0)
+
+
+def _draw(rows: SnapshotRows, source: torch.Generator) -> torch.Tensor:
+    return rows[int(torch.randint(len(rows), (), generator=source))]

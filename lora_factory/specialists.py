@@ -1,0 +1,114 @@
+"""The end of stage 2: what each task would have of the adapter for all tasks, for the network to write.
+
+An adapter trained on all tasks at once is hard to beat, and the same for every condition. Trained on for a while on
+one task alone it gets better at that task and worse at the others: it has become a specialist. The network learns to
+write the difference from a condition, as stage 1 learns to write the adapters of a zoo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+
+from lora_factory.arguments import TrainArguments
+from lora_factory.factory import AdapterFactory
+from lora_factory.familiarity import measure_reach
+from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.networks import token_scales
+from lora_factory.reconstruction import fit
+from lora_factory.sequences import shuffled_batches
+from lora_factory.tasks import Task
+from lora_factory.through_base import TaskData, head_parameters, validate
+
+SNAPSHOTS = 5  # of every specialist, from the second half of its training
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the difference that the generator may write
+TIE = 1e-3  # nats a token by which a smaller share must validate better to be preferred
+
+
+def specialise(
+    generator: CVAELoRAGenerator,
+    factory: AdapterFactory,
+    tasks: Sequence[Task],
+    data: Mapping[str, TaskData],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    arguments: TrainArguments,
+) -> dict[str, float]:
+    """Train every task's specialist from what the generator writes for it, and the network to write the difference.
+
+    Afterwards the generator believes a condition as far as it is near a task that it knows, and writes as large a
+    share of the difference as validates best on the tasks, which may be none.
+
+    Args:
+        generator: After stage 2; its bias adapter stays.
+        factory: The frozen base model, with the settings that the zoo was collected with.
+        tasks: The zoo's tasks.
+        data: The same as stage 2 reads them.
+        features: For every modality the rows ``(n, width)`` of every task.
+        arguments: ``specialist_steps``, ``specialist_learning_rate``, and stage 1's.
+
+    Returns:
+        A record as stage 2 keeps them: training and validation loss in nats a token, share, and tokens read.
+    """
+    weights, loss, tokens = train_specialists(generator, factory, tasks, features, arguments)
+    deviation = torch.stack([(rows - generator.bias.cpu()).square().mean(0) for rows in weights.values()]).mean(0)
+    generator.token_scale.copy_(token_scales(generator.layout, deviation))
+    fit(generator, weights, features, arguments, factory.accelerator)
+    generator.config.reach = measure_reach(generator.cpu().standardiser, features)
+    generator.to(factory.accelerator.device)
+    heads = head_parameters(generator)
+    whole, validations = [head.detach().clone() for head in heads], {}
+    for share in SHARES:
+        set_heads(heads, whole, share)
+        with factory.slot.disabled():
+            validations[share] = validate(generator, factory, data)
+    best = min(validations.values())
+    chosen = max(share for share, validation in validations.items() if validation <= best + TIE)
+    set_heads(heads, whole, chosen)
+    step = arguments.base_steps + arguments.specialist_steps
+    losses = {"loss": round(loss, 5), "validation": round(validations[chosen], 5)}
+    return {"step": step, **losses, "share": chosen, "tokens": tokens}
+
+
+def train_specialists(
+    generator: CVAELoRAGenerator,
+    factory: AdapterFactory,
+    tasks: Sequence[Task],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    arguments: TrainArguments,
+) -> tuple[dict[str, torch.Tensor], float, int]:
+    """Fine-tune what the generator writes for each task on that task alone; processes share the tasks.
+
+    Returns:
+        Snapshots ``(n, D)`` by the name of the task, their mean validation loss, and the tokens read by all processes.
+    """
+    accelerator, settings, total = factory.accelerator, factory.arguments, arguments.specialist_steps
+    kept = sorted({total - part * total // (2 * SNAPSHOTS) for part in range(SNAPSHOTS)})
+    factory.arguments = replace(settings, learning_rate=arguments.specialist_learning_rate)
+    weights = torch.zeros(len(tasks), len(kept), generator.layout.size)
+    figures = torch.zeros(len(tasks), 2, dtype=torch.float64)
+    for index in range(accelerator.process_index, len(tasks), accelerator.num_processes):
+        task = tasks[index]
+        means = {name: rows[task.name].mean(0, keepdim=True).to(generator.device) for name, rows in features.items()}
+        with torch.no_grad():
+            start = generator.generate_vector(means)[0].cpu()
+        sequences = list(factory.inputs.encode(task.examples("train"), settings))
+        batches = shuffled_batches(sequences, settings.batch_size, arguments.seed)
+        label = f"{task.name}, specialist"
+        weights[index], losses, read = factory.fit(
+            batches, [factory.validation(task)], kept, label, seed=arguments.seed, start=start
+        )
+        figures[index] = torch.tensor([fmean(losses), read])
+    factory.arguments = settings
+    weights, figures = (accelerator.reduce(value.to(accelerator.device), "sum").cpu() for value in (weights, figures))
+    rows = dict(zip([task.name for task in tasks], weights, strict=True))
+    return rows, float(figures[:, 0].mean()), int(figures[:, 1].sum())
+
+
+@torch.no_grad()
+def set_heads(heads: Sequence[torch.nn.Parameter], whole: Sequence[torch.Tensor], share: float) -> None:
+    """Let the network's last linear layers write this share of what they were trained to."""
+    for head, values in zip(heads, whole, strict=True):
+        head.copy_(share * values)
