@@ -343,7 +343,10 @@ def zoo_factory(
     settings = replace(CollectArguments(**record.arguments), rank=config["r"], lora_alpha=config["lora_alpha"])
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
-    return open_factory(base_model or name, settings, accelerator, tasks, base_model_name=name, revision=revision)
+    source = base_model or name
+    factory = open_factory(source, settings, accelerator, tasks, base_model_name=name, revision=revision)
+    factory.keep_tokens(zoo.folder)
+    return factory
 
 
 def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
