@@ -111,7 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--generator", help="folder of a generator: compare it with every baseline and control")
     evaluate.add_argument("--base-model", help="Hub id or folder (default: the base that adapter or generator names)")
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
-    evaluate.add_argument("--zoo", help="with --generator: the zoo that it was trained on")
+    evaluate.add_argument(
+        "--zoo", help="zoo of the generator; with --adapter: the one that says if it learned in a chat template"
+    )
     evaluate.add_argument("--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo")
     evaluate.add_argument("--unseen-zoo", help="with --generator: zoo of the unseen tasks' own LoRAs")
     add_options(evaluate, CompareArguments)
@@ -271,6 +273,7 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
     from lora_factory.evaluation import evaluate_adapters
     from lora_factory.files import write_json
     from lora_factory.tasks import load_tasks
+    from lora_factory.zoo import AdapterZoo
 
     console = _console()
     with console.status("scoring") as status:
@@ -280,6 +283,7 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
             base_model=options.base_model,
             max_tokens=options.max_tokens,
             window=options.window,
+            zoo=AdapterZoo(options.zoo) if options.zoo else None,
             progress=status.update,
         )
     results = Path(options.output) / "evaluation.json"

@@ -28,7 +28,7 @@ from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
 from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
 from lora_factory.token_cache import TokenCache
-from lora_factory.zoo import HIDDEN_FOLDER
+from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 LIBRARIES = ("torch", "transformers", "peft")
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
@@ -364,6 +364,12 @@ class AdapterFactory:
 def comparable_settings(arguments: CollectArguments) -> dict[str, object]:
     """The settings that a run depends on: neither the list of seeds, nor how and where the work is done."""
     return {name: value for name, value in asdict(arguments).items() if name not in _OF_NO_EFFECT}
+
+
+def settings_of(zoo: AdapterZoo) -> CollectArguments:
+    """The settings that a zoo's runs were made with, by the record of the first."""
+    task = zoo.tasks[0]
+    return CollectArguments(**zoo.record(task, zoo.runs(task)[0]).arguments)
 
 
 def versions() -> dict[str, str]:

@@ -16,13 +16,13 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from lora_factory.arguments import CollectArguments, TrainArguments
+from lora_factory.arguments import TrainArguments
 from lora_factory.baselines import train_multitask
 from lora_factory.conditions import random_subset
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
+from lora_factory.factory import AdapterFactory, settings_of
 from lora_factory.features import FEATURE_EXAMPLES, example_features
 from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
 from lora_factory.image_encoders import ImageEncoder, image_vectors
@@ -338,9 +338,8 @@ def zoo_factory(
     tasks: Sequence[Task] = (),
 ) -> AdapterFactory:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
-    record = zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0])
     config = layout.lora_config
-    settings = replace(CollectArguments(**record.arguments), rank=config["r"], lora_alpha=config["lora_alpha"])
+    settings = replace(settings_of(zoo), rank=config["r"], lora_alpha=config["lora_alpha"])
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
     source = base_model or name
