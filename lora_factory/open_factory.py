@@ -40,7 +40,7 @@ def open_factory(
     """
     name = base_model_name or str(base_model)
     if any(isinstance(task, ImageTask) for task in tasks):
-        return classifier_factory(base_model, arguments, name, accelerator)
+        return classifier_factory(base_model, arguments, name, accelerator, revision)
     model, tokenizer = load_base_model(
         base_model,
         revision=revision,
