@@ -158,7 +158,7 @@ def load_pretrained(
             model, report = auto.from_pretrained(
                 source, use_safetensors=True, output_loading_info=True, **common, **options
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise LoraFactoryError(
             f"cannot load the {noun} {source!r}: {error}\nIt must be {expected}; a damaged folder must be written or"
             " downloaded again"

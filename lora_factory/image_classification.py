@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_pretrained
@@ -113,12 +119,12 @@ def load_image_classifier(
 
 
 def is_image_classifier(name: str | Path, revision: str | None = None) -> bool:
-    """Whether a model's configuration can be read and names an image classifier."""
+    """Whether a model's configuration can be read and there are image classifiers of its kind."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return False
-    return any(kind.endswith("ForImageClassification") for kind in config.architectures or ())
+    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def classifier_factory(
