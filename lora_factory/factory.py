@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -278,6 +279,9 @@ class AdapterFactory:
     ) -> tuple[float, int]:
         """One optimizer step; returns its loss and the number of tokens that it read."""
         self.model.train()
+        for module in self.model.modules():  # the statistics of a batch are no part of an adapter
+            if isinstance(module, _BatchNorm):
+                module.eval()
         accumulation, tokens = self.arguments.gradient_accumulation, 0
         mean = torch.zeros((), device=self.accelerator.device)
         for number in range(1, accumulation + 1):

@@ -26,6 +26,7 @@ from lora_factory.factory import AdapterFactory, settings_of
 from lora_factory.features import FEATURE_EXAMPLES, example_features
 from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
 from lora_factory.image_encoders import ImageEncoder, image_vectors
+from lora_factory.image_tasks import ImageTask, language_tasks
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
@@ -54,7 +55,7 @@ def train_generator(
     output_dir: str | Path,
     arguments: TrainArguments | None = None,
     *,
-    tasks: Sequence[Task] | None = None,
+    tasks: Sequence[Task | ImageTask] | None = None,
     images: Mapping[str, Sequence[ImageLike]] | None = None,
     base_model: str | Path | None = None,
     bias_adapter: torch.Tensor | None = None,
@@ -65,7 +66,8 @@ def train_generator(
         zoo: A zoo or its folder, with two tasks or more.
         output_dir: Folder of the generator, replaced when it is there; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
-        tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts.
+        tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts;
+            or to the images of an `ImageTask`.
         images: Images by the name of the task, when the generator is to listen to images as well as to texts.
         base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
         bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
@@ -84,13 +86,16 @@ def train_generator(
             f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
             "collect more with collect_adapters"
         )
-    if arguments.base_steps and tasks is None:
-        raise LoraFactoryError(
-            f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"
-        )
+    if any(isinstance(task, ImageTask) for task in tasks or ()):
+        images = images or {task.name: task.images() for task in tasks or () if isinstance(task, ImageTask)}
+        tasks = None
     if arguments.base_steps and images is not None:
         raise LoraFactoryError(
             f"base_steps={arguments.base_steps}: stage 2 does not read images; pass base_steps=0, or leave images out"
+        )
+    if arguments.base_steps and tasks is None:
+        raise LoraFactoryError(
+            f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"
         )
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
@@ -101,7 +106,7 @@ def train_generator(
     features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
     factory = None
     if tasks is not None:
-        tasks = _known(zoo, tasks)
+        tasks = _known(zoo, language_tasks(tasks))
         factory = zoo_factory(zoo, base_model, accelerator, layout, tasks)
         features["hidden"] = example_features(factory, tasks)
     if images is not None:
