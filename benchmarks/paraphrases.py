@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from lora_factory import AdapterZoo, TrainArguments, __version__, training
+from lora_factory import AdapterZoo, TrainArguments, __version__, reconstruction, training
 from lora_factory.encoders import TextEncoder
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     weights = {task: zoo.snapshots(task).float() for task in zoo.tasks}
     encoded = {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}
     known = {"text": {task: rows[:-1] for task, rows in encoded.items()}}
-    default = (training.CONDITION_NOISE, training.HEAD_NOISE)
+    default = (reconstruction.CONDITION_NOISE, reconstruction.HEAD_NOISE)
     variants = {
         "token, default": (arguments, *default),
         "token, a fifth of the noise": (arguments, default[0] / 5, default[1] / 5),
@@ -46,16 +46,16 @@ def main() -> None:
     table = Table(title=f"{zoo.folder}: {len(zoo.tasks)} tasks, {zoo.layout.size:,} weights, {options.seeds} seed(s)")
     for column in ("variant", "known texts, mean", "worst", "held-out paraphrases, mean", "worst", "seconds"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    solve_heads = training.solve_heads
+    solve_heads = reconstruction.solve_heads
     for name, (settings, noise, head_noise) in variants.items():
-        training.sample_episode.__kwdefaults__["noise"] = noise
-        training.HEAD_NOISE = head_noise
-        training.solve_heads = solve_heads if head_noise is not None else lambda *_: None
+        reconstruction.sample_episode.__kwdefaults__["noise"] = noise
+        reconstruction.HEAD_NOISE = head_noise
+        reconstruction.solve_heads = solve_heads if head_noise is not None else lambda *_: None
         errors, start = ([], []), time.perf_counter()
         for seed in range(options.seeds):
             generator = training.build_generator(zoo, replace(settings, seed=seed), {"text": encoder.width})
             generator.fit_statistics(weights, known)
-            training.fit(generator, weights, known, replace(settings, seed=seed), Accelerator())
+            reconstruction.fit(generator, weights, known, replace(settings, seed=seed), Accelerator())
             generator.eval()
             for task, rows in encoded.items():
                 errors[0].extend(error(generator, zoo, weights, task, row) for row in rows[:-1])

@@ -118,8 +118,9 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     """Open a zoo and train on it for a few steps, with made-up task vectors."""
     from accelerate import Accelerator
 
+    from lora_factory.reconstruction import fit, sample_episode
     from lora_factory.snapshots import open_snapshots
-    from lora_factory.training import build_generator, fit, sample_episode
+    from lora_factory.training import build_generator
 
     figures, timer = {}, Timer()
 

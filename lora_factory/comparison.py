@@ -101,6 +101,9 @@ def _cells(fold: Fold, contenders: Contenders, arguments: CompareArguments, log:
         for task in (*fold.seen, *fold.unseen)
         for method in contenders.methods
     ]
+    settings = {name: value for name, value in asdict(arguments).items() if name != "seeds"}
+    if contenders.settings.chat_template:  # only then, so that other cells stay those of earlier comparisons
+        settings["chat_template"] = True
     for seed, task, method in tqdm(wanted, desc="compare", unit="cell"):
         facts = {
             "fold": fold.number,
@@ -111,7 +114,7 @@ def _cells(fold: Fold, contenders: Contenders, arguments: CompareArguments, log:
             "data": task.fingerprint(),
             "metric": [task.metric, *task.choices],
             "zoo": fold.zoo.fingerprint(),
-            "settings": {name: value for name, value in asdict(arguments).items() if name != "seeds"},
+            "settings": settings,
             "generator": contenders.generator_fingerprint if method.startswith(GENERATED) else None,
         }
         try:
@@ -137,10 +140,16 @@ def _scored(contenders: Contenders, task: Task, seed: int, method: str, argument
         window=arguments.window,
         stride=arguments.window * 3 // 4,
         max_tokens=arguments.max_tokens,
+        chat_template=contenders.settings.chat_template,
     )
     if not math.isfinite(score.loss):
         raise ArithmeticError(f"the loss is {score.loss}")
     accuracy = task_accuracy(
-        factory.model, factory.tokenizer, task, max_examples=arguments.max_examples, window=arguments.window
+        factory.model,
+        factory.tokenizer,
+        task,
+        max_examples=arguments.max_examples,
+        window=arguments.window,
+        chat_template=contenders.settings.chat_template,
     )
     return {**score.to_dict(), "accuracy": accuracy, "error": None}

@@ -26,7 +26,7 @@ from lora_factory.baselines import (
     uniform_soup,
 )
 from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
-from lora_factory.factory import AdapterFactory
+from lora_factory.factory import AdapterFactory, settings_of
 from lora_factory.features import example_features
 from lora_factory.fold import Fold
 from lora_factory.open_factory import open_factory
@@ -50,7 +50,7 @@ class Contenders:
         self.fold, self.folder, self.arguments = fold, folder, arguments
         self.base_model = base_model
         self._loaded: dict[Path, CondPDiff] = {}
-        self.seeds = fold.seeds or arguments.seeds
+        self.seeds, self.settings = fold.seeds or arguments.seeds, settings_of(fold.zoo)
         self.weights = {name: fold.zoo.snapshots(name).float() for name in fold.zoo.tasks}
         wider = fold.generator.layout
         self.wide = {name: fold.zoo.layout.widen(rows, wider) for name, rows in self.weights.items()}
@@ -146,8 +146,7 @@ class Contenders:
     @cached_property
     def factory(self) -> AdapterFactory:
         """The base model with one slot, set up as the zoo's runs were."""
-        zoo = self.fold.zoo
-        return self._attached(CollectArguments(**zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0]).arguments))
+        return self._attached(self.settings)
 
     @cached_property
     def _multitask_factory(self) -> AdapterFactory:
@@ -162,7 +161,9 @@ class Contenders:
 
     def _attached(self, settings: CollectArguments) -> AdapterFactory:
         name, tasks = self.fold.zoo.layout.base_model, (*self.fold.seen, *self.fold.unseen)
-        return open_factory(self.base_model, settings, Accelerator(), tasks, base_model_name=name)
+        factory = open_factory(self.base_model, settings, Accelerator(), tasks, base_model_name=name)
+        factory.keep_tokens(self.fold.zoo.folder)
+        return factory
 
     def _features(self, way: str) -> dict[str, torch.Tensor]:
         """Vectors of every task's descriptions or training examples, by the name of the task."""

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from lora_factory.data_source import SPLITS, Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, sha256_file, write_text
+from lora_factory.image_tasks import language_tasks
 from lora_factory.tasks import Task, load_tasks, save_tasks
 from lora_factory.text_kinds import KINDS, UNSEEN_KIND, TextKind
 
@@ -58,8 +59,8 @@ def build_corpus(
     if not _is_whole(folder):
         _refuse_foreign(folder)
         _write_corpus(folder)
-    tasks = [task for task in load_tasks(folder / "tasks.yaml") if task.name not in exclude]
-    return tasks[:seen], load_tasks(folder / "unseen.yaml")[0]
+    tasks = [task for task in language_tasks(load_tasks(folder / "tasks.yaml")) if task.name not in exclude]
+    return tasks[:seen], language_tasks(load_tasks(folder / "unseen.yaml"))[0]
 
 
 def find_documents(kind: TextKind) -> dict[Split, list[str]] | None:

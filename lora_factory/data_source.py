@@ -320,7 +320,7 @@ def _teaching_errors(source: DataSource, task: str) -> Iterator[None]:
             raise
         reason = error.__cause__ or error
         hint = (
-            "check the id on the Hub and the network, or give local files"
+            "there is no such folder, so check the id on the Hub and the network, or give local files"
             if source.format is None
             else "repair the file"
         )

@@ -124,11 +124,13 @@ def detection_tasks(
         raise LoraFactoryError(
             f"no image of {files['train']} shows the category {missing[0]!r}; choose of {', '.join(known)}"
         )
+    if not known:
+        raise LoraFactoryError(f"no image of {files['train']} shows a category; annotate some")
     path = images if isinstance(images, Mapping) else str(images)
     return [
         Task(
             re.sub(r"[^A-Za-z0-9._-]+", "_", category),
-            tuple(text.format(category) for text in descriptions),
+            tuple(text.replace("{}", category) for text in descriptions),
             CocoSource(path, files, category, prompt),
             license,
         )

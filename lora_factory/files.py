@@ -49,15 +49,10 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced."""
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
-    try:
-        with temporary.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     _fsync(path.parent)
 
 
@@ -90,6 +85,17 @@ def read_json(path: str | Path) -> Any:  # noqa: ANN401
         raise LoraFactoryError(
             f"{path} is no valid JSON ({error}); it was cut short or altered; restore it or make it again"
         ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes `path` when the block ends well and is removed when it fails."""
+    temporary = _temporary_sibling(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import quiet_transformers
+from lora_factory.base_models import load_pretrained
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen
 from lora_factory.factory import AdapterFactory
@@ -98,49 +103,41 @@ def load_image_classifier(
         device: Where the model goes; default: the CPU.
 
     Raises:
-        LoraFactoryError: The model cannot be read, or is no image classifier.
+        LoraFactoryError: The model is unknown, cannot be reached or read, or is no image classifier.
     """
-    try:
-        with quiet_transformers(keep_bars=not Path(name).is_dir()):
-            processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-            loaded: Any = AutoModelForImageClassification.from_pretrained(
-                name,
-                revision=revision,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise LoraFactoryError(
-            f"cannot load the image classifier {str(name)!r}: {error}; it must be one that transformers or timm "
-            "knows, with safetensors weights and an image processor"
-        ) from error
-    model, report = loaded
-    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise LoraFactoryError(
-            f"the image classifier {str(name)!r} lacks {len(absent)} weights, first {absent[0]}; give a whole "
-            "classifier, not its backbone"
-        )
+    model, processor = load_pretrained(
+        str(name),
+        (AutoModelForImageClassification, AutoImageProcessor),
+        "image classifier",
+        "a classifier that transformers or timm knows, not its backbone, with safetensors and an image processor",
+        revision=revision,
+        dtype=dtype,
+    )
     labels = {str(label): int(index) for index, label in model.config.id2label.items()}
     inputs = ClassifierInputs(processor, labels, image_channels(model.config))
-    return model.requires_grad_(False).eval().to(device or "cpu"), inputs
+    return model.to(device or "cpu"), inputs
 
 
 def is_image_classifier(name: str | Path, revision: str | None = None) -> bool:
-    """Whether a model's configuration can be read and names an image classifier."""
+    """Whether a model's configuration can be read and there are image classifiers of its kind."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return False
-    return any(kind.endswith("ForImageClassification") for kind in config.architectures or ())
+    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def classifier_factory(
-    base_model: str | Path, arguments: CollectArguments, base_model_name: str, accelerator: Accelerator
+    base_model: str | Path,
+    arguments: CollectArguments,
+    base_model_name: str,
+    accelerator: Accelerator,
+    revision: str | None = None,
 ) -> AdapterFactory:
     """An image classifier with one LoRA slot, to be trained on one `ImageTask` after another."""
-    model, inputs = load_image_classifier(base_model, dtype=arguments.dtype, device=accelerator.device)
+    model, inputs = load_image_classifier(
+        base_model, revision=revision, dtype=arguments.dtype, device=accelerator.device
+    )
     return AdapterFactory.attach(model, None, arguments, base_model_name, accelerator, inputs)
 
 

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lora_factory.boxes import Box, boxes_to_text, clipped
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.images import read_image
 
 DETECTION_PROMPT = "<OD>"  # Florence-2's own name for object detection
 
@@ -59,15 +59,13 @@ class StoredImage:
         return (height, width) if lies else (width, height)
 
     def open(self) -> Image.Image:
-        """The image in RGB, upright as its EXIF data says, on white where it is transparent; no EXIF data is left.
+        """The image in RGB, as `read_image` gives it.
 
         Raises:
             LoraFactoryError: The file is missing, or not a whole image.
         """
         with self._file() as file:
-            rgb = _to_rgb(ImageOps.exif_transpose(file))
-        rgb.info.clear()
-        return rgb
+            return read_image(file)
 
     @contextmanager
     def _file(self) -> Iterator[Image.Image]:
@@ -163,14 +161,3 @@ def as_example(value: Example | ImageExample | str | Sequence[str]) -> Any:  # n
     if isinstance(value, ImageExample):
         return value
     return Example("", value) if isinstance(value, str) else Example(*value)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: convert() would cut at 255
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray(np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

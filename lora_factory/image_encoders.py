@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
-from lora_factory.base_models import quiet_transformers
+from lora_factory.base_models import load_pretrained
 from lora_factory.clip_encoders import OPEN_CLIP, TWO_TOWERS, OpenClipImage, image_features
 from lora_factory.errors import LoraFactoryError
 from lora_factory.features import FEATURE_EXAMPLES, FeatureCache
@@ -109,32 +108,16 @@ class _ImageModel:
     """An image model of transformers: CLIP's or SigLIP's image tower, else the first and the mean hidden state."""
 
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
-        local = Path(name).is_dir()
-        try:
-            with quiet_transformers(keep_bars=not local):
-                self._processor: Any = AutoImageProcessor.from_pretrained(
-                    name, revision=revision, trust_remote_code=False
-                )
-                self._model, report = AutoModel.from_pretrained(
-                    name,
-                    revision=revision,
-                    dtype=torch.float32,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise LoraFactoryError(
-                f"cannot load the image encoder {name!r}: {error}; name the folder or the Hub id of an image model "
-                "with its image processor, or open_clip:<model>:<pretrained tag>"
-            ) from error
-        # Hidden states make no use of a pooler, which classifiers are saved without.
-        absent = [key for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler" not in str(key)]
-        if absent:
-            raise LoraFactoryError(
-                f"the image encoder {name!r} lacks {len(absent)} weights, first {absent[0]}; give the complete model"
-            )
-        self._model.eval().to(device)
+        self._model, self._processor = load_pretrained(
+            name,
+            (AutoModel, AutoImageProcessor),
+            "image encoder",
+            "an image model with its image processor, or open_clip:<model>:<pretrained tag>",
+            revision=revision,
+            spare="pooler",  # hidden states make no use of it, and classifiers are saved without
+            dtype=torch.float32,
+        )
+        self._model.to(device)
         self.channels = image_channels(self._model.config)
         self.identifier = weights_identifier(name, revision)
         with torch.no_grad():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from lora_factory.data_source import SPLITS, Split
+from lora_factory.data_source import SPLITS, DataSource, Split, load_splits
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name
 from lora_factory.images import ImageLike, image_fingerprint, images_in
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+TaskKind = TypeVar("TaskKind")
 
 
 class LabelledImage(NamedTuple):
@@ -107,7 +109,7 @@ class ImageTask:
         cls,
         name: str,
         descriptions: Sequence[str],
-        data: Dataset | DatasetDict,
+        data: Dataset | DatasetDict | Mapping[Split, Dataset],
         *,
         image_column: str = "image",
         label_column: str = "label",
@@ -132,6 +134,23 @@ class ImageTask:
         rows = [_rows(parts[split], image_column, label_column, name) if split in parts else [] for split in SPLITS]
         return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
 
+    def asking_for(self, positives: Sequence[str]) -> ImageTask:
+        """The same images, "yes" for some classes and "no" for the others; the former show what the task is.
+
+        Raises:
+            LoraFactoryError: When there is no image of a class, or none that is not asked for.
+        """
+        found = {label for _, label in self.examples("train")}
+        if strangers := sorted(set(positives) - found):
+            raise LoraFactoryError(
+                f"task {self.name!r}: no training image of the class {strangers[0]!r}; choose of {sorted(found)}"
+            )
+        rows = {
+            split: [LabelledImage(image, "yes" if label in positives else "no") for image, label in examples]
+            for split, examples in self._examples.items()
+        }
+        return replace(self, shown=("yes",), _examples=rows)
+
     def examples(self, split: Split) -> list[LabelledImage]:
         """The labelled images of "train", "validation" or "test"."""
         return self._examples[split]
@@ -147,6 +166,78 @@ class ImageTask:
             rows = (f"{image_fingerprint(image)} {label}\n" for image, label in self.examples(split))
             digest.update(f"{split}\n{''.join(rows)}".encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageClasses:
+    """Images with their classes, as a task file has them.
+
+    Attributes:
+        path: A folder as `ImageTask.from_folder` takes it; or as in `DataSource` a data set's id on the Hub or a local
+            file of rows, or a format with ``data_files``.
+        name: As in `DataSource`, like ``data_files``, ``splits`` and ``revision``.
+        image_column: A data set's column of images.
+        label_column: Its column of classes.
+        positives: Classes to answer "yes" for, and "no" for all others; default: every class goes by its name.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: Mapping[str, Sequence[str]] | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    positives: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        given = self.positives
+        if not isinstance(given, list | tuple) or not all(isinstance(name, str) and name for name in given):
+            raise LoraFactoryError(
+                f"positives={given!r} must be a list of classes; put each in quotes, since YAML reads yes and no as"
+                " true and false"
+            )
+        object.__setattr__(self, "data_files", self._rows.data_files)
+
+    def relative_to(self, folder: Path) -> ImageClasses:
+        """The same source, its local paths taken as relative to ``folder``."""
+        rows = self._rows.relative_to(folder)
+        return replace(self, path=rows.path, data_files=rows.data_files)
+
+    def task(self, name: str, descriptions: Sequence[str], license: str | None = None) -> ImageTask:
+        """The task of telling these images apart; files are listed and data sets read now.
+
+        Raises:
+            LoraFactoryError: The data cannot be found or read, a column is missing, or a class has no image.
+        """
+        folder = Path(self.path).expanduser()
+        if folder.is_dir():
+            task = ImageTask.from_folder(name, descriptions, folder, license=license)
+        else:
+            columns = {"image_column": self.image_column, "label_column": self.label_column}
+            parts = load_splits(self._rows, name)
+            task = ImageTask.from_dataset(name, descriptions, parts, license=license, **columns)
+            task = replace(task, dataset=None if self._rows.format else self.path)
+        return task.asking_for(self.positives) if self.positives else task
+
+    @property
+    def _rows(self) -> DataSource:
+        return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
+
+
+def language_tasks(tasks: Sequence[TaskKind | ImageTask]) -> list[TaskKind]:
+    """The same tasks, for what needs a model that writes.
+
+    Raises:
+        LoraFactoryError: One of them is for image classifiers.
+    """
+    if strangers := [task.name for task in tasks if isinstance(task, ImageTask)]:
+        raise LoraFactoryError(
+            f"task {strangers[0]!r} is for image classifiers; give tasks whose answers are texts, and score"
+            " classifiers by lora_factory.image_classification.image_accuracy"
+        )
+    return [task for task in tasks if not isinstance(task, ImageTask)]
 
 
 def _labelled(folder: Path) -> list[LabelledImage]:

@@ -17,7 +17,9 @@ IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".web
 
 
 def read_image(image: ImageLike, channels: int = 3) -> Image.Image:
-    """An image turned upright, without transparency (on white), in 8 bits: RGB, or grey for one channel.
+    """An image turned upright, without transparency (on white) and EXIF data, in 8 bits: RGB, or grey for one channel.
+
+    Grey of 16 bits is scaled: 65535 is white. So is that of the modes I and F where a value is above 255.
 
     Args:
         image: A file, a file's content, or an image of any mode.
@@ -35,11 +37,15 @@ def read_image(image: ImageLike, channels: int = 3) -> Image.Image:
             name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
             raise LoraFactoryError(f"cannot read the image {name}: {error}; give a whole image file") from error
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would cut off what is above 255
-        image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+    if image.mode.startswith(("I", "F")):  # convert() would cut off what is above 255
+        values = numpy.asarray(image, dtype=numpy.float64)
+        deep = image.mode.startswith("I;16") or values.max() > 255
+        image = Image.fromarray((values / 257 if deep else values).clip(0, 255).round().astype(numpy.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("L" if channels == 1 else "RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
+    image.info.clear()
+    return image
 
 
 def images_in(folder: str | Path) -> list[Path]:

@@ -10,23 +10,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_factory.answering import end_tokens, greedy_answers, read_answer
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import TextScore, Window, frozen, negative_log_likelihoods, pad_tokens
+from lora_factory.evaluation import TextScore, Window, frozen, negative_log_likelihoods
+from lora_factory.sequences import render_chat
 from lora_factory.tasks import Task
 
 Prediction = TypeVar("Prediction")
@@ -158,6 +151,7 @@ def task_accuracy(
     max_examples: int | None = None,
     batch_size: int = 8,
     window: int = 512,
+    chat_template: bool = False,
 ) -> float | None:
     """The share of a task's test examples that a model answers right, by the task's own metric.
 
@@ -168,6 +162,7 @@ def task_accuracy(
         max_examples: Ask at most this many, spread evenly over the test split; default: all.
         batch_size: Texts a forward pass.
         window: Tokens of prompt and answer; a longer prompt loses its beginning.
+        chat_template: Ask and answer in the tokenizer's chat template.
 
     Returns:
         From 0 to 1; None when the task has no metric.
@@ -181,11 +176,11 @@ def task_accuracy(
     if max_examples is not None and max_examples < len(examples):
         # Not the first ones, which may all be of one kind.
         examples = [examples[number * len(examples) // max_examples] for number in range(max_examples)]
+    options: Any = {"batch_size": batch_size, "window": window, "chat_template": chat_template}
     try:
         if task.metric == "exact_match":
-            return completion_accuracy(model, tokenizer, examples, batch_size=batch_size, window=window)
-        choices = task.answer_choices()
-        return choice_accuracy(model, tokenizer, examples, choices, batch_size=batch_size, window=window)
+            return completion_accuracy(model, tokenizer, examples, **options)
+        return choice_accuracy(model, tokenizer, examples, task.answer_choices(), **options)
     except LoraFactoryError as error:
         raise LoraFactoryError(f"accuracy on task {task.name!r}: {error}") from error
 
@@ -198,6 +193,7 @@ def completion_accuracy(
     max_new_tokens: int | None = None,
     batch_size: int = 8,
     window: int = 512,
+    chat_template: bool = False,
 ) -> float:
     """The share of prompts that the model itself, decoding greedily, completes exactly as the examples do.
 
@@ -212,16 +208,20 @@ def completion_accuracy(
             completion has, so that a longer answer is not mistaken for it.
         batch_size: Prompts a forward pass.
         window: Tokens of prompt and answer; a longer prompt loses its beginning.
+        chat_template: Ask in the tokenizer's chat template; the right answer is the turn as the template writes it.
 
     Raises:
         LoraFactoryError: When there is no example, one has no prompt, or a size is out of range.
     """
     _check(examples, batch_size)
+    if chat_template:
+        ends = end_tokens(model, tokenizer)
+        examples = [_in_chat(tokenizer, example, ends) for example in examples]
     if max_new_tokens is None:
         max_new_tokens = 2 + max(len(_answer_tokens(tokenizer, example.completion)) for example in examples)
     if max_new_tokens < 1:
         raise LoraFactoryError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    prompts = [_prompt_tokens(tokenizer, example, max_new_tokens, window) for example in examples]
+    prompts = [_prompt_tokens(tokenizer, example, max_new_tokens, window, chat_template) for example in examples]
     metric = ExactMatch()
     # Longest first: alike lengths together need little padding, and too large a batch fails at once.
     order = sorted(range(len(examples)), key=lambda number: len(prompts[number]), reverse=True)
@@ -229,7 +229,9 @@ def completion_accuracy(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             references = [examples[number].completion for number in batch]
-            answers = _answers(model, tokenizer, [prompts[number] for number in batch], references, max_new_tokens)
+            answers = greedy_answers(
+                model, tokenizer, [prompts[number] for number in batch], references, max_new_tokens
+            )
             metric.add_batch(predictions=answers, references=references)
     return metric.compute()["exact_match"]
 
@@ -243,6 +245,7 @@ def choice_accuracy(
     batch_size: int = 8,
     normalised: bool = False,
     window: int = 512,
+    chat_template: bool = False,
 ) -> float:
     """The share of prompts after which the right answer is the likeliest one of the choices.
 
@@ -256,6 +259,7 @@ def choice_accuracy(
         batch_size: Texts, each a prompt with one choice, a forward pass.
         normalised: Whether log-likelihoods are divided by the choices' numbers of characters.
         window: Tokens of prompt and choice; a longer prompt loses its beginning.
+        chat_template: Put prompts and choices into the tokenizer's chat template.
 
     Raises:
         LoraFactoryError: When there is no example, one has no prompt, its completion is not among its choices, or
@@ -264,7 +268,7 @@ def choice_accuracy(
     _check(examples, batch_size)
     questions = _questions(examples, choices)
     texts = [
-        _choice_window(tokenizer, example, choice, window)
+        _choice_window(tokenizer, example, choice, window, chat_template)
         for example, offered in zip(examples, questions, strict=True)
         for choice in offered
     ]
@@ -309,11 +313,20 @@ def _answer_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokens
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, example: Example, answer: int, window: int) -> list[int]:
+def _in_chat(tokenizer: PreTrainedTokenizerBase, example: Example, ends: set[int]) -> Example:
+    """An example in the chat template, its completion as it is read when a model gives it."""
+    prompt, turn = render_chat(tokenizer, example)
+    return Example(prompt, read_answer(tokenizer, _answer_tokens(tokenizer, turn), ends))
+
+
+def _prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, example: Example, answer: int, window: int, chat_template: bool
+) -> list[int]:
     """As many of the prompt's last tokens as the window has room for before the tokens of an answer."""
     if not answer < window:
         raise LoraFactoryError(f"window={window} has no room for a prompt and {answer} tokens of answer; enlarge it")
-    tokens = tokenizer(example.prompt, verbose=False).input_ids[answer - window :]
+    tokens = tokenizer(example.prompt, add_special_tokens=not chat_template, verbose=False).input_ids
+    tokens = tokens[answer - window :]
     if not tokens:
         raise LoraFactoryError(f"the tokenizer has no token for the prompt {example.prompt[:60]!r}")
     return tokens
@@ -339,62 +352,13 @@ def _questions(examples: Sequence[Example], choices: Sequence[str] | Sequence[Se
     return questions
 
 
-def _choice_window(tokenizer: PreTrainedTokenizerBase, example: Example, choice: str, window: int) -> Window:
+def _choice_window(
+    tokenizer: PreTrainedTokenizerBase, example: Example, choice: str, window: int, chat_template: bool
+) -> Window:
     blanks = example.completion[: len(example.completion) - len(example.completion.lstrip())]
-    answer = _answer_tokens(tokenizer, blanks + choice)
-    prompt = _prompt_tokens(tokenizer, example, len(answer), window)
+    example = example._replace(completion=blanks + choice)
+    if chat_template:
+        example = render_chat(tokenizer, example)
+    answer = _answer_tokens(tokenizer, example.completion)
+    prompt = _prompt_tokens(tokenizer, example, len(answer), window, chat_template)
     return Window(prompt + answer, len(prompt))
-
-
-def _answers(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    references: Sequence[str],
-    max_new_tokens: int,
-) -> list[str]:
-    """One greedy answer a prompt."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = base.generation_config
-    given = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {token for token in (*given, tokenizer.eos_token_id) if token is not None}
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0
-    )
-    padded = pad_tokens([prompt[::-1] for prompt in prompts], next(model.parameters()).device)
-    inputs = {name: value.flip(1) for name, value in padded.items()}  # on the left: the answers follow on the right
-    reader = _AnswerReader(tokenizer, inputs["input_ids"].shape[1], ends, references)
-    base.generation_config = greedy  # generate takes from there what the configuration that it is given leaves open
-    try:
-        criteria = StoppingCriteriaList([reader])
-        return reader.read(base.generate(**inputs, generation_config=greedy, stopping_criteria=criteria))
-    finally:
-        base.generation_config = own
-
-
-class _AnswerReader(StoppingCriteria):
-    """Reads answers of as many lines as their references have out of generated rows, and says which are complete."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, start: int, ends: set[int], references: Sequence[str]
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.start = start
-        self.goes_on = lambda token: token not in ends
-        self.lines = [1 + reference.rstrip().count("\n") for reference in references]
-
-    def __call__(self, input_ids: Tensor, scores: object, **options: object) -> Tensor:
-        """Whether each row is complete, shape ``(rows,)``; `generate` itself sees to the end-of-text tokens."""
-        texts = self._texts(input_ids)
-        done = [text.count("\n") >= lines for text, lines in zip(texts, self.lines, strict=True)]
-        return torch.tensor(done, device=input_ids.device)
-
-    def read(self, generated: Tensor) -> list[str]:
-        """The rows' answers; what follows an end-of-text token or the last line is left out."""
-        texts = zip(self._texts(generated), self.lines, strict=True)
-        return ["\n".join(text.split("\n")[:lines]) for text, lines in texts]
-
-    def _texts(self, rows: Tensor) -> list[str]:
-        answers = [list(takewhile(self.goes_on, row)) for row in rows[:, self.start :].tolist()]
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [str(self.tokenizer.decode(answer, **options)) for answer in answers]

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model, load_processor
+from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
 from lora_factory.image_classification import classifier_factory
 from lora_factory.image_tasks import ImageTask
@@ -36,11 +37,14 @@ def open_factory(
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        LoraFactoryError: When the model cannot be loaded, or reads no images though the tasks have some.
+        LoraFactoryError: When the model cannot be loaded, or reads no images though the tasks have some; or when some
+            tasks are for classifiers and some are not.
     """
     name = base_model_name or str(base_model)
     if any(isinstance(task, ImageTask) for task in tasks):
-        return classifier_factory(base_model, arguments, name, accelerator)
+        if others := [task.name for task in tasks if not isinstance(task, ImageTask)]:
+            raise LoraFactoryError(f"task {others[0]!r} is not for image classifiers as others are; give them apart")
+        return classifier_factory(base_model, arguments, name, accelerator, revision)
     model, tokenizer = load_base_model(
         base_model,
         revision=revision,

@@ -24,7 +24,7 @@ from lora_factory.tasks import Task
 from lora_factory.through_base import TaskData, head_parameters, validate
 
 SNAPSHOTS = 5  # of every specialist, from the second half of its training
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the difference that the generator may write
+SHARES = (1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.0)  # of what the network has learned to write; fitting it shrinks it
 TIE = 1e-3  # nats a token by which a smaller share must validate better to be preferred
 
 
@@ -94,7 +94,7 @@ def train_specialists(
         means = {name: rows[task.name].mean(0, keepdim=True).to(generator.device) for name, rows in features.items()}
         with torch.no_grad():
             start = generator.generate_vector(means)[0].cpu()
-        sequences = list(factory.inputs.encode(task.examples("train"), settings))
+        sequences = factory.encode(task.examples("train"))
         batches = shuffled_batches(sequences, settings.batch_size, arguments.seed)
         label = f"{task.name}, specialist"
         weights[index], losses, read = factory.fit(

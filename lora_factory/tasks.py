@@ -17,16 +17,19 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
 from lora_factory.image_data import ImageExample, as_example
 from lora_factory.image_sources import CocoSource, ImageRows
+from lora_factory.image_tasks import ImageClasses, ImageTask
 
 __all__ = ["METRICS", "SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
 
 METRICS = ("exact_match", "multiple_choice")
-SOURCES: dict[str, type[DataSource | CocoSource | ImageRows]] = {
+SOURCES: dict[str, type[DataSource | CocoSource | ImageRows | ImageClasses]] = {
     "text": DataSource,
     "coco": CocoSource,
     "images": ImageRows,
+    "classes": ImageClasses,
 }
 MAX_CHOICES_FOUND = 20
+_KEYS = ("name", "descriptions", "data", "license", "metric", "choices")
 _TASK_FILE_ENDINGS = (".yaml", ".yml", ".json")
 _TASK_FILE_EXAMPLE = """\
 tasks:
@@ -173,12 +176,14 @@ class Task:
         return digest.hexdigest()
 
 
-def load_tasks(path: str | Path) -> list[Task]:
+def load_tasks(path: str | Path) -> list[Task | ImageTask]:
     """Read tasks from a YAML or JSON file, or from every such file of a folder; data is loaded later, on first use.
 
     A task file holds `tasks:`, a list of mappings with the fields of `Task`; `data` is a mapping with the fields of
-    `DataSource`, or just its path; with `kind: coco` or `kind: images` those of `CocoSource` or `ImageRows`. Local
-    paths are relative to the task file.
+    `DataSource`, or just its path; with `kind: coco` or `kind: images` those of `CocoSource` or `ImageRows`; with
+    `kind: classes` those of `ImageClasses`, for an `ImageTask`, whose images are listed at once. `kind: coco` without
+    a category, in a task without a name, is a task for every category, which `{}` in the descriptions stands for.
+    Local paths are relative to the task file.
 
     Args:
         path: The task file, or a folder whose .yaml, .yml and .json files are all read, in the order of their names.
@@ -232,7 +237,7 @@ def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
-def _read_task_file(path: Path) -> list[Task]:
+def _read_task_file(path: Path) -> list[Task | ImageTask]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix.lower() == ".json" and text.strip() else yaml.safe_load(text)
@@ -248,14 +253,15 @@ def _read_task_file(path: Path) -> list[Task]:
         raise LoraFactoryError(
             f"task file {path} lists no tasks; write at least one, for example:\n{_TASK_FILE_EXAMPLE}"
         )
-    return [_task_from_dict(entry, path, number) for number, entry in enumerate(content["tasks"], 1)]
+    return [task for number, entry in enumerate(content["tasks"], 1) for task in _tasks_of(entry, path, number)]
 
 
-def _task_from_dict(entry: object, path: Path, number: int) -> Task:
+def _tasks_of(entry: object, path: Path, number: int) -> Sequence[Task | ImageTask]:
     where = f"task file {path}, task {number}"
-    known = ("name", "descriptions", "data", "license", "metric", "choices")
-    values = _checked(entry, known, where)
-    if missing := [key for key in ("name", "data") if key not in values]:
+    values = _checked(entry, _KEYS, where)
+    is_coco = isinstance(values.get("data"), Mapping) and values["data"].get("kind") == "coco"
+    every_category = is_coco and "name" not in values and "category" not in values["data"]
+    if missing := [key for key in ("name", "data") if key not in values and not every_category]:
         raise LoraFactoryError(
             f"{where} has no {missing[0]}; a task needs name, descriptions and data:\n{_TASK_FILE_EXAMPLE}"
         )
@@ -266,14 +272,31 @@ def _task_from_dict(entry: object, path: Path, number: int) -> Task:
     options = _checked(source, ("kind", *(f.name for f in fields(SOURCES[kind]))), f"data of {where}")
     if "path" not in options:
         raise LoraFactoryError(f"data of {where} has no path; give a Hub id, a local file, or json with data_files")
+    if every_category:
+        options["category"] = "{}"
+    if every_category or kind == "classes":
+        _checked(values, ("name", "descriptions", "data", "license"), f"{where} (kind {kind})")
     try:
         data = _source(kind, options).relative_to(path.resolve().parent)
-        return Task(**{"descriptions": (), **values, "data": data})
+        if isinstance(data, ImageClasses):
+            checked = Task(**{"descriptions": (), **values, "data": None})
+            return [data.task(checked.name, checked.descriptions, checked.license)]
+        if every_category and isinstance(data, CocoSource):
+            return _tasks_of_categories(data, values)
+        return [Task(**{"descriptions": (), **values, "data": data})]
     except LoraFactoryError as error:
         raise LoraFactoryError(f"{where}: {error}") from error
 
 
-def _source(kind: str, options: Mapping[str, Any]) -> DataSource | CocoSource | ImageRows:
+def _tasks_of_categories(source: CocoSource, values: Mapping[str, Any]) -> list[Task]:
+    from lora_factory.detection import DESCRIPTIONS, detection_tasks  # it imports this module
+
+    checked = Task(**{"name": "category", "descriptions": DESCRIPTIONS, **values, "data": None})
+    more: Any = {"descriptions": checked.descriptions, "prompt": source.prompt, "license": checked.license}
+    return detection_tasks(source.path, source.annotations, **more)
+
+
+def _source(kind: str, options: Mapping[str, Any]) -> DataSource | CocoSource | ImageRows | ImageClasses:
     values = {name: value for name, value in options.items() if name != "kind"}
     required = [f.name for f in fields(SOURCES[kind]) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in values]:

@@ -83,7 +83,7 @@ class TaskData:
         halves = []
         for part in (0, 1):
             kept = examples[part::2]
-            sequences = list(factory.inputs.encode(kept, factory.arguments))
+            sequences = factory.encode(kept)
             halves.append(Half(hidden[part::2], sequences, _owners(factory, kept, sequences)))
         return cls(texts, (halves[0], halves[1]), factory.validation(task))
 

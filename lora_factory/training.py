@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lora_factory.arguments import CollectArguments, TrainArguments
+from lora_factory.arguments import TrainArguments
 from lora_factory.baselines import train_multitask
 from lora_factory.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
+from lora_factory.factory import AdapterFactory, settings_of
 from lora_factory.features import example_features
 from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
 from lora_factory.image_encoders import ImageEncoder, image_vectors
+from lora_factory.image_tasks import ImageTask, language_tasks
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
 from lora_factory.model_card import generator_card
@@ -39,7 +40,7 @@ def train_generator(
     output_dir: str | Path,
     arguments: TrainArguments | None = None,
     *,
-    tasks: Sequence[Task] | None = None,
+    tasks: Sequence[Task | ImageTask] | None = None,
     images: Mapping[str, Sequence[ImageLike]] | None = None,
     base_model: str | Path | None = None,
     bias_adapter: torch.Tensor | None = None,
@@ -50,7 +51,8 @@ def train_generator(
         zoo: A zoo or its folder, with two tasks or more.
         output_dir: Folder of the generator, replaced when it is there; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
-        tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts.
+        tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts;
+            or to the images of an `ImageTask`.
         images: Images by the name of the task, when the generator is to listen to images as well as to texts.
         base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
         bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
@@ -69,12 +71,15 @@ def train_generator(
             f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
             "collect more with collect_adapters"
         )
+    if any(isinstance(task, ImageTask) for task in tasks or ()):
+        images = images or {task.name: task.images() for task in tasks or () if isinstance(task, ImageTask)}
+        tasks = None
     through_base = {name: getattr(arguments, name) for name in ("base_steps", "specialist_steps")}
     asked = ", ".join(f"{name}={steps}" for name, steps in through_base.items() if steps)
-    if asked and tasks is None:
-        raise LoraFactoryError(f"{asked} needs the tasks' examples; pass tasks=, the task file of the zoo")
     if asked and images is not None:
         raise LoraFactoryError(f"{asked}: stage 2 does not read images; pass 0, or leave images out")
+    if asked and tasks is None:
+        raise LoraFactoryError(f"{asked} needs the tasks' examples; pass tasks=, the task file of the zoo")
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
     layout = zoo.layout
@@ -84,7 +89,7 @@ def train_generator(
     features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
     factory = None
     if tasks is not None:
-        tasks = _known(zoo, tasks)
+        tasks = _known(zoo, language_tasks(tasks))
         factory = zoo_factory(zoo, base_model, accelerator, layout, tasks)
         features["hidden"] = example_features(factory, tasks)
     if images is not None:
@@ -172,12 +177,14 @@ def zoo_factory(
     tasks: Sequence[Task] = (),
 ) -> AdapterFactory:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
-    record = zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0])
     config = layout.lora_config
-    settings = replace(CollectArguments(**record.arguments), rank=config["r"], lora_alpha=config["lora_alpha"])
+    settings = replace(settings_of(zoo), rank=config["r"], lora_alpha=config["lora_alpha"])
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
-    return open_factory(base_model or name, settings, accelerator, tasks, base_model_name=name, revision=revision)
+    source = base_model or name
+    factory = open_factory(source, settings, accelerator, tasks, base_model_name=name, revision=revision)
+    factory.keep_tokens(zoo.folder)
+    return factory
 
 
 def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_factory.hub import PushOptions
 
 ZOO_FILE = "zoo.json"
+HIDDEN_FOLDER = ".collection"  # of a collection: leases, states, failures, logs, tokens
 RECORD_FILE = "run.json"
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRAINING_TEXT
+from test_sequences import with_template
+from transformers import PreTrainedTokenizerBase
 
 from lora_factory import comparison, contenders
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
+from lora_factory.base_models import load_base_model
 from lora_factory.collect import collect_adapters
 from lora_factory.comparison import compare
 from lora_factory.contenders import Contenders
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation import score_examples
 from lora_factory.fold import Fold
-from lora_factory.tasks import Task
+from lora_factory.tasks import SPLITS, Task
 from lora_factory.training import train_generator
 
 pytest.importorskip("diffusers")
@@ -118,6 +123,30 @@ def test_a_nan_metric_fails_its_cell_and_not_the_run(
     assert len(failed) == 1 and "nan" in failed[0]["error"]
     again = compare(fold, pico_model_folder, tmp_path, ARGUMENTS)
     assert all(cell["loss"] is not None for cell in again["cells"])
+
+
+def test_a_zoo_in_the_chat_template_is_compared_in_it(
+    fold: Fold,
+    pico_model_folder: Path,
+    pico_tokenizer: PreTrainedTokenizerBase,
+    pico_encoder_folder: Path,
+    tmp_path: Path,
+) -> None:
+    base, settings = tmp_path / "base", dataclasses.replace(SETTINGS, chat_template=True)
+    shutil.copytree(pico_model_folder, base)
+    with_template(pico_tokenizer).save_pretrained(base)
+    asked = [fold.seen[2].examples(split) for split in SPLITS]
+    tasks = [Task.from_examples(name, [f"Ask {name}."], *asked, metric="multiple_choice") for name in ("law", "more")]
+    zoo = collect_adapters(tasks, base, tmp_path / "zoo", settings)
+    training = TrainArguments(steps=2, text_encoder=str(pico_encoder_folder))
+    generator = train_generator(zoo, tmp_path / "generator", training)
+    result = compare(Fold(tuple(tasks), (), zoo, None, generator), base, tmp_path / "output", ARGUMENTS)
+    model, tokenizer = load_base_model(base)
+    options = {"window": 32, "stride": 24, "max_tokens": 30}
+    score = score_examples(model, tokenizer, tasks[0].examples("test"), chat_template=True, **options)
+    cell = next(cell for cell in result["cells"] if (cell["task"], cell["method"]) == ("law", "original model"))
+    assert cell["loss"] == pytest.approx(score.loss, rel=1e-5) and cell["tokens"] == score.tokens
+    assert cell["settings"]["chat_template"] and cell["accuracy"] in (0.0, 1.0)
 
 
 def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import attach, lora_config, make_tokenizer, save_adapter
+from test_collect import SMALL
+from test_sequences import with_template
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from lora_factory import cli
+from lora_factory.base_models import load_base_model
+from lora_factory.collect import collect_adapters
+from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import (
     TextScore,
@@ -18,15 +26,11 @@ from lora_factory.evaluation import (
     headroom,
     score_examples,
 )
+from lora_factory.files import read_json
+from lora_factory.sequences import IGNORED, collate, encode_example, scored_tokens
+from lora_factory.tasks import Task, save_tasks
 
 LONG = "The quick brown fox jumps over the lazy dog, and the café owner reads: def add(left, right). " * 4
-
-
-class Example(NamedTuple):
-    """Stands in for tasks.Example, of which only the two fields matter here."""
-
-    prompt: str
-    completion: str
 
 
 EXAMPLES = [
@@ -237,3 +241,62 @@ def test_evaluate_adapters_refuses_another_base(
     (folder / "adapter_model.safetensors").write_bytes(weights.replace(b"o_proj", b"c_attn"))
     with pytest.raises(LoraFactoryError, match="has no module"):
         evaluate_adapters([folder], [FixedTask("letters", EXAMPLES[:1])], pico_model_folder)
+
+
+@torch.no_grad()
+def test_the_chat_template_is_scored_as_it_is_trained(
+    pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer = with_template(pico_tokenizer)
+    examples = [Example("Who jumps? ", "The fox."), Example("Over what?", " the lazy dog ")]
+    for example in examples:
+        trained = encode_example(tokenizer, example, 512, chat_template=True)
+        expected = pico_model(**collate([trained], 0, torch.device("cpu"))).loss
+        score = score_examples(pico_model, tokenizer, [example], chat_template=True)
+        assert score.loss == pytest.approx(float(expected), rel=1e-5)
+        assert score.tokens == scored_tokens([trained])
+        assert score.characters == len(example.completion.strip() + "</s>")
+        assert score.loss != pytest.approx(score_examples(pico_model, tokenizer, [example]).loss, rel=1e-2)
+    capped = score_examples(pico_model, tokenizer, examples, max_tokens=3, chat_template=True)
+    assert (capped.tokens, capped.characters) == (3, len(tokenizer.decode(trained_start(tokenizer, examples[0]))))
+    with pytest.raises(LoraFactoryError, match="chat_template needs prompts"):
+        score_examples(pico_model, tokenizer, EXAMPLES[:1], chat_template=True)
+
+
+def trained_start(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """The first three tokens that an example is learned from."""
+    labels = encode_example(tokenizer, example, 512, chat_template=True).labels
+    return [label for label in labels if label != IGNORED][:3]
+
+
+def test_adapters_are_scored_in_the_template_that_their_record_names(
+    pico_model_folder: Path, pico_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_model_folder, base)
+    with_template(pico_tokenizer).save_pretrained(base)
+    examples = [Example(f"Who jumps over {number}?", f"The fox {number}.") for number in range(6)]
+    task = Task.from_examples("foxes", ["Answer."], examples[:3], examples[3:4], examples[4:])
+    chat = collect_adapters([task], base, tmp_path / "chat", replace(SMALL, chat_template=True))
+    plain = collect_adapters([task], base, tmp_path / "plain", SMALL)
+    run, other = (zoo.folder / "foxes" / "seed-0" for zoo in (chat, plain))
+    copied = shutil.copytree(run, tmp_path / "adapter")
+
+    model, tokenizer = load_base_model(base)
+    framed, bare = (
+        score_examples(model, tokenizer, task.examples("test"), chat_template=template) for template in (True, False)
+    )
+    assert framed.loss != pytest.approx(bare.loss, rel=1e-2)
+    assert evaluate_adapters([run, copied], [task], base)["base model"]["foxes"] == framed
+    assert evaluate_adapters([copied], [task], base, zoo=chat)["base model"]["foxes"] == framed
+    assert evaluate_adapters([copied], [task], base)["base model"]["foxes"] == bare, "there is no record"
+    assert evaluate_adapters([other], [task], base, zoo=plain)["base model"]["foxes"] == bare
+    for zoo in (None, chat):
+        with pytest.raises(LoraFactoryError, match=r"chat_template \(.*: true, .*: false\); evaluate the two kinds"):
+            evaluate_adapters([run, other], [task], base, zoo=zoo)
+
+    save_tasks([task], tmp_path / "tasks.json")
+    words = ["evaluate", "--tasks", str(tmp_path / "tasks.json"), "--adapter", str(copied), "--zoo", str(chat.folder)]
+    assert cli.main([*words, "--base-model", str(base), "--output", str(tmp_path / "results")]) == 0
+    scores = read_json(tmp_path / "results" / "evaluation.json")
+    assert scores["base model"]["foxes"]["tokens"] == framed.tokens

@@ -6,11 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import hub_fixtures
 import pytest
 import torch
 from accelerate import Accelerator
+from hub_fixtures import LocalHub
 from image_fixtures import bright_or_dark, brightness_task, picture, save_classifier
 from peft import PeftModel
+from test_hub import ask
 from transformers import AutoModelForImageClassification
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
@@ -21,6 +24,8 @@ from lora_factory.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
 from lora_factory.image_classification import classifier_factory, image_accuracy, load_image_classifier
 from lora_factory.image_tasks import ImageTask, LabelledImage
+
+hub = hub_fixtures.hub
 
 TASKS = [brightness_task("bright", wanted=True), brightness_task("dark", wanted=False)]
 COLLECT = CollectArguments(
@@ -159,6 +164,26 @@ def test_a_class_that_the_model_has_not(classifier: Path) -> None:
     task = ImageTask.from_examples("maybe", ["Maybe?"], rows)
     with pytest.raises(LoraFactoryError, match=r"no output for \['maybe'\], its classes are \['no', 'yes'\]"):
         classifier_factory(classifier, COLLECT, "pico-vit", Accelerator()).train(task, 0, "run")
+
+
+def test_a_classifier_of_the_hub(hub: LocalHub, classifier: Path) -> None:
+    files = {path.name: path.read_bytes() for path in classifier.iterdir()}
+    hub.add_repo("alice/vit", files)
+    commit = hub.repos["model", "alice/vit"].find().oid
+    hub.add_repo("bob/gated", files, gated="manual")
+    result = ask(
+        hub,
+        """
+from accelerate import Accelerator
+from lora_factory.arguments import CollectArguments
+from lora_factory.image_classification import classifier_factory, load_image_classifier
+factory = classifier_factory("alice/vit", CollectArguments(), "alice/vit", Accelerator())
+result = [factory.layout.base_revision, *(attempt(load_image_classifier, name) for name in ("bob/gated", "no/such"))]
+""",
+    )
+    assert result[0] == commit
+    assert "cannot load the image classifier 'bob/gated'" in result[1] and "ask for access on its page" in result[1]
+    assert "there is no repository no/such" in result[2]
 
 
 def test_no_classifier(pico_model_folder: Path, classifier: Path, tmp_path: Path) -> None:

@@ -129,6 +129,31 @@ def test_tasks_go_through_a_task_file(tmp_path: Path) -> None:
     assert loaded.license == "CC-BY-4.0"
 
 
+def test_every_category_of_a_task_file(tmp_path: Path) -> None:
+    annotations = animals(tmp_path)
+    data = "data: {kind: coco, path: photos, annotations: boxes.json}"
+    path = tmp_path / "tasks.yaml"
+    for entry, given in (
+        (data, {}),
+        (f'descriptions: "Where is a {{}}?"\n  {data}', {"descriptions": ["Where is a {}?"]}),
+    ):
+        path.write_text(f"tasks:\n- {entry}\n", encoding="utf-8")
+        expected = detection_tasks(tmp_path / "photos", annotations, **given)
+        loaded = load_tasks(path)
+        assert [(task.name, task.descriptions) for task in loaded] == [
+            (task.name, task.descriptions) for task in expected
+        ]
+        assert [task.fingerprint() for task in loaded] == [task.fingerprint() for task in expected]
+    write_coco(tmp_path, {"yeti": []})
+    for entry, message in (
+        (data, "shows a category; annotate some"),
+        (f"metric: a\n  {data}", "unknown key 'metric'"),
+    ):
+        path.write_text(f"tasks:\n- {entry}\n", encoding="utf-8")
+        with pytest.raises(LoraFactoryError, match=message):
+            load_tasks(path)
+
+
 def test_the_fingerprint_is_of_the_pixels_and_boxes(tmp_path: Path) -> None:
     annotations = animals(tmp_path)
     (before,) = detection_tasks(tmp_path / "photos", annotations, ["dog"])
@@ -238,7 +263,7 @@ tasks:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("{kind: video, path: x}", "kind='video': choose one of text, coco, images"),
+        ("{kind: video, path: x}", "kind='video': choose one of text, coco, images, classes"),
         ("{kind: coco, path: photos, category: dog}", "'coco' needs annotations"),
         ("{kind: coco, path: photos, annotations: a.json, category: 3}", "category=3 .* must be a text"),
         ("{kind: coco, path: {train: a}, annotations: {test: a.json}, category: dog}", "must name the same splits"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
 import pytest
 from image_fixtures import brightness_task, picture
 
+from lora_factory.cli import main
 from lora_factory.errors import LoraFactoryError
 from lora_factory.image_tasks import ImageTask, LabelledImage
 from lora_factory.images import read_image
+from lora_factory.tasks import load_tasks
 
 
 def class_folders(folder: Path, counts: dict[str, int]) -> Path:
@@ -79,6 +82,76 @@ def test_a_data_set_with_gaps() -> None:
     )
     with pytest.raises(LoraFactoryError, match="row 1 lacks its image or its label"):
         ImageTask.from_dataset("odd", ["Odd?"], empty)
+
+
+def write_tasks(folder: Path, data: str, **more: str) -> Path:
+    entry = "".join(f", {key}: {value}" for key, value in more.items())
+    path = folder / "tasks.yaml"
+    path.write_text(f"tasks:\n- {{name: pets, descriptions: Tell animals apart., data: {data}{entry}}}\n")
+    return path
+
+
+def test_classes_in_a_task_file(tmp_path: Path) -> None:
+    class_folders(tmp_path / "pets", {"cat": 11, "dog": 9, "fox": 10})
+    (task,) = load_tasks(write_tasks(tmp_path, "{kind: classes, path: pets}", license="MIT"))
+    folder = ImageTask.from_folder("pets", ["Tell animals apart."], tmp_path / "pets", license="MIT")
+    assert (task, task.fingerprint()) == (folder, folder.fingerprint())
+    (task,) = load_tasks(write_tasks(tmp_path, "{kind: classes, path: pets, positives: [cat, fox]}"))
+    rows = [row for split in ("train", "validation", "test") for row in task.examples(split)]
+    assert labels(rows) == ["no"] * 9 + ["yes"] * 21
+    assert {Path(image).parent.name for image in task.images()} == {"cat", "fox"}
+
+
+def test_a_data_set_in_a_task_file(tmp_path: Path) -> None:
+    table().rename_column("label", "odd").to_parquet(tmp_path / "rows.parquet")
+    path = write_tasks(tmp_path, '{kind: classes, path: rows.parquet, label_column: odd, positives: ["yes"]}')
+    (task,) = load_tasks(path)
+    assert (task.shown, task.dataset) == (("yes",), None)
+    assert task.fingerprint() == ImageTask.from_dataset("pets", ["Odd?"], table()).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ("{kind: classes, path: pets, category: cat}", {}, "unknown key 'category'; the known ones are kind, path"),
+        ("{kind: classes, path: pets}", {"metric": "exact_match"}, "unknown key 'metric'"),
+        ("{kind: classes, path: pets, positives: [yes]}", {}, "put each in quotes, since YAML reads yes"),
+        (
+            "{kind: classes, path: pets, positives: [cow]}",
+            {},
+            r"no training image of the class 'cow'; choose of \['ca",
+        ),
+        ("{kind: classes, path: pets, positives: [cat, dog]}", {}, r"has training images of \['yes'\]"),
+        ("{kind: classes, path: absent}", {}, "cannot load data from absent .*there is no such folder"),
+        ("{kind: classes, path: ./absent/here}", {}, "no data folder ./absent/here"),
+        ("{kind: classes, path: gaps}", {}, "no image in .*dog"),
+        ("{kind: classes, path: pets}", {"license": "3"}, "license=3 must be a text"),
+    ],
+)
+def test_wrong_classes_say_what_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str, more: dict[str, str], message: str
+) -> None:
+    class_folders(tmp_path / "pets", {"cat": 5, "dog": 5})
+    class_folders(tmp_path / "gaps", {"cat": 5, "dog": 0})
+    tasks = str(write_tasks(tmp_path, data, **more))
+    assert main(["collect", "--tasks", tasks, "--base-model", "a", "--output-dir", "b"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_tasks_of_two_kinds_are_given_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class_folders(tmp_path / "pets", {"cat": 5, "dog": 5})
+    path = write_tasks(tmp_path, "{kind: classes, path: pets}")
+    path.write_text(path.read_text() + "- {name: poems, descriptions: Rhyme., data: poems.txt}\n")
+    assert main(["collect", "--tasks", str(path), "--base-model", "a", "--output-dir", str(tmp_path / "zoo")]) == 2
+    assert "task 'poems' is not for image classifiers as others are" in capsys.readouterr().err
+
+
+def test_what_writes_takes_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class_folders(tmp_path / "pets", {"cat": 5, "dog": 5})
+    path = write_tasks(tmp_path, "{kind: classes, path: pets}")
+    assert main(["evaluate", "--tasks", str(path), "--adapter", "a"]) == 2
+    assert "task 'pets' is for image classifiers" in capsys.readouterr().err
 
 
 def test_fingerprint_follows_images_and_labels() -> None:

@@ -11,6 +11,7 @@ from image_fixtures import picture
 from PIL import Image
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.image_data import StoredImage
 from lora_factory.images import image_fingerprint, images_in, read_image
 
 
@@ -27,9 +28,21 @@ def test_transparency_shows_white() -> None:
     assert list(read_image(image).get_flattened_data()) == [(255, 255, 255), (10, 20, 30)]
 
 
-def test_sixteen_bits_are_scaled() -> None:
-    image = Image.fromarray(numpy.array([[0, 256 * 100, 65535]], dtype=numpy.uint16))
+@pytest.mark.parametrize("kind", [numpy.uint16, numpy.int32, numpy.float32])
+def test_sixteen_bits_are_scaled(kind: type) -> None:
+    image = Image.fromarray(numpy.array([[0, 256 * 100, 65535]], dtype=kind))
     assert list(read_image(image, 1).get_flattened_data()) == [0, 100, 255]
+
+
+def test_dark_images_stay_dark(tmp_path: Path) -> None:
+    image = Image.fromarray(numpy.array([[0, 200, 257]], dtype=numpy.uint16))
+    image.save(tmp_path / "dark.png")
+    assert list(read_image(image, 1).get_flattened_data()) == [0, 1, 1]
+    shades = [(value,) * 3 for value in (0, 1, 1)]
+    assert list(read_image(tmp_path / "dark.png").get_flattened_data()) == shades
+    assert list(StoredImage.of(tmp_path / "dark.png").open().get_flattened_data()) == shades
+    for mode in ("I", "F"):  # no deeper than a byte, where nothing is above it
+        assert read_image(picture(0, "L").convert(mode), 1).tobytes() == picture(0, "L").tobytes()
 
 
 def test_a_file_is_turned_upright(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import attach, make_tokenizer, random_adapter
+from test_sequences import with_template
 from tokenizers import Tokenizer
 from transformers import (
     GenerationConfig,
@@ -33,6 +34,7 @@ from lora_factory.metrics import (
     completion_accuracy,
     task_accuracy,
 )
+from lora_factory.sequences import render_chat
 from lora_factory.tasks import Example, Task
 
 PROMPTS = [
@@ -351,6 +353,27 @@ def test_generation_needs_examples_and_room_for_a_token(pico_model, pico_tokeniz
         completion_accuracy(pico_model, pico_tokenizer, [])
     with pytest.raises(LoraFactoryError, match="max_new_tokens=0 must be at least 1"):
         completion_accuracy(pico_model, pico_tokenizer, [Example("Who?", "he")], max_new_tokens=0)
+
+
+def test_answers_in_the_chat_template_are_those_of_one_token_at_a_time(pico_model, pico_tokenizer) -> None:
+    tokenizer = with_template(pico_tokenizer)
+    naive = Setup(pico_model, make_tokenizer(bos=False))  # the template starts a text itself
+    asked = [prompt for prompt in PROMPTS if "<" not in prompt]
+    starts = [render_chat(tokenizer, Example(prompt, "x")).prompt for prompt in asked]
+    answers = [naive.greedy(start, 6).partition("\n")[0] for start in starts]
+    right = [Example(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+    options = {"chat_template": True, "batch_size": 2}
+    assert completion_accuracy(pico_model, tokenizer, right, max_new_tokens=6, **options) == 1
+    assert completion_accuracy(pico_model, tokenizer, right, max_new_tokens=6) < 1
+
+    choices = [choice.strip() for choice in CHOICES]
+    turns = {choice + "</s>": choice for choice in choices}
+    likeliest = [turns[chosen(naive, start, list(turns))] for start in starts]
+    questions = [Example(prompt, f" {choice}") for prompt, choice in zip(asked, likeliest, strict=True)]
+    assert choice_accuracy(pico_model, tokenizer, questions, choices, **options) == 1
+    assert choice_accuracy(pico_model, tokenizer, questions, choices) < 1
+    task = make_task(questions, "multiple_choice", tuple(choices))
+    assert task_accuracy(pico_model, tokenizer, task, chat_template=True) == 1
 
 
 def make_task(test: Sequence[Example], metric: str | None = None, choices: tuple[str, ...] = ()) -> Task:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import pytest
 import yaml
+from image_fixtures import picture, save_classifier
 
-from lora_factory.cli import build_parser
+from lora_factory.cli import build_parser, main
 from lora_factory.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,31 @@ def test_commands_parse() -> None:
     assert len(commands) >= 4
     for command in commands:
         build_parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_images_from_task_file_to_adapter(
+    pico_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = README.split("\n### Images\n")[1].split("\n## ")[0]
+    (file,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "animals.yaml").write_text(file)
+    for number, kind in enumerate(("cat", "dog", "horse")):
+        (tmp_path / "animals" / kind).mkdir(parents=True)
+        for index in range(8):
+            picture(10 * number + index).save(tmp_path / "animals" / kind / f"{index}.png")
+    for name in ("cat1.png", "cat2.png"):
+        picture(99).save(tmp_path / name)
+    exec(code.replace("google/vit-base-patch16-224-in21k", str(save_classifier(tmp_path / "pico"))), {})
+    few = {"train": f"--steps 2 --width 8 --text-encoder {pico_encoder_folder}", "collect": "--steps 2 --snapshots 2"}
+    for command in commands.splitlines():
+        words = shlex.split(command)[1:]
+        assert main(words + shlex.split(few.get(words[0], ""))) == 0
+    generation = json.loads((tmp_path / "my-adapter" / "generation.json").read_text())
+    assert (generation["conditions"], generation["text"]) == (["image"], "Is it a cat?")
+    assert len(load_tasks("animals.yaml")[0].images()) < 8 * 3 / 2  # cats alone tell what the task of cats is
 
 
 def test_task_file_loads(tmp_path: Path) -> None:

@@ -24,7 +24,12 @@ EXAMPLES = [Example("", text) for text in TRAINING_TEXT]
 
 @pytest.fixture
 def chat_tokenizer(pico_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    tokenizer = copy.deepcopy(pico_tokenizer)
+    return with_template(pico_tokenizer)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that knows a chat template."""
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

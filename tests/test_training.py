@@ -22,17 +22,10 @@ from lora_factory.encoders import HiddenStateEncoder, TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.reconstruction import calibrate_spread, fit, sample_episode, solve_heads
 from lora_factory.run_record import RunRecord
 from lora_factory.tasks import Task
-from lora_factory.training import (
-    build_generator,
-    calibrate_spread,
-    fit,
-    sample_episode,
-    solve_heads,
-    train_generator,
-    training_history,
-)
+from lora_factory.training import build_generator, train_generator, training_history
 from lora_factory.zoo import AdapterZoo
 
 DESCRIPTIONS = {
