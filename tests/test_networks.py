@@ -103,6 +103,23 @@ def test_what_no_task_differs_in_is_not_listened_to() -> None:
     )
 
 
+def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
+    tasks, nuisance = 4 * normal(5, 30), 20 * torch.nn.functional.normalize(normal(1, 30, seed=1))
+    scatter = normal(400, 1, seed=2) * nuisance + normal(400, 30, seed=3)
+    plain, white = (ConditionStandardiser({"hidden": 30}, {}) for _ in range(2))
+    plain.fit({"hidden": tasks})
+    white.fit({"hidden": tasks}, {"hidden": scatter})
+    assert white.spanned("hidden") == 4
+    moved = {}
+    for name, standardiser in (("plain", plain), ("white", white)):
+        known = standardiser("hidden", tasks)
+        moved[name] = (standardiser("hidden", tasks + nuisance) - known).norm(dim=1).mean() / torch.pdist(known).mean()
+    assert moved["white"] < 0.2 * moved["plain"]
+    zero = ConditionStandardiser({"hidden": 30}, {})
+    zero.fit({"hidden": tasks}, {"hidden": torch.zeros(7, 30)})  # examples that do not differ change nothing
+    torch.testing.assert_close(zero("hidden", tasks), plain("hidden", tasks))
+
+
 def test_shapes_and_gradients(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
     network.train()
     loss = torch.zeros(())

@@ -308,16 +308,21 @@ from accelerate import Accelerator
 from lora_factory.arguments import TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.factory import AdapterFactory
+from lora_factory.specialists import specialise
 from lora_factory.through_base import train_through_base
 from lora_factory.zoo import AdapterZoo
-from test_through_base import SETTINGS, prepared
+from test_through_base import SETTINGS, make_tasks, prepared
 
 zoo, accelerator = AdapterZoo(sys.argv[1]), Accelerator(cpu=True)
 model, tokenizer = load_base_model(sys.argv[2])
 factory = AdapterFactory.attach(model, tokenizer, SETTINGS, zoo.layout.base_model, accelerator)
-arguments = TrainArguments(text_encoder=sys.argv[3], width=16, base_steps=3)
+arguments = TrainArguments(text_encoder=sys.argv[3], width=16, steps=2, base_steps=3, specialist_steps=2)
 generator, data = prepared(zoo, factory, arguments)
 history = train_through_base(generator, factory, data, arguments)
+features = {"text": {name: rows.texts for name, rows in data.items()}}
+features["hidden"] = {name: rows.halves[0].hidden for name, rows in data.items()}
+last = specialise(generator, factory, make_tasks(), data, features, arguments)
+assert last["tokens"] > 3 * 24
 weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
 both = accelerator.gather(weights[None])
 assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
