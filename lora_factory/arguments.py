@@ -132,6 +132,7 @@ class TrainArguments:
     base_learning_rate: float = _option(1e-3, "peak learning rate of stage 2")
     base_bias_learning_rate: float = _option(3e-3, "peak learning rate of the bias adapter in stage 2")
     base_noise: float = _option(0.05, "noise on text vectors in stage 2, as a share of a vector's length")
+    base_label_smoothing: float = _option(0.0, "share of a label's probability that stage 2 spreads over all tokens")
     base_l2: float = _option(0.0, "penalty on the mean square of the generated residual in standard units in stage 2")
 
     def __post_init__(self) -> None:
@@ -140,6 +141,8 @@ class TrainArguments:
         _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
         _positive(self, "multitask_learning_rate", "specialist_learning_rate")
         _not_negative(self, "multitask_steps", "base_steps", "specialist_steps", "base_noise", "base_l2")
+        if not 0 <= self.base_label_smoothing < 1:
+            raise LoraFactoryError(f"base_label_smoothing={self.base_label_smoothing} must be at least 0 and below 1")
         if min(self.base_mixtures, self.base_stretches) < 0 or self.base_mixtures + self.base_stretches > 1:
             raise LoraFactoryError(
                 f"base_mixtures={self.base_mixtures}, base_stretches={self.base_stretches}: two shares of one whole"

@@ -220,7 +220,8 @@ def _episode_loss(
     adapters = generator.bias + standard * generator.weight_scale
     penalty = arguments.base_l2 * standard.square().mean()
     tokens = sum(len(sequence.tokens) for rows in queries for sequence in rows)
-    return query_loss(factory, adapters, queries) + penalty, tokens
+    loss = query_loss(factory, adapters, queries, label_smoothing=arguments.base_label_smoothing)
+    return loss + penalty, tokens
 
 
 @dataclass(frozen=True)

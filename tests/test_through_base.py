@@ -110,6 +110,18 @@ def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, factory: 
             assert not torch.allclose(factory.model(ids).logits, together)  # and the hooks are gone
 
 
+def test_label_smoothing_is_that_of_the_cross_entropy(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    adapters, rows = zoo.final("code", "seed-0")[None], factory.encode(make_tasks()[1].examples("train"))[:3]
+    with torch.no_grad(), factory.slot.disabled():
+        plain, smooth, all_smooth = (
+            query_loss(factory, adapters, [rows], label_smoothing=share) for share in (0.0, 0.25, 1.0)
+        )
+    assert all_smooth > plain
+    torch.testing.assert_close(smooth, 0.75 * plain + 0.25 * all_smooth)
+    with pytest.raises(LoraFactoryError, match="base_label_smoothing=1.5 must be at least 0 and below 1"):
+        TrainArguments(base_label_smoothing=1.5)
+
+
 class Convolutional(nn.Module):
     """Embedding, 2-D convolution and a linear layer: every kind of module that carries LoRA."""
 
