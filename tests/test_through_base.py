@@ -118,7 +118,7 @@ def test_label_smoothing_is_that_of_the_cross_entropy(zoo: AdapterZoo, factory: 
         )
     assert all_smooth > plain
     torch.testing.assert_close(smooth, 0.75 * plain + 0.25 * all_smooth)
-    with pytest.raises(LoraFactoryError, match="base_label_smoothing=1.5 must be at least 0 and below 1"):
+    with pytest.raises(LoraFactoryError, match=r"base_label_smoothing=1\.5 must be at least 0 and below 1"):
         TrainArguments(base_label_smoothing=1.5)
 
 
