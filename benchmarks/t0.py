@@ -1,0 +1,180 @@
+"""Prompted tasks (P3/T0): loss and accuracy on data sets that the generator never saw, beside the multi-task LoRA.
+
+    LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output                        # for a GPU
+    LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output --seen 6 --unseen 3 --steps 30 --rows 12
+
+Whole data sets are left out, not only some of their prompts. A task's accuracy is that of the likeliest choice where
+it has five answers or fewer, and of exact answers otherwise. Everything is kept in the output folder, so that the same
+command continues after an interruption.
+"""
+
+import argparse
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator
+from domain_tasks import shared_folder
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from lora_factory import CVAELoRAGenerator, Task, TrainArguments, __version__, train_generator
+from lora_factory.arguments import CollectArguments
+from lora_factory.baselines import train_multitask
+from lora_factory.cells import CellLog
+from lora_factory.collect import collect_adapters
+from lora_factory.data_source import Example
+from lora_factory.evaluation import score_examples
+from lora_factory.factory import AdapterFactory
+from lora_factory.features import example_features
+from lora_factory.metrics import task_accuracy
+from lora_factory.refine import refine
+from lora_factory.training import zoo_factory
+
+LEFT_OUT = ("ag_news", "samsum", "sciq")  # data sets; the tasks of all others are seen
+BASE, RANK, WINDOW = "HuggingFaceTB/SmolLM2-135M-Instruct", 8, 384
+COLLECT = CollectArguments(
+    rank=RANK,
+    lora_alpha=16.0,
+    snapshots=5,
+    snapshot_every=2,
+    learning_rate=1e-3,
+    sequence_length=WINDOW,
+    validation_sequences=12,
+)
+TRAIN = TrainArguments(width=512, depth=1, steps=20, multitask_learning_rate=1e-3, specialist_learning_rate=5e-4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("t0-output"), help="folder of all results")
+    parser.add_argument("--base", default=BASE, help=f"base model (default: {BASE})")
+    parser.add_argument("--seen", type=int, default=78, help="tasks that are collected (default: all 78)")
+    parser.add_argument("--unseen", type=int, default=17, help="tasks left out (default: all 17)")
+    parser.add_argument("--steps", type=int, default=100, help="steps a task's LoRA (default: 100)")
+    parser.add_argument("--rows", type=int, default=30, help="test rows scored a task (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is trained (default: 0)")
+    options = parser.parse_args()
+    seen, unseen = t0_tasks(options.seen, options.unseen)
+    settings = replace(COLLECT, steps=options.steps, seeds=(options.seed,))
+    zoo = collect_adapters([*seen, *unseen], options.base, options.output / "zoo", settings)
+    known = zoo.select([task.name for task in seen])
+    factory = zoo_factory(known, options.base, Accelerator(), zoo.layout)
+    everyone = options.output / f"multi-task-{known.fingerprint()[:12]}.safetensors"
+    if not everyone.is_file():
+        factory.arguments = replace(factory.arguments, learning_rate=TRAIN.multitask_learning_rate)
+        save_file({"weights": train_multitask(factory, seen, seed=options.seed).contiguous()}, everyone)
+    multitask, folder = load_file(everyone)["weights"], options.output / "generator"
+    if not (folder / "config.json").is_file():
+        budget = {"multitask_steps": options.steps * len(seen), "specialist_steps": options.steps // 2}
+        arguments = replace(TRAIN, seed=options.seed, **budget)
+        train_generator(known, folder, arguments, tasks=seen, base_model=options.base, bias_adapter=multitask)
+    generator = CVAELoRAGenerator.from_pretrained(folder)
+    methods: dict[str, Callable[[Task], torch.Tensor]] = {
+        "original model": lambda task: torch.zeros(zoo.layout.size),
+        "multi-task LoRA": lambda task: multitask,
+        "generated from text": partial(written, generator),
+        "generated from 16 examples": partial(from_examples, generator, factory, options.seed),
+        "original LoRA": lambda task: zoo.final(task.name, f"seed-{options.seed}"),
+    }
+    log, table = CellLog(options.output / "cells.jsonl"), Table(title=f"{len(seen)} seen, {len(unseen)} unseen tasks")
+    for column in ("method", "seen: loss", "accuracy", "unseen: loss", "accuracy"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, make in methods.items():
+        means = []
+        for tasks in (seen[:: max(1, len(seen) // len(unseen))], unseen):
+            cells = []
+            for task in tqdm(tasks, desc=method):
+                facts = {
+                    "method": method,
+                    "task": task.fingerprint(),
+                    "zoo": known.fingerprint(),
+                    "rows": options.rows,
+                }
+                cells.append(log.get_or_compute(facts, partial(scored, factory, make, task, options.rows)))
+            means += [fmean(cell["loss"] for cell in cells), fmean(cell["accuracy"] for cell in cells)]
+        table.add_row(method, *(f"{value:.3f}" for value in means))
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        f"loss in nats a token, accuracy as a share; {options.rows} rows a task; {options.steps} steps a LoRA, rank "
+        f"{RANK}; seed {options.seed}; {options.base}; lora-factory {__version__}, torch {torch.__version__}"
+    )
+
+
+@cache
+def t0_tasks(seen: int, unseen: int) -> tuple[list[Task], list[Task]]:
+    """So many tasks of either kind, spread evenly over the names."""
+    files = sorted((shared_folder() / "data" / "t0").glob("*.jsonl.gz"))
+    left_out = [file for file in files if file.name.startswith(LEFT_OUT)]
+    known = [file for file in files if file not in left_out]
+    return spread(known, seen), spread(left_out, unseen)
+
+
+def spread(files: list[Path], count: int) -> list[Task]:
+    """The tasks of ``count`` files, at even distances."""
+    return [read_task(files[number * len(files) // count]) for number in range(min(count, len(files)))]
+
+
+def read_task(file: Path) -> Task:
+    """A task described by its name and by what all of its prompts say."""
+    rows = [json.loads(line) for line in gzip.open(file, "rt", encoding="utf-8")]
+    examples = [Example(row["prompt"], row["completion"]) for row in rows]
+    name = file.name.split(".")[0]
+    prompts = [row["prompt"] for row in rows]
+    asks = shared_start(prompts), shared_start([prompt[::-1] for prompt in prompts])[::-1]
+    said = [" ".join(text.split()) for text in asks if len(text.split()) > 2]
+    few = len({row["completion"] for row in rows}) <= 5
+    test, validation = len(rows) // 5, len(rows) // 10
+    return Task.from_examples(
+        name,
+        [name.replace("_", " "), *said],
+        examples[test + validation :],
+        examples[test : test + validation],
+        examples[:test],
+        metric="multiple_choice" if few else "exact_match",
+        choices=tuple(sorted({row["completion"] for row in rows})) if few else (),
+    )
+
+
+def shared_start(texts: list[str]) -> str:
+    """What all texts begin with."""
+    return "".join(
+        letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    )
+
+
+def written(generator: CVAELoRAGenerator, task: Task) -> torch.Tensor:
+    """What the generator writes for a task's first description."""
+    return generator.layout.flatten(generator.generate_state_dict(task.descriptions[0]))
+
+
+def from_examples(generator: CVAELoRAGenerator, factory: AdapterFactory, seed: int, task: Task) -> torch.Tensor:
+    """What it writes for sixteen of the task's training examples, refined on them."""
+    source = torch.Generator().manual_seed(seed)
+    states, examples = example_features(factory, [task])[task.name], task.examples("train")
+    drawn = torch.randperm(len(states), generator=source)[:16].tolist()
+    with torch.no_grad():
+        start = generator.generate_vector({"hidden": states[drawn].mean(0, keepdim=True)})[0]
+    return refine(factory, start, factory.encode([examples[index] for index in drawn]))
+
+
+def scored(factory: AdapterFactory, make: Callable[[Task], torch.Tensor], task: Task, rows: int) -> dict:
+    """Loss on completions and accuracy of one method on one task's test rows."""
+    factory.slot.load(make(task))
+    test, options = task.examples("test")[:rows], {"window": WINDOW, "batch_size": 4}
+    score = score_examples(factory.model, factory.tokenizer, test, stride=WINDOW // 2, **options)
+    accuracy = task_accuracy(factory.model, factory.tokenizer, task, max_examples=rows, **options)
+    return {"loss": score.loss, "accuracy": accuracy, "name": task.name}
+
+
+if __name__ == "__main__":
+    main()
