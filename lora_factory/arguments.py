@@ -131,6 +131,7 @@ class TrainArguments:
     )
     base_learning_rate: float = _option(1e-3, "peak learning rate of stage 2")
     base_bias_learning_rate: float = _option(3e-3, "peak learning rate of the bias adapter in stage 2")
+    base_checkpointing: bool = _option(False, "stage 2 computes activations twice, not keeping them")
     base_noise: float = _option(0.05, "noise on text vectors in stage 2, as a share of a vector's length")
     base_label_smoothing: float = _option(0.0, "share of a label's probability that stage 2 spreads over all tokens")
     base_l2: float = _option(0.0, "penalty on the mean square of the generated residual in standard units in stage 2")

@@ -272,6 +272,13 @@ class AdapterFactory:
         per_epoch = math.ceil(sequences / (arguments.batch_size * arguments.gradient_accumulation))
         return per_epoch * arguments.epochs, per_epoch * arguments.snapshot_every
 
+    def train_mode(self) -> None:
+        """Put the model into training mode, but for batch statistics, which are no part of an adapter."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
     def _step(
         self,
         batches: Iterator[list[TokenSequence]],
@@ -281,10 +288,7 @@ class AdapterFactory:
         step: int,
     ) -> tuple[float, int]:
         """One optimizer step; returns its loss and the number of tokens that it read."""
-        self.model.train()
-        for module in self.model.modules():  # the statistics of a batch are no part of an adapter
-            if isinstance(module, _BatchNorm):
-                module.eval()
+        self.train_mode()
         accumulation, tokens = self.arguments.gradient_accumulation, 0
         mean = torch.zeros((), device=self.accelerator.device)
         for number in range(1, accumulation + 1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,13 +161,14 @@ def train_through_base(
             state.step += 1
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * _rate(state.step - 1, total)
-            loss, read = _episode_loss(generator, factory, data, arguments, source)
-            if not torch.isfinite(loss):
-                raise LoraFactoryError(
-                    f"the loss through the base is {loss.item()} at step {state.step}; lower base_learning_rate "
-                    f"(now {arguments.base_learning_rate})"
-                )
-            accelerator.backward(loss)
+            with ExitStack() as until:
+                loss, read = _episode_loss(generator, factory, data, arguments, source, until)
+                if not torch.isfinite(loss):
+                    raise LoraFactoryError(
+                        f"the loss through the base is {loss.item()} at step {state.step}; lower base_learning_rate "
+                        f"(now {arguments.base_learning_rate})"
+                    )
+                accelerator.backward(loss)
             _average_gradients(accelerator, [generator.bias, *network])
             accelerator.clip_grad_norm_([generator.bias, *network], arguments.max_grad_norm)
             optimizer.step()
@@ -191,6 +193,7 @@ def validate(generator: CVAELoRAGenerator, factory: AdapterFactory, data: Mappin
     """Mean validation loss over the tasks and over each single modality, in nats a token."""
     training = generator.training
     generator.eval()
+    factory.model.eval()
     losses = []
     for task in data.values():
         conditions = [{"text": task.texts[:1]}] if "text" in generator.config.modalities else []
@@ -208,8 +211,11 @@ def _episode_loss(
     data: Mapping[str, TaskData],
     arguments: TrainArguments,
     source: torch.Generator,
+    until: ExitStack,
 ) -> tuple[torch.Tensor, int]:
     """The loss of one step and its tokens: mixtures of tasks, a condition from one half, queries from the other."""
+    if factory.arguments.gradient_checkpointing:  # transformers does it in training mode only
+        factory.train_mode()
     mixtures = [_mixture(list(data.values()), arguments, source) for _ in range(arguments.base_tasks)]
     conditions = _conditions(generator, mixtures, arguments, source)
     queries = []
@@ -220,7 +226,7 @@ def _episode_loss(
     adapters = generator.bias + standard * generator.weight_scale
     penalty = arguments.base_l2 * standard.square().mean()
     tokens = sum(len(sequence.tokens) for rows in queries for sequence in rows)
-    loss = query_loss(factory, adapters, queries, label_smoothing=arguments.base_label_smoothing)
+    loss = query_loss(factory, adapters, queries, label_smoothing=arguments.base_label_smoothing, until=until)
     return loss + penalty, tokens
 
 

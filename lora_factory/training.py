@@ -90,7 +90,8 @@ def train_generator(
     factory = None
     if tasks is not None:
         tasks = _known(zoo, language_tasks(tasks))
-        factory = zoo_factory(zoo, base_model, accelerator, layout, tasks)
+        checkpointing = arguments.base_checkpointing
+        factory = zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
         features["hidden"] = example_features(factory, tasks)
     if images is not None:
         arguments = replace(arguments, image_encoder=arguments.image_encoder or str(base_model or layout.base_model))
@@ -175,10 +176,17 @@ def zoo_factory(
     accelerator: Accelerator,
     layout: AdapterLayout,
     tasks: Sequence[Task] = (),
+    *,
+    gradient_checkpointing: bool = False,
 ) -> AdapterFactory:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
     config = layout.lora_config
-    settings = replace(settings_of(zoo), rank=config["r"], lora_alpha=config["lora_alpha"])
+    settings = replace(
+        settings_of(zoo),
+        rank=config["r"],
+        lora_alpha=config["lora_alpha"],
+        gradient_checkpointing=gradient_checkpointing,
+    )
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
     source = base_model or name

@@ -122,6 +122,27 @@ def test_label_smoothing_is_that_of_the_cross_entropy(zoo: AdapterZoo, factory: 
         TrainArguments(base_label_smoothing=1.5)
 
 
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    zoo: AdapterZoo, arguments: TrainArguments, pico_model_folder: Path
+) -> None:
+    trained, passes = [], []
+    for checkpointing in (False, True):
+        model, tokenizer = load_base_model(pico_model_folder)
+        settings = replace(SETTINGS, gradient_checkpointing=checkpointing)
+        factory = AdapterFactory.attach(model, tokenizer, settings, zoo.layout.base_model, Accelerator(cpu=True))
+        generator, data = prepared(zoo, factory, arguments)
+        count = [0]
+        layer = factory.model.get_base_model().model.layers[0].mlp
+        layer.register_forward_pre_hook(
+            lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
+        )
+        train_through_base(generator, factory, data, replace(arguments, base_steps=5))
+        trained.append(generator.bias.detach().clone())
+        passes.append(count[0])
+    assert passes == [5, 10]
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=1e-5)
+
+
 class Convolutional(nn.Module):
     """Embedding, 2-D convolution and a linear layer: every kind of module that carries LoRA."""
 
@@ -287,11 +308,11 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
 
     query, calls = through_base.query_loss, []
 
-    def cut_off(*words: Any) -> torch.Tensor:
+    def cut_off(*words: Any, **options: Any) -> torch.Tensor:
         calls.append(words)
         if len(calls) == 40:
             raise CutOff
-        return query(*words)
+        return query(*words, **options)
 
     generator, data = prepared(zoo, factory, short)
     monkeypatch.setattr(through_base, "query_loss", cut_off)
