@@ -38,6 +38,7 @@ class CVAELoRAConfig(PreTrainedConfig):
         tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license",
             "dataset"}`` each, the data set by its Hub id, null when it has none.
         zoo_fingerprint: ``AdapterZoo.fingerprint()`` of that zoo.
+        chat_template: Whether its adapters were trained in the tokenizer's chat template.
         reach: Two distances by modality: how near a known task a condition is believed, and from where on it is not
             (`familiarity.py`); null where every condition is.
         decoder: ``"token"`` (default) or ``"conv1d"``, the paper's convolutional network.
@@ -58,6 +59,7 @@ class CVAELoRAConfig(PreTrainedConfig):
     image_encoder: str | None = None
     tasks: list[dict[str, Any]] | None = None
     zoo_fingerprint: str | None = None
+    chat_template: bool = False
     reach: dict[str, list[float]] | None = None
     decoder: str = "token"
     width: int = 384

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import AdapterSlot, attach_adapter, load_adapter
 from lora_factory.errors import LoraFactoryError
+from lora_factory.files import read_json
+from lora_factory.generation import GENERATION_FILE
 from lora_factory.sequences import render_chat
 from lora_factory.zoo import RECORD_FILE, ZOO_FILE, AdapterZoo
 
@@ -262,13 +264,16 @@ class _Text:
 
 
 def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> bool:
-    """Whether the records of a zoo, and of adapters that are runs of one, say that the chat template was used."""
+    """Whether the chat template was used, by the records of a zoo, of its runs, and of generated adapters."""
     records = {str(zoo.folder): zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks[:1]} if zoo else {}
+    given = {name: record.arguments.get("chat_template") for name, record in records.items()}
     for folder in (Path(name).resolve() for name in adapters):
         if (folder / RECORD_FILE).is_file() and (folder.parent.parent / ZOO_FILE).is_file():
-            records[str(folder)] = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
-    settings = {name: record.arguments for name, record in records.items()}
-    used = {name: bool(given["chat_template"]) for name, given in settings.items() if "chat_template" in given}
+            record = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
+            given[str(folder)] = record.arguments.get("chat_template")
+        elif (folder / GENERATION_FILE).is_file():
+            given[str(folder)] = read_json(folder / GENERATION_FILE).get("chat_template")
+    used = {name: value for name, value in given.items() if isinstance(value, bool)}
     if len(set(used.values())) > 1:
         told = ", ".join(f"{name}: {str(value).lower()}" for name, value in used.items())
         raise LoraFactoryError(f"records differ in chat_template ({told}); evaluate the two kinds one after the other")

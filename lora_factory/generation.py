@@ -28,7 +28,7 @@ from lora_factory.refine import refine_state_dict
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator
 
-CONDITION_FILE = "condition.safetensors"
+GENERATION_FILE, CONDITION_FILE = "generation.json", "condition.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Generation:
             ``condition.safetensors``.
         seed: Seed of the sample.
         temperature: 0 for the most likely adapter.
+        chat_template: Whether it expects texts in the tokenizer's chat template.
         refined_on: On how many examples it was refined; 0 when it is as the network wrote it.
         nearest_tasks: The training tasks nearest to the condition, best first: ``{"task", "similarity"}``.
         distance: Cosine distance of the condition from the nearest task.
@@ -57,6 +58,7 @@ class Generation:
     conditions: tuple[str, ...]
     seed: int
     temperature: float
+    chat_template: bool = False
     refined_on: int = 0
     nearest_tasks: tuple[Mapping[str, Any], ...]
     distance: float | None
@@ -112,7 +114,8 @@ def fulfil(
         order.text, conditions=given, seed=order.seed, temperature=order.temperature
     )
     if order.examples is not None and base is not None:
-        state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps)
+        in_chat = generator.config.chat_template
+        state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)
     return state_dict, given
 
 
@@ -138,6 +141,7 @@ def write_adapter(
         conditions=tuple(sorted(given)),
         seed=order.seed,
         temperature=order.temperature,
+        chat_template=generator.config.chat_template,
         refined_on=len(order.examples) if order.examples is not None and order.refine_steps else 0,
         nearest_tasks=tuple(nearest),
         distance=round(1 - nearest[0]["similarity"], 4) if nearest else None,
@@ -149,7 +153,7 @@ def write_adapter(
         sha256=sha256_file(folder / ADAPTER_FILE),
         versions=package_versions(),
     )
-    write_json(folder / "generation.json", asdict(generation))
+    write_json(folder / GENERATION_FILE, asdict(generation))
     return generation
 
 

@@ -86,10 +86,16 @@ def refine(
 
 
 def refine_state_dict(
-    base: Base, state_dict: Mapping[str, Tensor], examples: Sequence[Example | ImageExample | str], steps: int
+    base: Base,
+    state_dict: Mapping[str, Tensor],
+    examples: Sequence[Example | ImageExample | str],
+    steps: int,
+    *,
+    chat_template: bool = False,
 ) -> dict[str, Tensor]:
     """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
-    sequences = base.inputs.encode([*map(as_example, examples)], CollectArguments())
+    settings = CollectArguments(chat_template=chat_template)
+    sequences = base.inputs.encode([*map(as_example, examples)], settings)
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
 

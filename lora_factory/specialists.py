@@ -50,7 +50,8 @@ def specialise(
         arguments: ``specialist_steps``, ``specialist_learning_rate``, and stage 1's.
 
     Returns:
-        A record as stage 2 keeps them: training and validation loss in nats a token, share, and tokens read.
+        A record as stage 2 keeps them: the specialists' validation loss and the generator's, in nats a token; the
+        share; and the tokens read.
     """
     weights, loss, tokens = train_specialists(generator, factory, tasks, features, arguments)
     deviation = torch.stack([(rows - generator.bias.cpu()).square().mean(0) for rows in weights.values()]).mean(0)

@@ -147,6 +147,7 @@ def build_generator(
         image_encoder=arguments.image_encoder if "image" in modalities else None,
         tasks=tasks,
         zoo_fingerprint=zoo.fingerprint(),
+        chat_template=settings_of(zoo).chat_template,
         decoder=arguments.decoder,
         **sizes,
     )

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRAINING_TEXT, attach
 from peft import get_peft_model_state_dict
-from transformers import AutoTokenizer, LlamaForCausalLM
+from test_sequences import with_template
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lora_factory.adapters import load_adapter
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_loss import FrozenBase, query_loss
+from lora_factory.base_models import load_base_model
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation import evaluate_adapters, score_examples
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.sequences import encode_sequences
+from lora_factory.tasks import Task
 
 TEXT, EXAMPLES = "Continue a tale.", [*TRAINING_TEXT[:3] * 4]
 
@@ -88,3 +93,27 @@ def test_examples_alone_need_a_generator_that_listens_to_them(
         generator.generate_adapter(base_model=pico_model_folder, examples=EXAMPLES)
     with pytest.raises(LoraFactoryError, match="not to examples"):
         generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES, refine_steps=0)
+
+
+def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
+    generator: CVAELoRAGenerator, pico_model_folder: Path, pico_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_model_folder, base)
+    with_template(pico_tokenizer).save_pretrained(base)
+    model, tokenizer = load_base_model(base)
+    examples = [Example(f"Tell tale {number}.", text) for number, text in enumerate(EXAMPLES)]
+    rows = encode_sequences(tokenizer, examples, CollectArguments(chat_template=True))
+    losses = {}
+    for in_chat in (False, True):
+        generator.config.chat_template = in_chat
+        generator.save_adapter(TEXT, tmp_path / str(in_chat), examples=examples, base_model=base)
+        weights = generator.layout.flatten(load_adapter(tmp_path / str(in_chat))[1])
+        with torch.no_grad():
+            losses[in_chat] = float(query_loss(FrozenBase(model, tokenizer, generator.layout), weights[None], [rows]))
+        assert json.loads((tmp_path / str(in_chat) / "generation.json").read_text())["chat_template"] is in_chat
+    assert losses[True] < losses[False] - 0.005
+    task = Task.from_examples("tales", [TEXT], examples)
+    framed = score_examples(model, tokenizer, task.examples("test"), chat_template=True)
+    assert evaluate_adapters([tmp_path / "True"], [task], base)["base model"]["tales"] == framed
+    assert evaluate_adapters([tmp_path / "False"], [task], base)["base model"]["tales"] != framed
