@@ -66,7 +66,7 @@ CANVASES = {"train": 128, "validation": 16, "test": 64}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("digit-detection-output"), help="folder of all results")
-    parser.add_argument("--base-steps", type=int, default=4000, help="steps of the base model, 32 canvases each")
+    parser.add_argument("--base-steps", type=int, default=6000, help="steps of the base model, 32 canvases each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -95,14 +95,14 @@ def train_base(folder: Path, steps: int, seed: int, canvases: int = 12000, batch
     """Train a small Florence-2 from scratch to write every digit of a canvas with its box, nines aside."""
     words = [" ".join((*NAMES, "Locate the objects with category name in the image."))] * 3
     with atomic_folder(folder) as temporary:
-        tiny_florence(temporary, words, side=SIDE, width=96, embed_dim=(48, 96), spread=0.02, seed=seed)
+        tiny_florence(temporary, words, side=SIDE, width=96, embed_dim=(48, 96), spread=0.1, seed=seed)
         model, _ = load_base_model(temporary)
         inputs = ImageInputs(load_processor(temporary), True)
         source, known = random.Random(seed), [digit for digit in range(10) if digit != NEVER_SEEN]
         pools = digit_pools("train")
         rows = []
         for _ in tqdm(range(canvases), desc="canvases"):
-            image, boxes = canvas([source.choice(known) for _ in range(DIGITS)], pools, source)
+            image, boxes = canvas([source.choice(known) for _ in range(source.randint(1, DIGITS))], pools, source)
             answer = "".join(boxes_to_text(NAMES[d], boxes[d], image.size) for d in sorted(boxes))
             rows.append(ImageExample(image, DETECTION_PROMPT, answer))
         read = inputs.collate(inputs.encode(rows, COLLECT), torch.device("cpu"))
