@@ -27,6 +27,7 @@ CONDITION_NOISE = 0.05
 HEAD_NOISE = 0.025  # the same while the heads are solved, where less of it leaves a smaller error on known texts
 MAX_SUPPORT = 32  # examples in the largest support set
 HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
+PRIOR_FITS = 4  # how often the prior is made narrower at most; how much z spreads samples is not linear
 SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
 HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
 KL_WARMUP = 0.3  # share of the steps over which the KL term rises to its weight
@@ -130,9 +131,10 @@ def calibrate_spread(
     within: torch.Tensor,
     features: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
-    """Set the token decoder's ``log_std`` so that samples at temperature 1 spread as real checkpoints of a task do.
+    """Let samples at temperature 1 spread as real checkpoints of a task do.
 
-    What a token's weights vary within a task, less what they vary already by sampling z, is left to independent noise.
+    Where sampling z alone spreads them further, the prior is made as much narrower. What a token's weights vary within
+    a task, less what they vary by sampling z, is left to the token decoder's ``log_std``, independent noise.
 
     Args:
         generator: A trained one, in evaluation mode.
@@ -142,16 +144,31 @@ def calibrate_spread(
     network = generator.network
     if not isinstance(network, TokenCVAE):
         return
-    missing = within.clone()
     network.log_std.fill_(-math.inf)
-    name, tasks = next(iter(features.items()))
-    for rows in tasks.values():
-        conditions = {name: rows.mean(0, keepdim=True).expand(SPREAD_SAMPLES, -1).to(generator.device)}
-        sampled = generator.generate_vector(conditions, temperature=1.0).cpu()
-        missing -= sampled.var(0) / len(tasks)
+    last: Any = network.prior_head[-1]
+    log_variances = last.bias[generator.config.latent_size :]
+    for _ in range(PRIOR_FITS):
+        sampled = _sampled_variance(generator, features)
+        excess = float(sampled.sum() / within.sum().clamp_min(1e-30))
+        if excess <= 1:
+            break
+        log_variances -= math.log(excess)
+    missing = within - sampled
     scale = spread_over_weights(network.layout, generator.token_scale).cpu()
     per_token = [rows.mean(-1) for rows in network.layout.to_tokens(missing / scale.square()).values()]
     network.log_std.copy_(0.5 * torch.cat(per_token).clamp_min(1e-8).log())
+
+
+def _sampled_variance(
+    generator: CVAELoRAGenerator, features: Mapping[str, Mapping[str, torch.Tensor]]
+) -> torch.Tensor:
+    """The mean over tasks of what the weights vary in samples at temperature 1, shape ``(D,)``."""
+    name, tasks = next(iter(features.items()))
+    total = torch.zeros(generator.layout.size)
+    for rows in tasks.values():
+        conditions = {name: rows.mean(0, keepdim=True).expand(SPREAD_SAMPLES, -1).to(generator.device)}
+        total += generator.generate_vector(conditions, temperature=1.0).cpu().var(0)
+    return total / len(tasks)
 
 
 def sample_episode(

@@ -191,6 +191,25 @@ def test_training_fits_mean_and_spread(zoo: AdapterZoo, arguments: TrainArgument
         assert 0.5 * spread < sum(warm) / 3 < 4.5 * spread
 
 
+def test_a_latent_that_moves_adapters_too_far_is_made_narrower(zoo: AdapterZoo, arguments: TrainArguments) -> None:
+    generator, weights, rows = prepared(zoo, arguments)
+    statistics = generator.fit_statistics(weights, rows)
+    network = generator.network.eval()
+    with torch.no_grad():
+        network.latent.weight.normal_(std=9, generator=torch.Generator().manual_seed(0))
+    vectors = {"text": rows["text"]["code"].mean(0, keepdim=True)}
+    with torch.no_grad():
+        cold = generator.generate_vector(vectors)
+        loud = generator.generate_vector(vectors, temperature=1.0) - cold
+    calibrate_spread(generator, statistics.within, rows)
+    with torch.no_grad():
+        assert torch.equal(generator.generate_vector(vectors), cold)
+        samples = [generator.generate_vector(vectors, temperature=1.0, seed=seed) - cold for seed in range(8)]
+    spread, wanted = torch.stack(samples).norm(dim=-1).mean(), statistics.within.sum().sqrt()
+    assert loud.norm() > 3 * wanted
+    assert 0.5 * wanted < spread < 2 * wanted
+
+
 def test_solved_heads_lower_the_reconstruction_error(zoo: AdapterZoo, arguments: TrainArguments) -> None:
     generator, weights, rows = prepared(zoo, arguments)
     episode = sample_episode(generator, weights, rows, 16, torch.Generator().manual_seed(9))
