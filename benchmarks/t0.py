@@ -4,8 +4,8 @@
     LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output --seen 6 --unseen 3 --steps 30 --rows 12
 
 Whole data sets are left out, not only some of their prompts. A task's accuracy is that of the likeliest choice where
-it has five answers or fewer, and of exact answers otherwise. Everything is kept in the output folder, so that the same
-command continues after an interruption.
+it has five answers or fewer, of exact answers where they are short, and not counted otherwise. Everything is kept in
+the output folder, so that the same command continues after an interruption.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def main() -> None:
                     "rows": options.rows,
                 }
                 cells.append(log.get_or_compute(facts, partial(scored, factory, make, task, options.rows)))
-            means += [fmean(cell["loss"] for cell in cells), fmean(cell["accuracy"] for cell in cells)]
-        table.add_row(method, *(f"{value:.3f}" for value in means))
+            means += [mean(cells, "loss"), mean(cells, "accuracy")]
+        table.add_row(method, *means)
     console = Console(width=110)
     console.print(table)
     console.print(
@@ -132,7 +132,8 @@ def read_task(file: Path) -> Task:
     prompts = [row["prompt"] for row in rows]
     asks = shared_start(prompts), shared_start([prompt[::-1] for prompt in prompts])[::-1]
     said = [" ".join(text.split()) for text in asks if len(text.split()) > 2]
-    few = len({row["completion"] for row in rows}) <= 5
+    answers = {row["completion"] for row in rows}
+    few, short = len(answers) <= 5, max(map(len, answers)) <= 120
     test, validation = len(rows) // 5, len(rows) // 10
     return Task.from_examples(
         name,
@@ -140,9 +141,15 @@ def read_task(file: Path) -> Task:
         examples[test + validation :],
         examples[test : test + validation],
         examples[:test],
-        metric="multiple_choice" if few else "exact_match",
-        choices=tuple(sorted({row["completion"] for row in rows})) if few else (),
+        metric="multiple_choice" if few else "exact_match" if short else None,
+        choices=tuple(sorted(answers)) if few else (),
     )
+
+
+def mean(cells: list[dict], figure: str) -> str:
+    """A figure's mean over the cells that have it."""
+    values = [cell[figure] for cell in cells if cell[figure] is not None]
+    return f"{fmean(values):.3f}" if values else ""
 
 
 def shared_start(texts: list[str]) -> str:
