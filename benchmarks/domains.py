@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from domain_tasks import domain_tasks, folds, shared_folder
 from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
@@ -25,8 +26,10 @@ from lora_factory.arguments import CollectArguments, CompareArguments, TrainArgu
 from lora_factory.baselines import train_multitask
 from lora_factory.collect import collect_adapters
 from lora_factory.comparison import compare
+from lora_factory.contenders import MULTITASK
 from lora_factory.fold import Fold
 from lora_factory.report import terminal_tables, write_report
+from lora_factory.summaries import FROM_EXAMPLES, GENERATED, summarise
 from lora_factory.training import training_history, zoo_factory
 
 COLLECT = CollectArguments(
@@ -43,6 +46,8 @@ COLLECT = CollectArguments(
 COMPARE = CompareArguments(max_tokens=4000, multitask_rank=16, multitask_learning_rate=5e-3)
 # From so good a multi-task LoRA, steps through the base with conditions lead nowhere better (base_steps=300, 2,500).
 TRAIN = TrainArguments(width=512, depth=1, steps=20, base_rank=16, specialist_steps=200, multitask_learning_rate=5e-3)
+
+SHOWN = (MULTITASK, GENERATED, f"{GENERATED}{FROM_EXAMPLES}", f"{MULTITASK}, refined")
 
 
 def main() -> None:
@@ -62,8 +67,23 @@ def main() -> None:
     console = Console(width=140)
     for table in terminal_tables(comparison):
         console.print(table)
+    console.print(fold_table(comparison))
     console.print(json.dumps({"seeds": seeds, "threads": torch.get_num_threads(), **comparison["created_with"]}))
     console.print(f"wrote {write_report(comparison, options.output)}")
+
+
+def fold_table(comparison: dict) -> Table:
+    """Mean headroom by fold of the generator and of the control that it must beat: the means can hide a fold."""
+    table = Table(title="headroom by fold, seen / unseen, mean over seeds")
+    table.add_column("fold")
+    for method in SHOWN:
+        table.add_column(method, justify="right")
+    for fold in sorted({cell["fold"] for cell in comparison["cells"]}):
+        cells = [cell for cell in comparison["cells"] if cell["fold"] == fold]
+        groups = {row.method: row.groups for row in summarise(comparison | {"cells": cells})}
+        means = [[f"{groups[method][part].headroom.mean:.3f}" for part in ("seen", "unseen")] for method in SHOWN]
+        table.add_row(str(fold), *(" / ".join(pair) for pair in means))
+    return table
 
 
 def make_fold(zoo: AdapterZoo, base: Path, output: Path, number: int, seed: int, seen: tuple, unseen: tuple) -> Fold:

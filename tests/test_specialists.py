@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TRAINING_TEXT
+from test_through_base import make_tasks
 
 from lora_factory import specialists
 from lora_factory.arguments import CollectArguments, TrainArguments
@@ -16,21 +16,12 @@ from lora_factory.base_loss import query_loss
 from lora_factory.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
 from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.tasks import Task
 from lora_factory.training import train_generator, training_history, zoo_factory
 from lora_factory.zoo import AdapterZoo
 
 SETTINGS = CollectArguments(
     steps=8, snapshots=2, batch_size=4, sequence_length=24, learning_rate=3e-2, target_modules="all-linear"
 )
-
-
-def make_tasks() -> list[Task]:
-    texts = zip(("prose", "code", "law"), TRAINING_TEXT, strict=True)
-    return [
-        Task.from_examples(name, [f"Write {name}.", f"{name} text."], [f"{n} {text}" for n in range(6)])
-        for name, text in texts
-    ]
 
 
 @pytest.fixture(scope="module")
