@@ -102,20 +102,9 @@ def train_generator(
     statistics = generator.fit_statistics(weights, features)
     checkpoint = None
     if asked and factory is not None and tasks is not None:
-        data = {
-            task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
-            for task in tasks
-        }
-        start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
         facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
         checkpoint = TrainingCheckpoint(f"{output_dir}.training", sha256_text(json.dumps(facts)))
-        history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
-        earlier = arguments.multitask_steps * factory.tokens_a_step
-        if arguments.specialist_steps:
-            last = specialise(generator, factory, tasks, data, features, arguments)
-            read = max((int(row["tokens"]) for row in history), default=0)
-            history.append(last | {"tokens": last["tokens"] + read})
-        history = [row | {"tokens": row["tokens"] + earlier} for row in history]
+        history = _stage_2(generator, factory, tasks, features, arguments, bias_adapter, checkpoint)
     else:
         history = fit(generator, weights, features, arguments, accelerator)
     generator = generator.cpu().eval()
@@ -205,6 +194,30 @@ def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: Train
     vector = train_multitask(factory, tasks, seed=arguments.seed, steps=arguments.multitask_steps)
     factory.arguments = settings
     return vector
+
+
+def _stage_2(
+    generator: CVAELoRAGenerator,
+    factory: AdapterFactory,
+    tasks: Sequence[Task],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+    arguments: TrainArguments,
+    bias_adapter: torch.Tensor | None,
+    checkpoint: TrainingCheckpoint,
+) -> list[dict[str, float]]:
+    """Through the base, then the specialists; the records count the tokens of all that was trained before them."""
+    data = {
+        task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
+        for task in tasks
+    }
+    start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
+    history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
+    if arguments.specialist_steps:
+        last = specialise(generator, factory, tasks, data, features, arguments)
+        read = max((int(row["tokens"]) for row in history), default=0)
+        history.append(last | {"tokens": last["tokens"] + read})
+    earlier = arguments.multitask_steps * factory.tokens_a_step
+    return [row | {"tokens": row["tokens"] + earlier} for row in history]
 
 
 def _known(zoo: AdapterZoo, tasks: Sequence[Task]) -> list[Task]:
