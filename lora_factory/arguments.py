@@ -121,7 +121,7 @@ class TrainArguments:
     specialist_steps: int = _option(
         0, "steps that stage 2 ends with for every task alone, for the network to write what each has of its own"
     )
-    specialist_learning_rate: float = _option(2e-3, "peak learning rate of these steps")
+    specialist_learning_rate: float = _option(3e-3, "peak learning rate of these steps")
     base_rank: int = _option(0, "rank of the adapters that stage 2 learns to write; 0: that of the zoo")
     base_tasks: int = _option(4, "tasks a step of stage 2")
     base_sequences: int = _option(2, "query sequences a task and step of stage 2")

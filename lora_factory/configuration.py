@@ -41,6 +41,8 @@ class CVAELoRAConfig(PreTrainedConfig):
         chat_template: Whether its adapters were trained in the tokenizer's chat template.
         reach: Two distances by modality: how near a known task a condition is believed, and from where on it is not
             (`familiarity.py`); null where every condition is.
+        recall: Three numbers by modality, for those that tell the tasks apart: how a condition is recognised as one of
+            a known task (`recall.py`); null where the known tasks' adapters are not kept.
         decoder: ``"token"`` (default) or ``"conv1d"``, the paper's convolutional network.
         width: Hidden size of the token decoder.
         depth: Residual blocks of the token decoder.
@@ -61,6 +63,7 @@ class CVAELoRAConfig(PreTrainedConfig):
     zoo_fingerprint: str | None = None
     chat_template: bool = False
     reach: dict[str, list[float]] | None = None
+    recall: dict[str, list[float]] | None = None
     decoder: str = "token"
     width: int = 384
     depth: int = 2
@@ -95,9 +98,15 @@ class CVAELoRAConfig(PreTrainedConfig):
                 raise ValueError(f"modality {name!r} of width {width}: expected a short lower-case name and 1 or more")
         if self.reach is not None and set(self.reach) != set(self.modalities or {}):
             raise ValueError(f"reach={self.reach}: expected one entry for each of the modalities {self.modalities}")
-        for name, distances in (self.reach or {}).items():
-            if len(distances) != 2 or not 0 <= distances[0] < distances[1] < math.inf:
-                raise ValueError(f"reach of {name!r} is {distances}: expected two rising distances")
+        if self.recall is not None and not 0 < len(set(self.recall) & set(self.modalities or {})) == len(self.recall):
+            raise ValueError(f"recall={self.recall}: expected entries for some of the modalities {self.modalities}")
+        for field, entries, count in (("reach", self.reach, 2), ("recall", self.recall, 3)):
+            for name, numbers in (entries or {}).items():
+                rising = len(numbers) == count and 0 <= numbers[-2] < numbers[-1] < math.inf
+                if not rising or not 0 <= numbers[0] < math.inf:
+                    raise ValueError(
+                        f"{field} of {name!r} is {numbers}: expected {count} numbers, the last two rising"
+                    )
         for task in self.tasks or []:
             check_task(task)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from lora_factory.networks import ConditionStandardiser
 
 SUPPORT = 16  # examples whose mean is compared with the task vector of all the others
 USUAL = 0.9  # share of the known tasks' own conditions that are believed wholly
+REACH = 0.5  # of the way from there to where nothing is known; to believe a stranger costs more than to doubt a friend
 
 
 @torch.no_grad()
@@ -19,8 +20,8 @@ def measure_reach(
     """For every modality, how near a task a condition is believed wholly, and from where on not at all.
 
     Near is as a task's own conditions are to the task vector of its others: a description, or the mean of a few
-    examples. Far is as the mean of all task vectors is from the task next to it: what is related to none of them has
-    its coordinates there.
+    examples. Far is half-way from there to where the mean of all task vectors is from the task next to it: what is
+    related to none of them has its coordinates there.
 
     Args:
         standardiser: Fitted to the same features.
@@ -34,18 +35,35 @@ def measure_reach(
         own, vectors = [], []
         for rows in tasks.values():
             vectors.append(rows.mean(0))
-            groups = rows.split(1 if name == "text" else min(SUPPORT, max(1, len(rows) // 2)))
-            for index, group in enumerate(groups if len(groups) > 1 else ()):
-                others = torch.cat([*groups[:index], *groups[index + 1 :]]).mean(0)
-                own.append(standardiser(name, torch.stack([group.mean(0), others])).diff(dim=0).norm())
-        far = float(standardiser(name, torch.stack(vectors)).norm(dim=1).min())
-        near = float(torch.stack(own).quantile(USUAL)) if own else 0.0
-        reach[name] = [round(min(near, 0.8 * far), 6), round(far, 6)]
+            pairs = leave_one_out(name, rows)
+            own += [standardiser(name, torch.stack(pair)).diff(dim=0).norm() for pair in pairs]
+        unrelated = float(standardiser(name, torch.stack(vectors)).norm(dim=1).min())
+        near = min(float(torch.stack(own).quantile(USUAL)) if own else 0.0, 0.8 * unrelated)
+        reach[name] = [round(near, 6), round(near + REACH * (unrelated - near), 6)]
     return reach
 
 
+def leave_one_out(name: str, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A task's own conditions: every description, or the mean of a few random examples, with the mean of all others.
+
+    Args:
+        name: Their modality.
+        rows: Shape ``(n, width)``; there are no pairs where it is a single one.
+
+    Returns:
+        Pairs of vectors ``(width,)``.
+    """
+    if name != "text":  # neighbours may be of one document
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    groups = rows.split(1 if name == "text" else min(SUPPORT, max(1, len(rows) // 2)))
+    return [
+        (group.mean(0), torch.cat([*groups[:index], *groups[index + 1 :]]).mean(0))
+        for index, group in enumerate(groups if len(groups) > 1 else ())
+    ]
+
+
 def familiarity(
-    reach: Mapping[str, tuple[float, float]],
+    reach: Mapping[str, Sequence[float]],
     known: Mapping[str, torch.Tensor],
     conditions: Mapping[str, torch.Tensor],
     batch: int,
@@ -53,7 +71,7 @@ def familiarity(
     """How far conditions are to be believed, from 0 to 1, shape ``(batch, 1)``; the mean over modalities.
 
     Args:
-        reach: As :func:`measure_reach` returns it.
+        reach: As :func:`measure_reach` returns it, or with more in front.
         known: Coordinates of the task vectors, shape ``(tasks, directions)`` by modality.
         conditions: Coordinates of the conditions, shape ``(batch, directions)`` by modality; none are not believed.
         batch: Their number.
@@ -62,7 +80,7 @@ def familiarity(
         return torch.zeros(batch, 1)
     shares = []
     for name, rows in conditions.items():
-        near, far = reach[name]
-        distance = torch.cdist(rows, known[name]).min(1).values
+        near, far = reach[name][-2:]
+        distance = torch.cdist(rows.float(), known[name].float()).min(1).values
         shares.append(((far - distance) / (far - near)).clamp(0, 1))
     return torch.stack(shares).mean(0)[:, None]

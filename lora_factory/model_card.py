@@ -193,6 +193,7 @@ def generator_card(
         "weights of the generator": f"{generator.num_parameters():,}",
         "decoder": config.decoder,
         "listens to": ", ".join(config.modalities),
+        "keeps its tasks' own adapters": f"recognised by {' or '.join(config.recall)}" if config.recall else "no",
         "text encoder": config.text_encoder or "none",
         **({"image encoder": config.image_encoder} if config.image_encoder else {}),
         "fingerprint of the zoo": config.zoo_fingerprint or "unknown",

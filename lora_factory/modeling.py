@@ -38,6 +38,7 @@ from lora_factory.networks import (
     token_scales,
 )
 from lora_factory.pushing import HubMixin
+from lora_factory.recall import certainty, task_posterior
 from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
@@ -45,7 +46,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
 
     The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one
-    floored standard deviation a token. Train one with :func:`lora_factory.train_generator`; load a published one with
+    floored standard deviation a token. The known tasks' own adapters are remembered, for conditions that mean one of
+    them. Train one with :func:`lora_factory.train_generator`; load a published one with
     ``CVAELoRAGenerator.from_pretrained("user/generator")``.
     """
 
@@ -78,6 +80,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         self.register_buffer("token_scale", torch.ones(self.layout.num_tokens))
         for name, width in widths.items():
             self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
+        if config.recall is not None:
+            self.register_buffer("known_adapters", torch.zeros(tasks, self.layout.size))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -157,6 +161,22 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         weights = (adapters - self.bias) / self.weight_scale
         return weights, self.network.embed_condition(self.standardiser.all(conditions), len(adapters))
 
+    def recall(self, mean: torch.Tensor, coordinates: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The known tasks' adapters instead of ``mean``, as far as a condition is recognised as one of these tasks.
+
+        Args:
+            mean: What the network writes, shape ``(batch, D)``.
+            coordinates: Of the conditions, shape ``(batch, directions)``, by modalities that tell the tasks apart.
+        """
+        known = {name: self.known_coordinates(name) for name in coordinates}
+        posterior = task_posterior(self.config.recall, known, coordinates)
+        relied = certainty(posterior) * familiarity(self.config.recall, known, coordinates, len(mean))
+        return mean + relied.to(mean) * (posterior.to(mean) @ self.get_buffer("known_adapters") - mean)
+
+    def known_coordinates(self, name: str) -> torch.Tensor:
+        """The zoo's task vectors of one modality, as the network reads them: ``(tasks, directions)``."""
+        return self.standardiser(name, self.get_buffer(f"{name}_task_vectors"))
+
     def _token_loss(
         self,
         weights: torch.Tensor,
@@ -196,7 +216,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     ) -> torch.Tensor:
         """What :meth:`generate_vector` adds to the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
 
-        No condition at all is a valid one: every modality is then replaced by its learned absence. After stage 2 with
+        No condition at all is a valid one: every modality is then replaced by its learned absence. A known task's
+        adapter, where one is recalled, has nothing of z, and varies by the predicted spread alone. After stage 2 with
         specialists it shrinks with the distance from all known tasks, see `familiarity.py`.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -204,8 +225,10 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         condition = self.network.embed_condition(coordinates, batch)
         latent = self.network.prior(condition).sample(temperature, generator)
         mean, log_std = self.network.decode(latent, condition)
+        if telling := {name: rows for name, rows in coordinates.items() if name in (self.config.recall or {})}:
+            mean = self.recall(mean, telling)
         if self.config.reach is not None:
-            known = {name: self.standardiser(name, self.get_buffer(f"{name}_task_vectors")) for name in conditions}
+            known = {name: self.known_coordinates(name) for name in conditions}
             mean = mean * familiarity(self.config.reach, known, coordinates, batch).to(mean)
         if temperature > 0:
             noise = torch.randn(mean.shape, generator=generator).to(mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.features import FEATURE_EXAMPLES
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
+from lora_factory.recall import measure_recall
 from lora_factory.snapshots import SnapshotRows
 
 # Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
@@ -29,6 +31,8 @@ MAX_SUPPORT = 32  # examples in the largest support set
 HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
 PRIOR_FITS = 4  # how often the prior is made narrower at most; how much z spreads samples is not linear
 SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
+CHUNK_BYTES = 16 << 20  # of adapters that the token decoder looks at together; a larger batch goes in parts
+RECALL_BYTES = 512 << 20  # of the known tasks' adapters that a generator keeps at most; beyond, it keeps none
 HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
 KL_WARMUP = 0.3  # share of the steps over which the KL term rises to its weight
 
@@ -64,25 +68,58 @@ def fit(
     for step in range(arguments.steps):
         adapters, conditions = sample_episode(generator, weights, features, arguments.batch_size, source)
         kl_factor = min(1.0, (step + 1) / (KL_WARMUP * arguments.steps))
-        output = generator(adapters, conditions, kl_factor=kl_factor, generator=source)
-        if not torch.isfinite(output.loss):
+        record = dict.fromkeys(("loss", "reconstruction", "kl", "active_latents"), 0.0)
+        for rows in parts_of(generator, len(adapters)):
+            share = len(adapters[rows]) / len(adapters)
+            part = {name: vectors[rows] for name, vectors in conditions.items()}
+            output = generator(adapters[rows], part, kl_factor=kl_factor, generator=source)
+            accelerator.backward(share * output.loss)
+            record = {name: value + share * output[name].item() for name, value in record.items()}
+        if not math.isfinite(record["loss"]):
             raise LoraFactoryError(
-                f"the generator's loss is {output.loss.item()} at step {step}; lower learning_rate "
+                f"the generator's loss is {record['loss']} at step {step}; lower learning_rate "
                 f"(now {arguments.learning_rate})"
             )
-        accelerator.backward(output.loss)
         accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         bar.update()
         if step % 50 == 0 or step == arguments.steps - 1:
-            record = {name: round(value.item(), 6) for name, value in output.items()}
+            record = {name: round(value, 6) for name, value in record.items()}
             history.append({"step": step, **record})
             bar.set_postfix(error=f"{record['reconstruction']:.4f}", kl=f"{record['kl']:.1f}")
     bar.close()
     solve_heads(generator, weights, features, arguments.batch_size, source)
+    if isinstance(generator.network, TokenCVAE) and 4 * len(weights) * generator.layout.size <= RECALL_BYTES:
+        remember(generator, weights, features)
     return history
+
+
+@torch.no_grad()
+def remember(
+    generator: CVAELoRAGenerator,
+    weights: Mapping[str, SnapshotRows],
+    features: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
+    """Keep the mean snapshot of every task, for conditions that mean this task: no network need be exact on these.
+
+    Nothing is kept where no modality tells the tasks apart.
+
+    Args:
+        generator: Its statistics must be fitted.
+        weights: Snapshots ``(n, D)`` of every task.
+        features: For every modality the rows ``(n, width)`` of every task.
+    """
+    recall = measure_recall(copy.deepcopy(generator.standardiser).cpu(), features)
+    if not recall:
+        return
+    known = torch.zeros(len(weights), generator.layout.size, device=generator.device)
+    for kept, rows in zip(known, weights.values(), strict=True):
+        for row in range(len(rows)):
+            kept += (rows[row].to(kept) - generator.bias) / (len(rows) * generator.weight_scale)
+    generator.register_buffer("known_adapters", known)
+    generator.config.recall = recall
 
 
 @torch.no_grad()
@@ -109,15 +146,17 @@ def solve_heads(
     grams = [torch.zeros(size, size, **like) for size in sizes]
     products = [torch.zeros(size, head.out_features, **like) for size, head in zip(sizes, heads, strict=True)]
     for episode in range(HEAD_EPISODES):
-        adapters, conditions = sample_episode(generator, weights, features, batch_size, source, noise=HEAD_NOISE)
-        standard, condition = generator.encode_inputs(adapters, conditions)
-        prior = network.prior(condition)
-        latent = network.posterior(standard, condition).sample(generator=source) if episode % 2 else prior.mean
-        tokens = network.layout.to_tokens(standard)
-        for index, (group, hidden) in enumerate(zip(groups, network.features(latent, condition), strict=True)):
-            rows = functional.pad(hidden, (0, 1), value=1.0).flatten(0, 1).double()
-            grams[index] += rows.T @ rows
-            products[index] += rows.T @ tokens[group.name].flatten(0, 1).double()
+        drawn = sample_episode(generator, weights, features, batch_size, source, noise=HEAD_NOISE)
+        for part in parts_of(generator, batch_size):
+            conditions = {name: vectors[part] for name, vectors in drawn[1].items()}
+            standard, condition = generator.encode_inputs(drawn[0][part], conditions)
+            prior = network.prior(condition)
+            latent = network.posterior(standard, condition).sample(generator=source) if episode % 2 else prior.mean
+            tokens = network.layout.to_tokens(standard)
+            for index, (group, hidden) in enumerate(zip(groups, network.features(latent, condition), strict=True)):
+                rows = functional.pad(hidden, (0, 1), value=1.0).flatten(0, 1).double()
+                grams[index] += rows.T @ rows
+                products[index] += rows.T @ tokens[group.name].flatten(0, 1).double()
     for head, gram, product in zip(heads, grams, products, strict=True):
         ridge = HEAD_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         solution = torch.linalg.solve(gram + ridge, product).to(head.weight.dtype)
@@ -200,6 +239,16 @@ def sample_episode(
         drawn = drawn + noise * generator.standardiser.length(name) * torch.randn(drawn.shape, generator=source)
         conditions[name] = drawn.to(generator.device)
     return adapters.to(generator.device), conditions
+
+
+def parts_of(generator: CVAELoRAGenerator, batch_size: int) -> list[slice]:
+    """A batch in parts of an even number of rows that fit into `CHUNK_BYTES`; whole for the convolutional decoder.
+
+    That one normalises over the batch; the token decoder's batch is only a mean over its rows.
+    """
+    fitting = CHUNK_BYTES // (4 * generator.layout.size) // 2 * 2
+    size = max(2, fitting) if isinstance(generator.network, TokenCVAE) else batch_size
+    return [slice(start, min(start + size, batch_size)) for start in range(0, batch_size, size)]
 
 
 def _support_mean(rows: torch.Tensor, largest: int, source: torch.Generator) -> torch.Tensor:

@@ -21,11 +21,11 @@ from lora_factory.networks import token_scales
 from lora_factory.reconstruction import fit
 from lora_factory.sequences import shuffled_batches
 from lora_factory.tasks import Task
+from lora_factory.tensor_cache import TensorCache
 from lora_factory.through_base import TaskData, head_parameters, validate
 
 SNAPSHOTS = 5  # of every specialist, from the second half of its training
-SHARES = (1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.0)  # of what the network has learned to write; fitting it shrinks it
-TIE = 1e-3  # nats a token by which a smaller share must validate better to be preferred
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of what the specialists bring that the generator may write
 
 
 def specialise(
@@ -35,11 +35,13 @@ def specialise(
     data: Mapping[str, TaskData],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     arguments: TrainArguments,
+    cache: TensorCache,
 ) -> dict[str, float]:
-    """Train every task's specialist from what the generator writes for it, and the network to write the difference.
+    """Train every task's specialist from what the generator writes for it, and the generator to write the difference.
 
-    Afterwards the generator believes a condition as far as it is near a task that it knows, and writes as large a
-    share of the difference as validates best on the tasks, which may be none.
+    Afterwards the generator believes a condition as far as it is near a task that it knows, and writes the whole
+    difference, or the largest share of it that validates no worse on the tasks than none. (A smaller one often
+    validates a little better, half-way between an adapter for all and one of its own; but it serves others as well.)
 
     Args:
         generator: After stage 2; its bias adapter stays.
@@ -48,12 +50,13 @@ def specialise(
         data: The same as stage 2 reads them.
         features: For every modality the rows ``(n, width)`` of every task.
         arguments: ``specialist_steps``, ``specialist_learning_rate``, and stage 1's.
+        cache: Where every specialist is kept once it is trained, so that one that was cut off goes on after them.
 
     Returns:
         A record as stage 2 keeps them: the specialists' validation loss and the generator's, in nats a token; the
         share; and the tokens read.
     """
-    weights, loss, tokens = train_specialists(generator, factory, tasks, features, arguments)
+    weights, loss, tokens = train_specialists(generator, factory, tasks, features, arguments, cache)
     deviation = torch.stack([(rows - generator.bias.cpu()).square().mean(0) for rows in weights.values()]).mean(0)
     generator.token_scale.copy_(token_scales(generator.layout, deviation))
     fit(generator, weights, features, arguments, factory.accelerator)
@@ -65,8 +68,7 @@ def specialise(
         set_heads(heads, whole, share)
         with factory.slot.disabled():
             validations[share] = validate(generator, factory, data)
-    best = min(validations.values())
-    chosen = max(share for share, validation in validations.items() if validation <= best + TIE)
+    chosen = max(share for share, validation in validations.items() if validation <= validations[0.0])
     set_heads(heads, whole, chosen)
     step = arguments.base_steps + arguments.specialist_steps
     losses = {"loss": round(loss, 5), "validation": round(validations[chosen], 5)}
@@ -79,8 +81,11 @@ def train_specialists(
     tasks: Sequence[Task],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     arguments: TrainArguments,
+    cache: TensorCache,
 ) -> tuple[dict[str, torch.Tensor], float, int]:
     """Fine-tune what the generator writes for each task on that task alone; processes share the tasks.
+
+    Those that the cache has are read from it.
 
     Returns:
         Snapshots ``(n, D)`` by the name of the task, their mean validation loss, and the tokens read by all processes.
@@ -92,6 +97,9 @@ def train_specialists(
     figures = torch.zeros(len(tasks), 2, dtype=torch.float64)
     for index in range(accelerator.process_index, len(tasks), accelerator.num_processes):
         task = tasks[index]
+        if (known := cache.read(task.name)) is not None:
+            weights[index], figures[index] = known["weights"], known["figures"]
+            continue
         means = {name: rows[task.name].mean(0, keepdim=True).to(generator.device) for name, rows in features.items()}
         with torch.no_grad():
             start = generator.generate_vector(means)[0].cpu()
@@ -102,6 +110,7 @@ def train_specialists(
             batches, [factory.validation(task)], kept, label, seed=arguments.seed, start=start
         )
         figures[index] = torch.tensor([fmean(losses), read])
+        cache.write({"weights": weights[index].clone(), "figures": figures[index].clone()}, task.name)
     factory.arguments = settings
     weights, figures = (accelerator.reduce(value.to(accelerator.device), "sum").cpu() for value in (weights, figures))
     rows = dict(zip([task.name for task in tasks], weights, strict=True))
@@ -109,7 +118,7 @@ def train_specialists(
 
 
 @torch.no_grad()
-def set_heads(heads: Sequence[torch.nn.Parameter], whole: Sequence[torch.Tensor], share: float) -> None:
-    """Let the network's last linear layers write this share of what they were trained to."""
+def set_heads(heads: Sequence[torch.Tensor], whole: Sequence[torch.Tensor], share: float) -> None:
+    """Let the generator write this share of what it was trained to."""
     for head, values in zip(heads, whole, strict=True):
         head.copy_(share * values)

@@ -104,11 +104,12 @@ def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor) -> None:
         parameter.zero_()
 
 
-def head_parameters(generator: CVAELoRAGenerator) -> list[torch.nn.Parameter]:
-    """Those of the network's last layer, in which its output is linear."""
+def head_parameters(generator: CVAELoRAGenerator) -> list[torch.Tensor]:
+    """What the generator's output, less the bias adapter, is linear in: the network's last layer, and the recalled."""
     network = generator.network
     last = network.outputs if isinstance(network, TokenCVAE) else network.decoder[-1]
-    return list(last.parameters())
+    recalled = [generator.get_buffer("known_adapters")] if generator.config.recall is not None else []
+    return [*last.parameters(), *recalled]
 
 
 def train_through_base(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from lora_factory.reconstruction import calibrate_spread, fit
 from lora_factory.snapshots import open_snapshots
 from lora_factory.specialists import specialise
 from lora_factory.tasks import Task
+from lora_factory.tensor_cache import TensorCache
 from lora_factory.through_base import TaskData, start_from, train_through_base
 from lora_factory.training_state import TrainingCheckpoint
 from lora_factory.zoo import AdapterZoo
@@ -100,19 +103,19 @@ def train_generator(
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths, layout)
     statistics = generator.fit_statistics(weights, features)
-    checkpoint = None
+    working = Path(f"{output_dir}.training")
     if asked and factory is not None and tasks is not None:
         facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
-        checkpoint = TrainingCheckpoint(f"{output_dir}.training", sha256_text(json.dumps(facts)))
-        history = _stage_2(generator, factory, tasks, features, arguments, bias_adapter, checkpoint)
+        start = None if bias_adapter is None else hashlib.sha256(bias_adapter.numpy().tobytes()).hexdigest()
+        key = sha256_text(json.dumps([*facts, start]))
+        history = _stage_2(generator, factory, tasks, features, arguments, bias_adapter, working, key)
     else:
         history = fit(generator, weights, features, arguments, accelerator)
     generator = generator.cpu().eval()
     calibrate_spread(generator, statistics.within, features)
     if accelerator.is_main_process:
         save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
-        if checkpoint is not None:
-            checkpoint.remove()
+        shutil.rmtree(working, ignore_errors=True)
     accelerator.wait_for_everyone()
     return generator
 
@@ -203,17 +206,23 @@ def _stage_2(
     features: Mapping[str, Mapping[str, torch.Tensor]],
     arguments: TrainArguments,
     bias_adapter: torch.Tensor | None,
-    checkpoint: TrainingCheckpoint,
+    working: Path,
+    key: str,
 ) -> list[dict[str, float]]:
-    """Through the base, then the specialists; the records count the tokens of all that was trained before them."""
+    """Through the base, then the specialists; the records count the tokens of all that was trained before them.
+
+    What is done is kept in the folder ``working``, for one that was cut off and has the same ``key``.
+    """
     data = {
         task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
         for task in tasks
     }
     start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
+    checkpoint = TrainingCheckpoint(working / "through-base", key)
     history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
     if arguments.specialist_steps:
-        last = specialise(generator, factory, tasks, data, features, arguments)
+        cache = TensorCache(working / f"specialists-{key[:16]}")
+        last = specialise(generator, factory, tasks, data, features, arguments, cache)
         read = max((int(row["tokens"]) for row in history), default=0)
         history.append(last | {"tokens": last["tokens"] + read})
     earlier = arguments.multitask_steps * factory.tokens_a_step

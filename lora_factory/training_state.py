@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,10 +119,6 @@ class TrainingCheckpoint:
             values = {"key": self.key, "processes": accelerator.num_processes, "step": state.step}
             values |= {"running": state.running, "tokens": state.tokens, "history": state.history}
             write_json(folder / STATE_FILE, values | {"best": state.best if math.isfinite(state.best) else None})
-
-    def remove(self) -> None:
-        """Delete the state of a training that has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

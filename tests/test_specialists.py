@@ -15,6 +15,7 @@ from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.base_loss import query_loss
 from lora_factory.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
+from lora_factory.factory import AdapterFactory
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.training import train_generator, training_history, zoo_factory
 from lora_factory.zoo import AdapterZoo
@@ -84,6 +85,15 @@ def test_a_condition_related_to_no_task_gets_the_adapter_for_all(folder: Path) -
     assert torch.equal(generator.bias + generator.standard_vector({}, 1)[0], generator.bias)
 
 
+def test_a_known_task_gets_its_whole_specialist_from_text_and_examples_alike(folder: Path) -> None:
+    generator = CVAELoRAGenerator.from_pretrained(folder)
+    assert training_history(folder)[-1]["share"] == 1
+    known = generator.get_buffer("known_adapters") * generator.weight_scale
+    for name in generator.config.recall:
+        written = generator.generate_vector({name: generator.get_buffer(f"{name}_task_vectors")})
+        torch.testing.assert_close(written - generator.bias, known, rtol=0, atol=0.02 * float(known.abs().max()))
+
+
 def test_the_history_counts_the_specialists_tokens(folder: Path, arguments: TrainArguments) -> None:
     (last,) = training_history(folder)
     assert last["share"] > 0
@@ -110,6 +120,47 @@ def test_specialists_that_help_no_task_are_not_listened_to(
     assert training_history(tmp_path / "generator")[-1]["share"] == 0
     state_dict = generator.generate_state_dict(make_tasks()[0].descriptions[0])
     torch.testing.assert_close(zoo.layout.flatten(state_dict), generator.bias.detach())
+
+
+class CutOff(Exception):
+    """What ends the training in the middle."""
+
+
+def test_a_training_that_was_cut_off_goes_on_after_its_last_specialist(
+    zoo: AdapterZoo,
+    arguments: TrainArguments,
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = replace(arguments, specialist_steps=4, multitask_steps=2)
+    trained, labels = AdapterFactory.fit, []
+
+    def cut_off(self, batches, validation, kept, label, **options):
+        labels.append(label)
+        if len(labels) == interrupted_at:
+            raise CutOff
+        return trained(self, batches, validation, kept, label, **options)
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        output = tmp_path / name / "generator"
+        generator = train_generator(zoo, output, short, tasks=make_tasks(), base_model=pico_model_folder)
+        assert [path.name for path in output.parent.iterdir()] == ["generator"]
+        return generator.state_dict()
+
+    monkeypatch.setattr(AdapterFactory, "fit", cut_off)
+    interrupted_at = 0
+    whole, expected = train("whole"), list(labels)
+    labels.clear()
+    interrupted_at = len(expected)
+    with pytest.raises(CutOff):
+        train("resumed")
+    labels.clear()
+    interrupted_at = 0
+    resumed = train("resumed")
+    specialists_of = [label for label in expected if label.endswith("specialist")]
+    assert [label for label in labels if label.endswith("specialist")] == specialists_of[-1:]
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_specialists_need_the_tasks_examples(zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path) -> None:

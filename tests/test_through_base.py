@@ -327,8 +327,6 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
     assert all(torch.equal(value, expected[name]) for name, value in generator.state_dict().items())
     generator, data = prepared(zoo, factory, short)  # the state of another training is left alone
     train_through_base(generator, factory, data, replace(short, base_steps=2), checkpoint=checkpoint("other"))
-    checkpoint().remove()
-    assert not list(tmp_path.iterdir())
 
 
 TWO_PROCESSES = """
@@ -342,6 +340,7 @@ from lora_factory.arguments import TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.factory import AdapterFactory
 from lora_factory.specialists import specialise
+from lora_factory.tensor_cache import TensorCache
 from lora_factory.through_base import train_through_base
 from lora_factory.zoo import AdapterZoo
 from test_through_base import SETTINGS, make_tasks, prepared
@@ -354,7 +353,7 @@ generator, data = prepared(zoo, factory, arguments)
 history = train_through_base(generator, factory, data, arguments)
 features = {"text": {name: rows.texts for name, rows in data.items()}}
 features["hidden"] = {name: rows.halves[0].hidden for name, rows in data.items()}
-last = specialise(generator, factory, make_tasks(), data, features, arguments)
+last = specialise(generator, factory, make_tasks(), data, features, arguments, TensorCache(sys.argv[4]))
 assert last["tokens"] > 3 * 24
 weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
 both = accelerator.gather(weights[None])
@@ -370,7 +369,13 @@ def test_two_processes_train_one_generator(
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(zoo.folder), str(pico_model_folder), str(pico_encoder_folder)]
+    command += [
+        str(script),
+        str(zoo.folder),
+        str(pico_model_folder),
+        str(pico_encoder_folder),
+        str(tmp_path / "cache"),
+    ]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
