@@ -1,7 +1,8 @@
 """Prompted tasks (P3/T0): loss and accuracy on data sets that the generator never saw, beside the multi-task LoRA.
 
     LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output                        # for a GPU
-    LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output --seen 6 --unseen 3 --steps 30 --rows 12
+    LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output --seen 6 --unseen 4 --steps 20 \\
+        --rows 12 --window 128 --batch-size 4                                                       # for two cores
 
 Whole data sets are left out, not only some of their prompts. A task's accuracy is that of the likeliest choice where
 it has five answers or fewer, of exact answers where they are short, and not counted otherwise. Everything is kept in
@@ -40,17 +41,16 @@ from lora_factory.refine import refine
 from lora_factory.training import zoo_factory
 
 LEFT_OUT = ("ag_news", "samsum", "sciq")  # data sets; the tasks of all others are seen
-BASE, RANK, WINDOW = "HuggingFaceTB/SmolLM2-135M-Instruct", 8, 384
+BASE, RANK = "HuggingFaceTB/SmolLM2-135M-Instruct", 8
 COLLECT = CollectArguments(
     rank=RANK,
     lora_alpha=16.0,
     snapshots=5,
     snapshot_every=2,
     learning_rate=1e-3,
-    sequence_length=WINDOW,
     validation_sequences=12,
 )
-TRAIN = TrainArguments(width=512, depth=1, steps=20, multitask_learning_rate=1e-3, specialist_learning_rate=5e-4)
+TRAIN = TrainArguments(width=128, depth=1, steps=20, multitask_learning_rate=1e-3, specialist_learning_rate=5e-4)
 
 
 def main() -> None:
@@ -61,10 +61,13 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=17, help="tasks left out (default: all 17)")
     parser.add_argument("--steps", type=int, default=100, help="steps a task's LoRA (default: 100)")
     parser.add_argument("--rows", type=int, default=30, help="test rows scored a task (default: 30)")
+    parser.add_argument("--window", type=int, default=384, help="tokens of a sequence (default: 384)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is trained (default: 0)")
     options = parser.parse_args()
     seen, unseen = t0_tasks(options.seen, options.unseen)
-    settings = replace(COLLECT, steps=options.steps, seeds=(options.seed,))
+    sizes = {"sequence_length": options.window, "batch_size": options.batch_size}
+    settings = replace(COLLECT, steps=options.steps, seeds=(options.seed,), **sizes)
     zoo = collect_adapters([*seen, *unseen], options.base, options.output / "zoo", settings)
     known = zoo.select([task.name for task in seen])
     factory = zoo_factory(known, options.base, Accelerator(), zoo.layout)
@@ -98,15 +101,18 @@ def main() -> None:
                     "task": task.fingerprint(),
                     "zoo": known.fingerprint(),
                     "rows": options.rows,
+                    "window": options.window,
                 }
-                cells.append(log.get_or_compute(facts, partial(scored, factory, make, task, options.rows)))
+                score = partial(scored, factory, make, task, options.rows, options.window)
+                cells.append(log.get_or_compute(facts, score))
             means += [mean(cells, "loss"), mean(cells, "accuracy")]
         table.add_row(method, *means)
     console = Console(width=110)
     console.print(table)
     console.print(
-        f"loss in nats a token, accuracy as a share; {options.rows} rows a task; {options.steps} steps a LoRA, rank "
-        f"{RANK}; seed {options.seed}; {options.base}; lora-factory {__version__}, torch {torch.__version__}"
+        f"loss in nats a token, accuracy as a share; {options.rows} rows a task; {options.steps} steps of "
+        f"{options.batch_size} x {options.window} tokens a LoRA, rank {RANK}; seed {options.seed}; {options.base}; "
+        f"lora-factory {__version__}, torch {torch.__version__}"
     )
 
 
@@ -174,11 +180,11 @@ def from_examples(generator: CVAELoRAGenerator, factory: AdapterFactory, seed: i
     return refine(factory, start, factory.encode([examples[index] for index in drawn]))
 
 
-def scored(factory: AdapterFactory, make: Callable[[Task], torch.Tensor], task: Task, rows: int) -> dict:
+def scored(factory: AdapterFactory, make: Callable[[Task], torch.Tensor], task: Task, rows: int, window: int) -> dict:
     """Loss on completions and accuracy of one method on one task's test rows."""
     factory.slot.load(make(task))
-    test, options = task.examples("test")[:rows], {"window": WINDOW, "batch_size": 4}
-    score = score_examples(factory.model, factory.tokenizer, test, stride=WINDOW // 2, **options)
+    test, options = task.examples("test")[:rows], {"window": window, "batch_size": 4}
+    score = score_examples(factory.model, factory.tokenizer, test, stride=window // 2, **options)
     accuracy = task_accuracy(factory.model, factory.tokenizer, task, max_examples=rows, **options)
     return {"loss": score.loss, "accuracy": accuracy, "name": task.name}
 

@@ -1,0 +1,108 @@
+"""The multi-task LoRA with more tokens: is it the generator, or only what the generator has read beside?
+
+    LORA_FACTORY_SHARED=../shared python benchmarks/budget.py --domains domains-output --folds 0 --times 3
+
+Reads the zoo and the results that `benchmarks/domains.py` made for a seed, trains the multi-task LoRA of each fold for
+several times as many steps, and scores it on the same test text. Three times are the tokens of the zoo, of the
+multi-task LoRA and of the specialists, which is all that went into a generator. The snapshot that validates best
+counts, as always.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator
+from domain_tasks import domain_tasks, folds, shared_folder
+from domains import COLLECT, COMPARE
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from lora_factory import AdapterZoo
+from lora_factory.baselines import train_multitask
+from lora_factory.contenders import MULTITASK
+from lora_factory.evaluation import headroom, score_examples
+from lora_factory.factory import AdapterFactory
+from lora_factory.files import read_json
+from lora_factory.generation import package_versions
+from lora_factory.summaries import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL
+from lora_factory.tasks import Task
+from lora_factory.training import zoo_factory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domains", type=Path, default=Path("domains-output"), help="output of benchmarks/domains.py")
+    parser.add_argument("--folds", default="0", help="which folds (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="which seed (default: 0)")
+    parser.add_argument(
+        "--times", type=float, default=3.0, help="of the steps of the fold's LoRAs together (default: 3)"
+    )
+    options = parser.parse_args()
+    tasks, zoo = domain_tasks(), AdapterZoo(options.domains / "zoo")
+    table = Table(title="headroom, mean (worst)")
+    columns = ("fold", "tasks", MULTITASK, f"{options.times:g} x the tokens", GENERATED, f"{GENERATED}{FROM_EXAMPLES}")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "tasks" else "right")
+    for number in map(int, options.folds.split(",")):
+        cells = read_json(options.domains / "comparison.json")["cells"]
+        losses = {
+            (cell["method"], cell["task"]): cell["loss"]
+            for cell in cells
+            if (cell["fold"], cell["seed"]) == (number, options.seed)
+        }
+        seen, unseen = folds(tasks)[number]
+        known = zoo.select([task.name for task in seen], [f"seed-{options.seed}"])
+        factory = zoo_factory(
+            known,
+            shared_folder() / "models" / "stories260k",
+            Accelerator(),
+            known.layout.with_rank(COMPARE.multitask_rank),
+        )
+        factory.slot.load(longer(options, factory, known, seen))
+        for task in (*seen, *unseen):
+            losses["longer", task.name] = score(factory, task)
+        for group, rows in (("seen", seen), ("unseen", unseen)):
+            figures = []
+            for method in (MULTITASK, "longer", GENERATED, f"{GENERATED}{FROM_EXAMPLES}"):
+                shares = [
+                    headroom(*(losses[name, task.name] for name in (ORIGINAL_MODEL, method, ORIGINAL_LORA)))
+                    for task in rows
+                ]
+                figures.append(f"{fmean(shares):.3f} ({min(shares):.3f})")
+            table.add_row(str(number), group, *figures)
+    console = Console(width=120)
+    console.print(table)
+    console.print(json.dumps({"seed": options.seed, "threads": torch.get_num_threads(), **package_versions()}))
+
+
+def longer(options: argparse.Namespace, factory: AdapterFactory, known: AdapterZoo, seen: tuple) -> torch.Tensor:
+    """A fold's multi-task LoRA with more steps, trained once."""
+    path = options.domains / f"longer-{options.times:g}-{options.seed}-{known.fingerprint()[:12]}.safetensors"
+    if not path.is_file():
+        factory.arguments = replace(factory.arguments, learning_rate=COMPARE.multitask_learning_rate)
+        steps = round(options.times * COLLECT.steps * len(seen))
+        save_file({"weights": train_multitask(factory, list(seen), seed=options.seed, steps=steps).contiguous()}, path)
+    return load_file(path)["weights"]
+
+
+def score(factory: AdapterFactory, task: Task) -> float:
+    """Test loss in nats a token, over the tokens that the standing benchmark scores."""
+    window = COMPARE.window
+    scored = score_examples(
+        factory.model,
+        factory.tokenizer,
+        task.examples("test"),
+        window=window,
+        stride=window * 3 // 4,
+        max_tokens=COMPARE.max_tokens,
+    )
+    return scored.loss
+
+
+if __name__ == "__main__":
+    main()
