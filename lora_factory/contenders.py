@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -174,8 +175,9 @@ class Contenders:
 
     @cached_property
     def generator_fingerprint(self) -> str:
-        """SHA-256 of the generator's weights."""
-        digest = hashlib.sha256()
+        """SHA-256 of the generator's weights, and of how it reads conditions."""
+        config = self.fold.generator.config
+        digest = hashlib.sha256(json.dumps([config.reach, config.recall], sort_keys=True).encode())
         for tensor in self.fold.generator.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()

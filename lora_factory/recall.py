@@ -14,6 +14,7 @@ SHARPNESSES = torch.logspace(-2, 4, 61, dtype=torch.float64)  # from nearly no d
 TIE = 1e-3  # nats by which a sharper posterior must predict better to be preferred
 DENSE = 0.1  # quantile of the distances between a condition and the nearest other task: how close tasks lie
 RELIABLE = 0.1  # nats: a modality whose posterior predicts the task of its own conditions worse is left out
+EDGE = 0.25  # of the way from near to far: a condition outside may be of a new task beside a known one
 BETWEEN = 0.75  # of that distance: from here on, a condition may mean a task between those that are known
 
 
@@ -30,11 +31,12 @@ def measure_recall(
     Returns:
         Three numbers by modality, for those that tell the tasks apart. How much a squared distance of 1 from a task
         speaks against it, in nats: what best predicts the task of its own conditions, each compared with the task
-        vector of the others. And the two distances of :func:`~lora_factory.familiarity.measure_reach`, made smaller
-        where tasks lie close together.
+        vector of the others. And two distances as :func:`~lora_factory.familiarity.measure_reach` returns them, with
+        the same near and a far that is not much farther, both made smaller where tasks lie close together.
     """
     recall = {}
-    for name, (near, far) in measure_reach(standardiser, features).items():
+    for name, (near, believed) in measure_reach(standardiser, features).items():
+        far = near + EDGE * (believed - near)
         tasks = features[name]
         known = standardiser(name, torch.stack([rows.mean(0) for rows in tasks.values()])).double()
         squares, owners = [], []

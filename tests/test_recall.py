@@ -155,13 +155,14 @@ def test_a_posterior_that_cannot_tell_leaves_the_network_alone(zoo: AdapterZoo, 
 
 def test_tasks_that_have_a_sibling_are_recognised_from_close_by_only() -> None:
     lone = make_features(3.0)["text"]
-    siblings = {f"{name} b": rows + 0.6 * normal(1, WIDTH, seed=77) for name, rows in lone.items()}
+    siblings = {f"{name} b": rows + 0.4 * normal(1, WIDTH, seed=77) for name, rows in lone.items()}
     for features, limited in (({"text": lone}, False), ({"text": lone | siblings}, True)):
         standardiser = ConditionStandardiser({"text": WIDTH}, {"text": WIDTH})
         standardiser.fit({"text": make_centres(features)})
         ((_, near, far),) = measure_recall(standardiser, features).values()
         ((wide_near, wide_far),) = measure_reach(standardiser, features).values()
-        assert (far < wide_far) == (near < wide_near) == limited
+        assert far < wide_far
+        assert (near < wide_near) == limited
 
 
 @pytest.mark.parametrize("recall", [{"text": [1.0, 2.0]}, {"text": [1.0, 3.0, 2.0]}, {"image": [1.0, 2.0, 3.0]}, {}])
