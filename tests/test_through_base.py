@@ -360,6 +360,8 @@ both = accelerator.gather(weights[None])
 assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
 if accelerator.is_main_process:
     print("tokens", history[-1]["tokens"])
+accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()
 """
 
 
