@@ -10,20 +10,17 @@ counts, as always.
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from accelerate import Accelerator
 from domain_tasks import domain_tasks, folds, shared_folder
-from domains import COLLECT, COMPARE
+from domains import COMPARE, multitask_lora
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 
 from lora_factory import AdapterZoo
-from lora_factory.baselines import train_multitask
 from lora_factory.contenders import MULTITASK
 from lora_factory.evaluation import headroom, score_examples
 from lora_factory.factory import AdapterFactory
@@ -43,13 +40,13 @@ def main() -> None:
         "--times", type=float, default=3.0, help="of the steps of the fold's LoRAs together (default: 3)"
     )
     options = parser.parse_args()
-    tasks, zoo = domain_tasks(), AdapterZoo(options.domains / "zoo")
+    tasks, base = domain_tasks(), shared_folder() / "models" / "stories260k"
+    zoo, cells = AdapterZoo(options.domains / "zoo"), read_json(options.domains / "comparison.json")["cells"]
     table = Table(title="headroom, mean (worst)")
     columns = ("fold", "tasks", MULTITASK, f"{options.times:g} x the tokens", GENERATED, f"{GENERATED}{FROM_EXAMPLES}")
     for column in columns:
         table.add_column(column, justify="left" if column == "tasks" else "right")
     for number in map(int, options.folds.split(",")):
-        cells = read_json(options.domains / "comparison.json")["cells"]
         losses = {
             (cell["method"], cell["task"]): cell["loss"]
             for cell in cells
@@ -57,13 +54,8 @@ def main() -> None:
         }
         seen, unseen = folds(tasks)[number]
         known = zoo.select([task.name for task in seen], [f"seed-{options.seed}"])
-        factory = zoo_factory(
-            known,
-            shared_folder() / "models" / "stories260k",
-            Accelerator(),
-            known.layout.with_rank(COMPARE.multitask_rank),
-        )
-        factory.slot.load(longer(options, factory, known, seen))
+        factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(COMPARE.multitask_rank))
+        factory.slot.load(multitask_lora(known, base, options.domains, options.seed, seen, options.times))
         for task in (*seen, *unseen):
             losses["longer", task.name] = score(factory, task)
         for group, rows in (("seen", seen), ("unseen", unseen)):
@@ -78,16 +70,6 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     console.print(json.dumps({"seed": options.seed, "threads": torch.get_num_threads(), **package_versions()}))
-
-
-def longer(options: argparse.Namespace, factory: AdapterFactory, known: AdapterZoo, seen: tuple) -> torch.Tensor:
-    """A fold's multi-task LoRA with more steps, trained once."""
-    path = options.domains / f"longer-{options.times:g}-{options.seed}-{known.fingerprint()[:12]}.safetensors"
-    if not path.is_file():
-        factory.arguments = replace(factory.arguments, learning_rate=COMPARE.multitask_learning_rate)
-        steps = round(options.times * COLLECT.steps * len(seen))
-        save_file({"weights": train_multitask(factory, list(seen), seed=options.seed, steps=steps).contiguous()}, path)
-    return load_file(path)["weights"]
 
 
 def score(factory: AdapterFactory, task: Task) -> float:

@@ -102,14 +102,21 @@ def make_fold(zoo: AdapterZoo, base: Path, output: Path, number: int, seed: int,
     )
 
 
-def multitask_lora(known: AdapterZoo, base: Path, output: Path, seed: int, seen: tuple) -> torch.Tensor:
-    """The multi-task LoRA of a fold, where the comparison keeps the one that it scores: they are the same."""
+def multitask_lora(
+    known: AdapterZoo, base: Path, output: Path, seed: int, seen: tuple, times: float = 1.0
+) -> torch.Tensor:
+    """The multi-task LoRA of a fold, where the comparison keeps the one that it scores: they are the same.
+
+    With ``times``, one of so many times the steps.
+    """
     rank, rate = COMPARE.multitask_rank, COMPARE.multitask_learning_rate
-    path = output / f"multi-task-{rank}-{rate:g}-{seed}-{known.fingerprint()[:12]}.safetensors"
+    name = f"multi-task-{rank}-{rate:g}" if times == 1 else f"longer-{times:g}"
+    path = output / f"{name}-{seed}-{known.fingerprint()[:12]}.safetensors"
     if not path.is_file():
         factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(rank))
         factory.arguments = replace(factory.arguments, learning_rate=rate)
-        save_file({"weights": train_multitask(factory, list(seen), seed=seed).contiguous()}, path)
+        steps = round(times * COLLECT.steps * len(seen))
+        save_file({"weights": train_multitask(factory, list(seen), seed=seed, steps=steps).contiguous()}, path)
     return load_file(path)["weights"]
 
 

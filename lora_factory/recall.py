@@ -12,9 +12,9 @@ from lora_factory.networks import ConditionStandardiser
 
 SHARPNESSES = torch.logspace(-2, 4, 61, dtype=torch.float64)  # from nearly no difference to the nearest task alone
 TIE = 1e-3  # nats by which a sharper posterior must predict better to be preferred
-DENSE = 0.1  # quantile of the distances between a condition and the nearest other task: how close tasks lie
 RELIABLE = 0.1  # nats: a modality whose posterior predicts the task of its own conditions worse is left out
 EDGE = 0.25  # of the way from near to far: a condition outside may be of a new task beside a known one
+DENSE = 0.1  # quantile of the distances between a condition and the nearest other task: how close tasks lie
 BETWEEN = 0.75  # of that distance: from here on, a condition may mean a task between those that are known
 
 

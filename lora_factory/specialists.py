@@ -64,12 +64,12 @@ def specialise(
     generator.to(factory.accelerator.device)
     heads = head_parameters(generator)
     whole, validations = [head.detach().clone() for head in heads], {}
-    for share in SHARES:
-        set_heads(heads, whole, share)
+    for chosen in (0.0, *SHARES):  # the first one is what the others must reach, and the last resort
+        set_heads(heads, whole, chosen)
         with factory.slot.disabled():
-            validations[share] = validate(generator, factory, data)
-    chosen = max(share for share, validation in validations.items() if validation <= validations[0.0])
-    set_heads(heads, whole, chosen)
+            validations[chosen] = validate(generator, factory, data)
+        if len(validations) > 1 and validations[chosen] <= validations[0.0]:
+            break
     step = arguments.base_steps + arguments.specialist_steps
     losses = {"loss": round(loss, 5), "validation": round(validations[chosen], 5)}
     return {"step": step, **losses, "share": chosen, "tokens": tokens}

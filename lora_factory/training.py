@@ -106,7 +106,7 @@ def train_generator(
     working = Path(f"{output_dir}.training")
     if asked and factory is not None and tasks is not None:
         facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
-        start = None if bias_adapter is None else hashlib.sha256(bias_adapter.numpy().tobytes()).hexdigest()
+        start = None if bias_adapter is None else hashlib.sha256(bias_adapter.cpu().numpy().tobytes()).hexdigest()
         key = sha256_text(json.dumps([*facts, start]))
         history = _stage_2(generator, factory, tasks, features, arguments, bias_adapter, working, key)
     else:
@@ -115,7 +115,8 @@ def train_generator(
     calibrate_spread(generator, statistics.within, features)
     if accelerator.is_main_process:
         save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
-        shutil.rmtree(working, ignore_errors=True)
+        if asked:
+            shutil.rmtree(working, ignore_errors=True)
     accelerator.wait_for_everyone()
     return generator
 

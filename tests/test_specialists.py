@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_through_base import make_tasks
+from test_through_base import CutOff, make_tasks
 
 from lora_factory import specialists
 from lora_factory.arguments import CollectArguments, TrainArguments
@@ -120,10 +120,6 @@ def test_specialists_that_help_no_task_are_not_listened_to(
     assert training_history(tmp_path / "generator")[-1]["share"] == 0
     state_dict = generator.generate_state_dict(make_tasks()[0].descriptions[0])
     torch.testing.assert_close(zoo.layout.flatten(state_dict), generator.bias.detach())
-
-
-class CutOff(Exception):
-    """What ends the training in the middle."""
 
 
 def test_a_training_that_was_cut_off_goes_on_after_its_last_specialist(
