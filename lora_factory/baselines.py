@@ -19,6 +19,7 @@ from torch.nn import functional
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory, TrainingTask
 from lora_factory.sequences import TokenSequence
+from lora_factory.snapshots import SnapshotRows, mean_snapshot
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike
 RIDGES = torch.logspace(-8, 4, 49, dtype=torch.float64)  # in units of the features' mean eigenvalue
@@ -45,7 +46,7 @@ class ConditionBaseline(Protocol):
         ...
 
 
-def uniform_soup(weights: Mapping[str, Tensor]) -> Tensor:
+def uniform_soup(weights: Mapping[str, SnapshotRows]) -> Tensor:
     """The uniform model soup (Wortsman et al. 2022): the mean of the tasks' means, so that every task counts the same.
 
     Args:
@@ -57,7 +58,7 @@ def uniform_soup(weights: Mapping[str, Tensor]) -> Tensor:
     if not weights or any(len(snapshots) == 0 for snapshots in weights.values()):
         empty = [task for task, snapshots in weights.items() if len(snapshots) == 0]
         raise LoraFactoryError(f"a soup needs snapshots of every task; none given for {empty or 'any task'}")
-    return torch.stack([snapshots.float().mean(0) for snapshots in weights.values()]).mean(0)
+    return torch.stack([mean_snapshot(snapshots) for snapshots in weights.values()]).mean(0)
 
 
 def greedy_soup(candidates: Tensor, validation_loss: Callable[[Tensor], float]) -> Tensor:

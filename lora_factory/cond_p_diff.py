@@ -9,7 +9,7 @@ not the noise (Ho et al. 2020, section 3.2): at late times an error in the noise
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, read_json, write_json
 from lora_factory.networks import ConditionStandardiser
+from lora_factory.snapshots import SnapshotRows, in_parts, mean_snapshot
 
 FORMAT_VERSION = 1
 DIFFUSION_TIMES = 1000  # T
@@ -199,7 +200,7 @@ class _Level(nn.Module):
 
 
 def train_cond_p_diff(
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, SnapshotRows],
     features: Mapping[str, Tensor],
     *,
     seed: int = 0,
@@ -235,23 +236,23 @@ def train_cond_p_diff(
     scheduler = _scheduler()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CondPDiff(*(next(iter(tasks.values())).shape[1] for tasks in (weights, features)))
+        model = CondPDiff(*(next(iter(tasks.values()))[0].numel() for tasks in (weights, features)))
     _fit_statistics(model, weights, features)
     model.to(device)
     source = torch.Generator().manual_seed(seed)
-    snapshots = [row for rows in weights.values() for row in rows]
+    snapshots = [(rows, index) for rows in weights.values() for index in range(len(rows))]
     snapshot_counts = [len(rows) for rows in weights.values()]
 
     def reconstruction() -> Tensor:
         picked = _rows(snapshot_counts, _tasks(len(weights), batch_size, source), source)
-        drawn = torch.stack([snapshots[index] for index in picked.tolist()])
+        drawn = torch.stack([rows[row] for rows, row in (snapshots[index] for index in picked.tolist())])
         chunks = model.standardise(drawn.to(device, torch.float32))
         latents = model.encode(chunks + INPUT_NOISE * _noise(chunks, source))
         return functional.mse_loss(model.decode(latents + LATENT_NOISE * _noise(latents, source)), chunks)
 
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith("denoiser.")]
     _optimise(reconstruction, parameters, autoencoder_steps, autoencoder_learning_rate, "auto-encoder")
-    latents = _fit_latents(model, snapshots)
+    latents = _fit_latents(model, weights.values())
     conditions = model.standard_condition(torch.cat([features[task] for task in weights]).float().to(device))
 
     def denoising() -> Tensor:
@@ -267,34 +268,45 @@ def train_cond_p_diff(
     return model.cpu().eval()
 
 
-def _check(weights: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
+def _check(weights: Mapping[str, SnapshotRows], features: Mapping[str, Tensor]) -> None:
     missing = sorted(set(weights) ^ set(features))
     if not weights or missing:
         raise LoraFactoryError(f"weights and features must hold the same tasks, one at least; one lacks {missing}")
-    for name, tasks in (("weights", weights), ("features", features)):
-        width = next(iter(tasks.values())).shape[-1]
+    everything: dict[str, Mapping[str, SnapshotRows]] = {"weights": weights, "features": features}
+    for name, tasks in everything.items():
+        widths = [rows[0].numel() for rows in tasks.values() if len(rows)]
         for task, rows in tasks.items():
-            if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or not torch.isfinite(rows).all():
+            if not len(rows) or not all(_fits(part, widths[0]) for part in in_parts(rows)):
+                found = tuple(rows[:].shape)
                 raise LoraFactoryError(
-                    f"{name} of task {task!r}, shape {tuple(rows.shape)}: expected finite rows of shape (n, {width})"
+                    f"{name} of task {task!r}, shape {found}: expected finite rows of shape (n, {widths[0]})"
                 )
 
 
+def _fits(rows: Tensor, width: int) -> bool:
+    return rows.ndim == 2 and rows.shape[1] == width and bool(torch.isfinite(rows).all())
+
+
 @torch.no_grad()
-def _fit_statistics(model: CondPDiff, weights: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
+def _fit_statistics(model: CondPDiff, weights: Mapping[str, SnapshotRows], features: Mapping[str, Tensor]) -> None:
     """Set the mean adapter, a floored deviation for every chunk, and the task vectors' standardisation."""
-    model.mean.copy_(torch.stack([rows.float().mean(0) for rows in weights.values()]).mean(0))
-    squares = [model.standardise(rows.float()).square().mean(0) for rows in weights.values()]
+    squares = torch.zeros_like(model.standardise(model.mean[None])[0])
+    for rows in weights.values():
+        model.mean += mean_snapshot(rows) / len(weights)
+    for rows in weights.values():
+        for part in in_parts(rows):
+            squares += model.standardise(part.float()).square().sum(0) / (len(rows) * len(weights))
     weight_counts = model.standardise(model.mean[None] + 1)[0].sum(-1)  # the last chunk is padded
-    scale = (torch.stack(squares).mean(0).sum(-1) / weight_counts).sqrt()
+    scale = (squares.sum(-1) / weight_counts).sqrt()
     model.scale.copy_(torch.maximum(scale, 0.05 * scale.mean()).clamp_min(1e-8))
     model.standardiser.fit({"condition": torch.stack([features[task].float().mean(0) for task in weights])})
 
 
 @torch.no_grad()
-def _fit_latents(model: CondPDiff, snapshots: Sequence[Tensor]) -> Tensor:
+def _fit_latents(model: CondPDiff, weights: Iterable[SnapshotRows]) -> Tensor:
     """Set the latents' mean and scale; returns the standardised latents of all snapshots."""
-    latents = torch.cat([model.encode(model.standardise(row[None].to(model.mean))) for row in snapshots])
+    parts = (part for rows in weights for part in in_parts(rows))
+    latents = torch.cat([model.encode(model.standardise(part.to(model.mean))) for part in parts])
     model.latent_mean.copy_(latents.mean(0))
     model.latent_scale.copy_((latents - model.latent_mean).square().mean().sqrt().clamp_min(1e-6))
     return (latents - model.latent_mean) / model.latent_scale

@@ -33,12 +33,14 @@ from lora_factory.fold import Fold
 from lora_factory.open_factory import open_factory
 from lora_factory.refine import best_of, refine
 from lora_factory.sequences import TokenSequence
+from lora_factory.snapshots import mean_snapshot, open_snapshots
 from lora_factory.summaries import ANOTHER_TASK, FROM_EXAMPLES, GENERATED, UNREFINED
 from lora_factory.tasks import Task
 
 MULTITASK = "multi-task LoRA"
 WAYS = {"text": "", "hidden": FROM_EXAMPLES}  # how a method's name says what it is conditioned on
 SHOWN_EXAMPLES = 24  # examples a task in the plot of hidden states
+SHOWN_BYTES = 256 << 20  # of snapshots in the plots and in the mean KL; at least one a task in any case
 
 
 class Contenders:
@@ -52,17 +54,16 @@ class Contenders:
         self.base_model = base_model
         self._loaded: dict[Path, CondPDiff] = {}
         self.seeds, self.settings = fold.seeds or arguments.seeds, settings_of(fold.zoo)
-        self.weights = {name: fold.zoo.snapshots(name).float() for name in fold.zoo.tasks}
-        wider = fold.generator.layout
-        self.wide = {name: fold.zoo.layout.widen(rows, wider) for name, rows in self.weights.items()}
-        self.means = torch.stack([rows.mean(0) for rows in self.weights.values()])
+        self.weights = open_snapshots(fold.zoo)
+        self.wide = open_snapshots(fold.zoo, fold.generator.layout)
+        self.means = torch.stack([mean_snapshot(rows) for rows in self.weights.values()])
         self.ways = {name: suffix for name, suffix in WAYS.items() if name in fold.generator.config.modalities}
         self.features = {name: self._features(name) for name in self.ways}
         self.methods: dict[str, Callable[[Task, int], torch.Tensor]] = {
             "original model": lambda task, seed: torch.zeros(fold.zoo.layout.size),
             "original LoRA": lambda task, seed: self._original(task, seed, best=False),
             "original LoRA, best": lambda task, seed: self._original(task, seed, best=True),
-            "uniform soup": lambda task, seed: uniform_soup(self.weights),
+            "uniform soup": lambda task, seed: uniform_soup(dict(zip(self.weights, self.means[:, None], strict=True))),
             "greedy soup": lambda task, seed: self._greedy,
             MULTITASK: lambda task, seed: self._multitask(seed),
         }
@@ -195,7 +196,7 @@ class Contenders:
         way = next(iter(self.ways))
         novelty, sampled, real = {}, [], []
         for task in self.fold.seen:
-            rows, seed = self.wide[task.name], self.seeds[0]
+            rows, seed = self.wide[task.name][:], self.seeds[0]
             nearest = (rows - self._generated([way], task, seed)).norm(dim=1).min()
             novelty[task.name] = float(nearest / torch.pdist(rows).median()) if len(rows) > 1 else None
             samples = torch.stack([self._generated([way], task, sample, temperature=1.0) for sample in range(8)])
@@ -203,7 +204,7 @@ class Contenders:
                 samples = samples - torch.stack([self._generated([way], task, sample) for sample in range(8)])
             sampled.append((samples - samples.mean(0)).norm(dim=1).mean())
             real.append((rows - rows.mean(0)).norm(dim=1).mean())
-        output = self._encoded(way)
+        output = self._encoded(way, self._shown())
         return {
             "fold": self.fold.number,
             "seed": self.seeds[0],
@@ -239,19 +240,20 @@ class Contenders:
     def points(self) -> dict[str, dict[str, list[Any]]]:
         """Vectors to plot, reduced by PCA: task vectors, latents, and weights of real and generated adapters."""
         way, tasks = next(iter(self.ways)), (*self.fold.seen, *self.fold.unseen)
-        names = [name for name, rows in self.weights.items() for _ in rows]
+        shown = self._shown()
+        names = [name for name, rows in shown.items() for _ in rows]
         generated = torch.stack([self._generated([way], task, self.seeds[0]) for task in tasks])
-        latents = self._encoded(way)
+        latents = self._encoded(way, shown)
         prior = latents["prior"]
         plots = {
             "latents": _points(
                 torch.cat([latents["mean"], prior]),
-                [*names, *self.weights],
+                [*names, *shown],
                 ["posterior"] * len(names) + ["prior"] * len(prior),
                 50,
             ),
             "weights": _points(
-                torch.cat([*self.wide.values(), generated]),
+                torch.cat([*shown.values(), generated]),
                 [*names, *(task.name for task in tasks)],
                 ["real"] * len(names) + ["generated"] * len(generated),
                 2,
@@ -324,18 +326,26 @@ class Contenders:
         rows = {name: vector[None] for name, vector in vectors.items()}
         return (generator.bias + generator.standard_vector(rows, 1, seed, temperature) * generator.weight_scale)[0]
 
+    def _shown(self) -> dict[str, torch.Tensor]:
+        """Snapshots of every task, shape ``(n, D)``: all, or as many at even distances as `SHOWN_BYTES` hold."""
+        row_bytes = 4 * self.fold.generator.layout.size * len(self.wide)
+        most = max(1, SHOWN_BYTES // row_bytes)
+        return {
+            name: torch.stack([rows[len(rows) * number // count] for number in range(count)])
+            for name, rows in self.wide.items()
+            for count in [min(most, len(rows))]
+        }
+
     @torch.no_grad()
-    def _encoded(self, way: str) -> dict[str, torch.Tensor]:
+    def _encoded(self, way: str, snapshots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Posterior means ``(n, latents)`` of real checkpoints, their KL, and the prior's mean of every task."""
-        generator, seed = self.fold.generator, self.seeds[0]
-        vectors = {name: self.condition(way, name, seed) for name in self.weights}
-        names = [name for name, rows in self.weights.items() for _ in rows]
-        weights, condition = generator.encode_inputs(
-            torch.cat(list(self.wide.values())), {way: torch.stack([vectors[name] for name in names])}
-        )
-        posterior, prior = generator.network.posterior(weights, condition), generator.network.prior(condition)
-        first = [names.index(name) for name in self.weights]
-        return {"mean": posterior.mean, "kl": posterior.kl(prior), "prior": prior.mean[first]}
+        generator, outputs = self.fold.generator, []
+        for name, rows in snapshots.items():
+            vector = self.condition(way, name, self.seeds[0])
+            weights, condition = generator.encode_inputs(rows, {way: vector.expand(len(rows), -1)})
+            posterior, prior = generator.network.posterior(weights, condition), generator.network.prior(condition)
+            outputs.append({"mean": posterior.mean, "kl": posterior.kl(prior), "prior": prior.mean[:1]})
+        return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
     def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A vector from this folder, made once for this zoo."""

@@ -21,7 +21,7 @@ from lora_factory.features import FEATURE_EXAMPLES
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import TokenCVAE, spread_over_weights
 from lora_factory.recall import measure_recall
-from lora_factory.snapshots import SnapshotRows
+from lora_factory.snapshots import SnapshotRows, mean_snapshot
 
 # Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
 # which tasks differ, so that much of it teaches the network to listen to these alone: paraphrases land on their task.
@@ -114,11 +114,8 @@ def remember(
     recall = measure_recall(copy.deepcopy(generator.standardiser).cpu(), features)
     if not recall:
         return
-    known = torch.zeros(len(weights), generator.layout.size, device=generator.device)
-    for kept, rows in zip(known, weights.values(), strict=True):
-        for row in range(len(rows)):
-            kept += (rows[row].to(kept) - generator.bias) / (len(rows) * generator.weight_scale)
-    generator.register_buffer("known_adapters", known)
+    means = torch.stack([mean_snapshot(rows) for rows in weights.values()]).to(generator.device)
+    generator.register_buffer("known_adapters", (means - generator.bias) / generator.weight_scale)
     generator.config.recall = recall
 
 

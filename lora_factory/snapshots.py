@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,6 +93,21 @@ class StoredRows:
         return rows_found if self.layout is self.zoo.layout else self.zoo.layout.widen(rows_found, self.layout)
 
 
+def in_parts(rows: SnapshotRows) -> Iterator[Tensor]:
+    """All snapshots of a task in order, 64 MB of them together at most, each part of shape ``(n, D)``."""
+    together = max(1, _CHUNK_BYTES // (4 * rows[0].numel()))
+    for start in range(0, len(rows), together):
+        yield rows[start : start + together]
+
+
+def mean_snapshot(rows: SnapshotRows) -> Tensor:
+    """The mean of a task's snapshots, one or more, of shape ``(D,)``; looks at 64 MB of them at a time."""
+    total = torch.zeros_like(rows[0], dtype=torch.float64)
+    for part in in_parts(rows):
+        total += part.sum(0, dtype=torch.float64)
+    return (total / len(rows)).float()
+
+
 @torch.no_grad()
 def zoo_statistics(weights: Mapping[str, SnapshotRows]) -> ZooStatistics:
     """Mean and spread of all snapshots, in one pass that looks at 64 MB of them at a time.
@@ -101,13 +116,12 @@ def zoo_statistics(weights: Mapping[str, SnapshotRows]) -> ZooStatistics:
         weights: Snapshots of every task, at least one.
     """
     size = next(iter(weights.values()))[0].numel()
-    rows_together = max(1, _CHUNK_BYTES // (4 * size))
     everything = _Moments.of(torch.zeros(0, size))
     mean, within = everything.squares.clone(), everything.squares.clone()
     for rows in weights.values():
         task = _Moments.of(torch.zeros(0, size))
-        for start in range(0, len(rows), rows_together):
-            task.add(_Moments.of(rows[start : start + rows_together]))
+        for part in in_parts(rows):
+            task.add(_Moments.of(part))
         everything.add(task)
         mean += task.mean / len(weights)
         within += task.squares / (task.count * len(weights))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from conftest import TRAINING_TEXT
 from test_sequences import with_template
 from transformers import PreTrainedTokenizerBase
 
-from lora_factory import comparison, contenders
+from lora_factory import comparison, contenders, snapshots
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
 from lora_factory.base_models import load_base_model
 from lora_factory.collect import collect_adapters
@@ -27,6 +28,7 @@ from lora_factory.evaluation import score_examples
 from lora_factory.fold import Fold
 from lora_factory.tasks import SPLITS, Task
 from lora_factory.training import train_generator
+from lora_factory.zoo import AdapterZoo
 
 pytest.importorskip("diffusers")
 
@@ -104,6 +106,32 @@ def test_finished_cells_are_not_repeated(
 def test_the_same_seeds_give_the_same_table(fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path) -> None:
     first = compare(fold, pico_model_folder, output, ARGUMENTS)
     assert compare(fold, pico_model_folder, tmp_path, ARGUMENTS)["cells"] == first["cells"]
+
+
+def test_a_zoo_larger_than_memory_is_compared_alike(
+    fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = compare(fold, pico_model_folder, output, ARGUMENTS)
+    monkeypatch.setattr(snapshots, "HELD_BYTES", 0)
+    monkeypatch.setattr(snapshots, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(AdapterZoo, "snapshots", only_rows(AdapterZoo.snapshots))
+    stored = compare(fold, pico_model_folder, tmp_path / "stored", ARGUMENTS)
+    for one, other in zip(held["cells"], stored["cells"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), one["method"]
+    assert stored["points"]["weights"]["labels"] == held["points"]["weights"]["labels"]
+    monkeypatch.setattr(contenders, "SHOWN_BYTES", 0)
+    shown = compare(fold, pico_model_folder, output, ARGUMENTS)["points"]
+    assert shown["weights"]["kinds"].count("real") == shown["latents"]["kinds"].count("posterior") == len(SEEN)
+
+
+def only_rows(read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As ``read``, but all snapshots of a task at once are refused."""
+
+    def snapshots_of(zoo: AdapterZoo, task: str, run: str | None = None, **options: Any) -> torch.Tensor:
+        assert run is not None, f"all snapshots of {task} were read"
+        return read(zoo, task, run, **options)
+
+    return snapshots_of
 
 
 def test_a_nan_metric_fails_its_cell_and_not_the_run(
