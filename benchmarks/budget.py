@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_factory import AdapterZoo
+from lora_factory.comparison import score_task
 from lora_factory.contenders import MULTITASK
-from lora_factory.evaluation import headroom, score_examples
-from lora_factory.factory import AdapterFactory
+from lora_factory.evaluation import headroom
 from lora_factory.files import read_json
 from lora_factory.generation import package_versions
 from lora_factory.summaries import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL
-from lora_factory.tasks import Task
 from lora_factory.training import zoo_factory
 
 
@@ -57,7 +56,7 @@ def main() -> None:
         factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(COMPARE.multitask_rank))
         factory.slot.load(multitask_lora(known, base, options.domains, options.seed, seen, options.times))
         for task in (*seen, *unseen):
-            losses["longer", task.name] = score(factory, task)
+            losses["longer", task.name] = score_task(factory, task, COMPARE).loss
         for group, rows in (("seen", seen), ("unseen", unseen)):
             figures = []
             for method in (MULTITASK, "longer", GENERATED, f"{GENERATED}{FROM_EXAMPLES}"):
@@ -70,20 +69,6 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     console.print(json.dumps({"seed": options.seed, "threads": torch.get_num_threads(), **package_versions()}))
-
-
-def score(factory: AdapterFactory, task: Task) -> float:
-    """Test loss in nats a token, over the tokens that the standing benchmark scores."""
-    window = COMPARE.window
-    scored = score_examples(
-        factory.model,
-        factory.tokenizer,
-        task.examples("test"),
-        window=window,
-        stride=window * 3 // 4,
-        max_tokens=COMPARE.max_tokens,
-    )
-    return scored.loss
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from lora_factory.arguments import CompareArguments
 from lora_factory.cells import CellLog
 from lora_factory.contenders import Contenders
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import score_examples
-from lora_factory.factory import LIBRARIES
+from lora_factory.evaluation import TextScore, score_examples
+from lora_factory.factory import LIBRARIES, AdapterFactory
 from lora_factory.files import write_json
 from lora_factory.fold import Fold
 from lora_factory.metrics import task_accuracy
@@ -125,6 +125,21 @@ def _cells(fold: Fold, contenders: Contenders, arguments: CompareArguments, log:
         yield cell
 
 
+def score_task(
+    factory: AdapterFactory, task: Task, arguments: CompareArguments, *, chat_template: bool = False
+) -> TextScore:
+    """How well the adapter in a factory's slot predicts a task's test split, as every cell of a comparison has it."""
+    return score_examples(
+        factory.model,
+        factory.tokenizer,
+        task.examples("test"),
+        window=arguments.window,
+        stride=arguments.window * 3 // 4,
+        max_tokens=arguments.max_tokens,
+        chat_template=chat_template,
+    )
+
+
 def _scored(contenders: Contenders, task: Task, seed: int, method: str, arguments: CompareArguments) -> dict[str, Any]:
     """The figures of one cell.
 
@@ -133,15 +148,7 @@ def _scored(contenders: Contenders, task: Task, seed: int, method: str, argument
     """
     factory = contenders.factory_of(method)
     factory.slot.load(contenders.methods[method](task, seed))
-    score = score_examples(
-        factory.model,
-        factory.tokenizer,
-        task.examples("test"),
-        window=arguments.window,
-        stride=arguments.window * 3 // 4,
-        max_tokens=arguments.max_tokens,
-        chat_template=contenders.settings.chat_template,
-    )
+    score = score_task(factory, task, arguments, chat_template=contenders.settings.chat_template)
     if not math.isfinite(score.loss):
         raise ArithmeticError(f"the loss is {score.loss}")
     accuracy = task_accuracy(
