@@ -388,7 +388,8 @@ class _Segment:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
+    """Whether all numbers are; their extremes tell, in a pass that is many times as fast as one by one."""
+    return tensor.is_floating_point() and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
 
 
 def _few(names: Collection[str]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 HELD_BYTES = 1 << 30  # a zoo whose snapshots take more than this in float32 stays on disk
 _CHUNK_BYTES = 64 << 20  # of snapshots that the statistics look at together
+_BLOCK_BYTES = 4 << 20  # of these whose squares are taken at once
 
 
 class SnapshotRows(Protocol):
@@ -104,7 +105,7 @@ def mean_snapshot(rows: SnapshotRows) -> Tensor:
     """The mean of a task's snapshots, one or more, of shape ``(D,)``; looks at 64 MB of them at a time."""
     total = torch.zeros_like(rows[0], dtype=torch.float64)
     for part in in_parts(rows):
-        total += part.sum(0, dtype=torch.float64)
+        total += part.sum(0)
     return (total / len(rows)).float()
 
 
@@ -139,14 +140,18 @@ class _Moments:
 
     @classmethod
     def of(cls, rows: Tensor) -> _Moments:
-        """The moments of ``(n, D)`` rows."""
-        mean = rows.sum(0, dtype=torch.float64) / max(1, len(rows))
-        return cls(len(rows), mean, (rows - mean.float()).square_().sum(0, dtype=torch.float64))
+        """The moments of ``(n, D)`` rows, added up in the rows' own precision, a few at a time in the cache."""
+        mean = rows.sum(0).double() / max(1, len(rows))
+        center = mean.to(rows.dtype)
+        squares = torch.zeros_like(center)
+        for block in rows.split(max(1, _BLOCK_BYTES // (4 * rows.shape[1]))):
+            squares += (block - center).square_().sum(0)
+        return cls(len(rows), mean, squares.double())
 
     def add(self, other: _Moments) -> None:
         """Count the other's rows as well (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         apart = other.mean - self.mean
-        self.mean += apart * (other.count / count)
-        self.squares += other.squares + apart.square_() * (self.count * other.count / count)
+        self.mean.add_(apart, alpha=other.count / count)
+        self.squares.add_(other.squares).addcmul_(apart, apart, value=self.count * other.count / count)
         self.count = count
