@@ -1,17 +1,19 @@
 """Prompted tasks (P3/T0): loss and accuracy on data sets that the generator never saw, beside the multi-task LoRA.
 
     LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output                        # for a GPU
-    LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output --seen 6 --unseen 4 --steps 20 \\
-        --rows 12 --window 128 --batch-size 4                                                       # for two cores
+    LORA_FACTORY_SHARED=../shared python benchmarks/t0.py --output t0-output --seen 8 --unseen 4 --steps 30 \\
+        --rows 20 --window 128 --batch-size 4 --dtype bfloat16 --refine-steps 12                    # for two cores
 
 Whole data sets are left out, not only some of their prompts. A task's accuracy is that of the likeliest choice where
-it has five answers or fewer, of exact answers where they are short, and not counted otherwise. Everything is kept in
-the output folder, so that the same command continues after an interruption.
+it has five answers or fewer, of exact answers where they are short, and not counted otherwise. Rows are shuffled, in
+the same order for every prompt of a data set, so that no prompt's test rows are another's training rows. Everything is
+kept in the output folder, so that the same command continues after an interruption.
 """
 
 import argparse
 import gzip
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from lora_factory import CVAELoRAGenerator, Task, TrainArguments, __version__, train_generator
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import REFINE_STEPS, CollectArguments
 from lora_factory.baselines import train_multitask
 from lora_factory.cells import CellLog
 from lora_factory.collect import collect_adapters
@@ -63,11 +65,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=30, help="test rows scored a task (default: 30)")
     parser.add_argument("--window", type=int, default=384, help="tokens of a sequence (default: 384)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: 8)")
+    parser.add_argument("--dtype", default="float32", help="of the base model (default: float32)")
+    parser.add_argument(
+        "--refine-steps", type=int, default=REFINE_STEPS, help=f"most steps on 16 examples (default: {REFINE_STEPS})"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is trained (default: 0)")
     options = parser.parse_args()
     seen, unseen = t0_tasks(options.seen, options.unseen)
     sizes = {"sequence_length": options.window, "batch_size": options.batch_size}
-    settings = replace(COLLECT, steps=options.steps, seeds=(options.seed,), **sizes)
+    settings = replace(COLLECT, steps=options.steps, seeds=(options.seed,), dtype=options.dtype, **sizes)
     zoo = collect_adapters([*seen, *unseen], options.base, options.output / "zoo", settings)
     known = zoo.select([task.name for task in seen])
     factory = zoo_factory(known, options.base, Accelerator(), zoo.layout)
@@ -85,7 +91,7 @@ def main() -> None:
         "original model": lambda task: torch.zeros(zoo.layout.size),
         "multi-task LoRA": lambda task: multitask,
         "generated from text": partial(written, generator),
-        "generated from 16 examples": partial(from_examples, generator, factory, options.seed),
+        "generated from 16 examples": partial(from_examples, generator, factory, options.seed, options.refine_steps),
         "original LoRA": lambda task: zoo.final(task.name, f"seed-{options.seed}"),
     }
     log, table = CellLog(options.output / "cells.jsonl"), Table(title=f"{len(seen)} seen, {len(unseen)} unseen tasks")
@@ -102,6 +108,7 @@ def main() -> None:
                     "zoo": known.fingerprint(),
                     "rows": options.rows,
                     "window": options.window,
+                    "refine_steps": options.refine_steps,
                 }
                 score = partial(scored, factory, make, task, options.rows, options.window)
                 cells.append(log.get_or_compute(facts, score))
@@ -111,8 +118,9 @@ def main() -> None:
     console.print(table)
     console.print(
         f"loss in nats a token, accuracy as a share; {options.rows} rows a task; {options.steps} steps of "
-        f"{options.batch_size} x {options.window} tokens a LoRA, rank {RANK}; seed {options.seed}; {options.base}; "
-        f"lora-factory {__version__}, torch {torch.__version__}"
+        f"{options.batch_size} x {options.window} tokens a LoRA, rank {RANK}; {options.refine_steps} steps at most on "
+        f"examples; {options.dtype}; seed {options.seed}; {Path(options.base).name}; lora-factory {__version__}, "
+        f"torch {torch.__version__}"
     )
 
 
@@ -133,6 +141,7 @@ def spread(files: list[Path], count: int) -> list[Task]:
 def read_task(file: Path) -> Task:
     """A task described by its name and by what all of its prompts say."""
     rows = [json.loads(line) for line in gzip.open(file, "rt", encoding="utf-8")]
+    random.Random(0).shuffle(rows)
     examples = [Example(row["prompt"], row["completion"]) for row in rows]
     name = file.name.split(".")[0]
     prompts = [row["prompt"] for row in rows]
@@ -170,14 +179,16 @@ def written(generator: CVAELoRAGenerator, task: Task) -> torch.Tensor:
     return generator.layout.flatten(generator.generate_state_dict(task.descriptions[0]))
 
 
-def from_examples(generator: CVAELoRAGenerator, factory: AdapterFactory, seed: int, task: Task) -> torch.Tensor:
+def from_examples(
+    generator: CVAELoRAGenerator, factory: AdapterFactory, seed: int, refine_steps: int, task: Task
+) -> torch.Tensor:
     """What it writes for sixteen of the task's training examples, refined on them."""
     source = torch.Generator().manual_seed(seed)
     states, examples = example_features(factory, [task])[task.name], task.examples("train")
     drawn = torch.randperm(len(states), generator=source)[:16].tolist()
     with torch.no_grad():
         start = generator.generate_vector({"hidden": states[drawn].mean(0, keepdim=True)})[0]
-    return refine(factory, start, factory.encode([examples[index] for index in drawn]))
+    return refine(factory, start, factory.encode([examples[index] for index in drawn]), steps=refine_steps)
 
 
 def scored(factory: AdapterFactory, make: Callable[[Task], torch.Tensor], task: Task, rows: int, window: int) -> dict:
