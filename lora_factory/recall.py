@@ -7,36 +7,43 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lora_factory.familiarity import leave_one_out, measure_reach
+from lora_factory.familiarity import REACH, leave_one_out, measure_reach
 from lora_factory.networks import ConditionStandardiser
 
 SHARPNESSES = torch.logspace(-2, 4, 61, dtype=torch.float64)  # from nearly no difference to the nearest task alone
 TIE = 1e-3  # nats by which a sharper posterior must predict better to be preferred
 RELIABLE = 0.1  # nats: a modality whose posterior predicts the task of its own conditions worse is left out
-EDGE = 0.25  # of the way from near to far: a condition outside may be of a new task beside a known one
+EDGE = 0.125  # of the way from near to where nothing is known: outside may be a new task beside a known one
 DENSE = 0.1  # quantile of the distances between a condition and the nearest other task: how close tasks lie
 BETWEEN = 0.75  # of that distance: from here on, a condition may mean a task between those that are known
 
 
 @torch.no_grad()
 def measure_recall(
-    standardiser: ConditionStandardiser, features: Mapping[str, Mapping[str, torch.Tensor]]
+    standardiser: ConditionStandardiser, features: Mapping[str, Mapping[str, torch.Tensor]], strict: bool = False
 ) -> dict[str, list[float]]:
     """For every modality, how a condition is recognised as one of a known task.
+
+    A condition in doubt gets what the network writes. After stage 1 that is a mixture of the tasks' adapters, worse
+    for a paraphrase than the adapter of the task next to it, and no better for a new task. After stage 2 it is an
+    adapter for all tasks, which for a new task is better than any one's: then recognition has to be strict.
 
     Args:
         standardiser: Fitted to the same features.
         features: For every modality the rows ``(n, width)`` of every task, two tasks or more.
+        strict: Whether only what is nearly as near as a task's own conditions is recognised; else, in part, whatever
+            is nearer than what is related to no task.
 
     Returns:
         Three numbers by modality, for those that tell the tasks apart. How much a squared distance of 1 from a task
         speaks against it, in nats: what best predicts the task of its own conditions, each compared with the task
-        vector of the others. And two distances as :func:`~lora_factory.familiarity.measure_reach` returns them, with
-        the same near and a far that is not much farther, both made smaller where tasks lie close together.
+        vector of the others. And two distances from the next task, to which a condition is recognised wholly and from
+        which on not at all, both made smaller where tasks lie close together.
     """
     recall = {}
     for name, (near, believed) in measure_reach(standardiser, features).items():
-        far = near + EDGE * (believed - near)
+        unrelated = near + (believed - near) / REACH
+        edge = near + EDGE * (unrelated - near)
         tasks = features[name]
         known = standardiser(name, torch.stack([rows.mean(0) for rows in tasks.values()])).double()
         squares, owners = [], []
@@ -53,8 +60,9 @@ def measure_recall(
             continue
         sharpness = float(SHARPNESSES[(loss <= loss.min() + TIE).int().argmax()])
         apart = table.scatter(1, task, torch.inf).min(1).values.sqrt().quantile(DENSE)
-        shrunk = min(1.0, BETWEEN * float(apart) / far)
-        recall[name] = [round(sharpness, 6), round(shrunk * near, 6), round(shrunk * far, 6)]
+        between = BETWEEN * float(apart)
+        far = min(edge if strict else unrelated, between)
+        recall[name] = [round(sharpness, 6), round(near * min(1.0, between / edge), 6), round(far, 6)]
     return recall
 
 

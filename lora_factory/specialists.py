@@ -18,6 +18,7 @@ from lora_factory.factory import AdapterFactory
 from lora_factory.familiarity import measure_reach
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import token_scales
+from lora_factory.recall import measure_recall
 from lora_factory.reconstruction import fit
 from lora_factory.sequences import shuffled_batches
 from lora_factory.tasks import Task
@@ -60,7 +61,10 @@ def specialise(
     deviation = torch.stack([(rows - generator.bias.cpu()).square().mean(0) for rows in weights.values()]).mean(0)
     generator.token_scale.copy_(token_scales(generator.layout, deviation))
     fit(generator, weights, features, arguments, factory.accelerator)
-    generator.config.reach = measure_reach(generator.cpu().standardiser, features)
+    standardiser = generator.cpu().standardiser
+    generator.config.reach = measure_reach(standardiser, features)
+    if generator.config.recall is not None:
+        generator.config.recall = measure_recall(standardiser, features, strict=True)
     generator.to(factory.accelerator.device)
     heads = head_parameters(generator)
     whole, validations = [head.detach().clone() for head in heads], {}

@@ -14,7 +14,7 @@ from test_training import make_zoo, prepared
 from lora_factory import reconstruction
 from lora_factory.arguments import TrainArguments
 from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.familiarity import measure_reach
+from lora_factory.familiarity import familiarity, measure_reach
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import ConditionStandardiser
@@ -160,9 +160,30 @@ def test_tasks_that_have_a_sibling_are_recognised_from_close_by_only() -> None:
         standardiser = ConditionStandardiser({"text": WIDTH}, {"text": WIDTH})
         standardiser.fit({"text": make_centres(features)})
         ((_, near, far),) = measure_recall(standardiser, features).values()
-        ((wide_near, wide_far),) = measure_reach(standardiser, features).values()
-        assert far < wide_far
-        assert (near < wide_near) == limited
+        ((_, strict_near, strict_far),) = measure_recall(standardiser, features, strict=True).values()
+        ((usual, believed),) = measure_reach(standardiser, features).values()
+        assert near < far
+        assert near == strict_near
+        assert (near < usual) == limited
+        assert (far < believed) == limited
+        assert strict_far < believed
+
+
+def test_a_paraphrase_is_recognised_unless_an_adapter_for_all_serves_it() -> None:
+    features = make_features(3.0)
+    standardiser = fitted(features)
+    centres = standardiser("text", make_centres(features))
+    ((near, believed),) = measure_reach(standardiser, features).values()
+    for share in (0.2, 0.6):  # of the way from near to where a condition is no longer believed at all
+        away = torch.nn.functional.normalize(-centres[:1], dim=1)
+        paraphrase = {"text": centres[:1] + (near + share * (believed - near)) * away}
+        shares = [
+            float(familiarity(measure_recall(standardiser, features, strict), {"text": centres}, paraphrase, 1))
+            for strict in (False, True)
+        ]
+        assert 0.5 < shares[0] < 1
+        assert (shares[1] > 0) == (share == 0.2)
+        assert shares[1] < shares[0]
 
 
 @pytest.mark.parametrize("recall", [{"text": [1.0, 2.0]}, {"text": [1.0, 3.0, 2.0]}, {"image": [1.0, 2.0, 3.0]}, {}])

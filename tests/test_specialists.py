@@ -76,6 +76,13 @@ def test_every_task_gets_more_from_its_own_text_than_from_another(
     assert sum(own.values()) < sum(everyone.values()) - 0.05 < sum(another.values()) - 0.1
 
 
+def test_a_condition_in_doubt_gets_the_adapter_for_all_rather_than_a_known_tasks(folder: Path) -> None:
+    config = CVAELoRAGenerator.from_pretrained(folder).config
+    assert config.recall
+    for name, (_, near, far) in config.recall.items():
+        assert near < far <= config.reach[name][0] + (config.reach[name][1] - config.reach[name][0]) / 4 + 1e-5
+
+
 def test_a_condition_related_to_no_task_gets_the_adapter_for_all(folder: Path) -> None:
     generator = CVAELoRAGenerator.from_pretrained(folder)
     average = {name: generator.get_buffer(f"{name}_task_vectors").mean(0) for name in generator.config.modalities}
