@@ -87,11 +87,13 @@ def main() -> None:
         arguments = replace(TRAIN, seed=options.seed, **budget)
         train_generator(known, folder, arguments, tasks=seen, base_model=options.base, bias_adapter=multitask)
     generator = CVAELoRAGenerator.from_pretrained(folder)
+    refined = partial(from_examples, factory, options.seed, options.refine_steps)
     methods: dict[str, Callable[[Task], torch.Tensor]] = {
         "original model": lambda task: torch.zeros(zoo.layout.size),
         "multi-task LoRA": lambda task: multitask,
+        "the same, refined on 16 examples": partial(refined, lambda states: multitask),
         "generated from text": partial(written, generator),
-        "generated from 16 examples": partial(from_examples, generator, factory, options.seed, options.refine_steps),
+        "generated from 16 examples": partial(refined, partial(read, generator)),
         "original LoRA": lambda task: zoo.final(task.name, f"seed-{options.seed}"),
     }
     log, table = CellLog(options.output / "cells.jsonl"), Table(title=f"{len(seen)} seen, {len(unseen)} unseen tasks")
@@ -179,16 +181,20 @@ def written(generator: CVAELoRAGenerator, task: Task) -> torch.Tensor:
     return generator.layout.flatten(generator.generate_state_dict(task.descriptions[0]))
 
 
+@torch.no_grad()
+def read(generator: CVAELoRAGenerator, states: torch.Tensor) -> torch.Tensor:
+    """What it writes for the mean of some examples' hidden states, ``(n, width)``."""
+    return generator.generate_vector({"hidden": states.mean(0, keepdim=True)})[0]
+
+
 def from_examples(
-    generator: CVAELoRAGenerator, factory: AdapterFactory, seed: int, refine_steps: int, task: Task
+    factory: AdapterFactory, seed: int, steps: int, start: Callable[[torch.Tensor], torch.Tensor], task: Task
 ) -> torch.Tensor:
-    """What it writes for sixteen of the task's training examples, refined on them."""
+    """What a method makes of the states of sixteen of the task's training examples, refined on these examples."""
     source = torch.Generator().manual_seed(seed)
     states, examples = example_features(factory, [task])[task.name], task.examples("train")
     drawn = torch.randperm(len(states), generator=source)[:16].tolist()
-    with torch.no_grad():
-        start = generator.generate_vector({"hidden": states[drawn].mean(0, keepdim=True)})[0]
-    return refine(factory, start, factory.encode([examples[index] for index in drawn]), steps=refine_steps)
+    return refine(factory, start(states[drawn]), factory.encode([examples[index] for index in drawn]), steps=steps)
 
 
 def scored(factory: AdapterFactory, make: Callable[[Task], torch.Tensor], task: Task, rows: int, window: int) -> dict:
