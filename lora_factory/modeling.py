@@ -38,7 +38,7 @@ from lora_factory.networks import (
     token_scales,
 )
 from lora_factory.pushing import HubMixin
-from lora_factory.recall import certainty, task_posterior
+from lora_factory.recall import certainty, hedged, task_posterior
 from lora_factory.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
@@ -170,7 +170,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         """
         known = {name: self.known_coordinates(name) for name in coordinates}
         posterior = task_posterior(self.config.recall, known, coordinates)
-        relied = certainty(posterior) * familiarity(self.config.recall, known, coordinates, len(mean))
+        nearness = familiarity(self.config.recall, known, coordinates, len(mean))
+        relied = certainty(posterior) * (hedged(nearness) if self.config.reach is None else nearness)
         return mean + relied.to(mean) * (posterior.to(mean) @ self.get_buffer("known_adapters") - mean)
 
     def known_coordinates(self, name: str) -> torch.Tensor:

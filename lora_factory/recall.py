@@ -14,6 +14,7 @@ SHARPNESSES = torch.logspace(-2, 4, 61, dtype=torch.float64)  # from nearly no d
 TIE = 1e-3  # nats by which a sharper posterior must predict better to be preferred
 RELIABLE = 0.1  # nats: a modality whose posterior predicts the task of its own conditions worse is left out
 EDGE = 0.125  # of the way from near to where nothing is known: outside may be a new task beside a known one
+HEDGE = 0.5  # of a known task's adapter, for a condition just outside that is a paraphrase of it or a new task
 DENSE = 0.1  # quantile of the distances between a condition and the nearest other task: how close tasks lie
 BETWEEN = 0.75  # of that distance: from here on, a condition may mean a task between those that are known
 
@@ -24,9 +25,9 @@ def measure_recall(
 ) -> dict[str, list[float]]:
     """For every modality, how a condition is recognised as one of a known task.
 
-    A condition in doubt gets what the network writes. After stage 1 that is a mixture of the tasks' adapters, worse
-    for a paraphrase than the adapter of the task next to it, and no better for a new task. After stage 2 it is an
-    adapter for all tasks, which for a new task is better than any one's: then recognition has to be strict.
+    What is not recognised gets what the network writes. After stage 1 that is a mixture of the tasks' adapters, and a
+    condition in doubt does best half-way between the two. After stage 2 it is an adapter for all tasks, which for a
+    new task is better than any one's: then recognition has to be strict.
 
     Args:
         standardiser: Fitted to the same features.
@@ -85,3 +86,12 @@ def certainty(posterior: torch.Tensor) -> torch.Tensor:
     """From 1 for a single task to 0 for all alike, shape ``(batch, 1)``: what the entropy lacks of its maximum."""
     entropy = -torch.special.xlogy(posterior, posterior).sum(-1, keepdim=True)
     return 1 - entropy / math.log(posterior.shape[-1])
+
+
+def hedged(nearness: torch.Tensor) -> torch.Tensor:
+    """How far to rely on a known task whose alternative is a mixture of tasks: wholly, soon by half, then not at all.
+
+    Args:
+        nearness: From 1 within the first distance of :func:`measure_recall` to 0 from the second on.
+    """
+    return torch.maximum(1 - (1 - nearness) / EDGE, HEDGE * nearness)

@@ -14,7 +14,7 @@ from test_training import make_zoo, prepared
 from lora_factory import reconstruction
 from lora_factory.arguments import TrainArguments
 from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.familiarity import familiarity, measure_reach
+from lora_factory.familiarity import measure_reach
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.networks import ConditionStandardiser
@@ -169,21 +169,29 @@ def test_tasks_that_have_a_sibling_are_recognised_from_close_by_only() -> None:
         assert strict_far < believed
 
 
-def test_a_paraphrase_is_recognised_unless_an_adapter_for_all_serves_it() -> None:
-    features = make_features(3.0)
-    standardiser = fitted(features)
-    centres = standardiser("text", make_centres(features))
-    ((near, believed),) = measure_reach(standardiser, features).values()
-    for share in (0.2, 0.6):  # of the way from near to where a condition is no longer believed at all
-        away = torch.nn.functional.normalize(-centres[:1], dim=1)
-        paraphrase = {"text": centres[:1] + (near + share * (believed - near)) * away}
-        shares = [
-            float(familiarity(measure_recall(standardiser, features, strict), {"text": centres}, paraphrase, 1))
-            for strict in (False, True)
-        ]
-        assert 0.5 < shares[0] < 1
-        assert (shares[1] > 0) == (share == 0.2)
-        assert shares[1] < shares[0]
+def test_a_condition_in_doubt_is_recognised_by_half_and_among_specialists_not_at_all(
+    zoo: AdapterZoo, arguments: TrainArguments
+) -> None:
+    generator, weights, features = distinct(zoo, arguments)
+    remember(generator, weights, features)
+    centre = generator.known_coordinates("text")[:1]
+    _, near, far = generator.config.recall["text"]
+    nothing = torch.zeros(1, generator.layout.size)
+    own = generator.recall(nothing, {"text": centre}).norm()
+
+    def share(nearness: float) -> float:
+        """Of its own adapter, for a condition so near to the first task, away from the others."""
+        away = (near + (1 - nearness) * (far - near)) * torch.nn.functional.normalize(centre, dim=1)
+        return float(generator.recall(nothing, {"text": centre + away}).norm() / own)
+
+    expected = {1.0: 1.0, 0.95: 0.6, 0.8: 0.4, 0.4: 0.2, 0.0: 0.0}
+    assert {nearness: share(nearness) for nearness in expected} == pytest.approx(expected, abs=0.02)
+    generator.config.reach = measure_reach(generator.standardiser, features)
+    strict = measure_recall(generator.standardiser, features, strict=True)
+    assert strict["text"][2] < near + 0.2 * (far - near)
+    generator.config.recall = strict
+    assert share(0.6) == 0
+    assert share(1.0) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("recall", [{"text": [1.0, 2.0]}, {"text": [1.0, 3.0, 2.0]}, {"image": [1.0, 2.0, 3.0]}, {}])
