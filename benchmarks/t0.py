@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -112,6 +113,8 @@ def main() -> None:
                     "window": options.window,
                     "refine_steps": options.refine_steps,
                 }
+                if method.startswith("generated"):
+                    facts["generator"] = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
                 score = partial(scored, factory, make, task, options.rows, options.window)
                 cells.append(log.get_or_compute(facts, score))
             means += [mean(cells, "loss"), mean(cells, "accuracy")]
