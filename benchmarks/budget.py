@@ -45,6 +45,7 @@ def main() -> None:
     columns = ("fold", "tasks", MULTITASK, f"{options.times:g} x the tokens", GENERATED, f"{GENERATED}{FROM_EXAMPLES}")
     for column in columns:
         table.add_column(column, justify="left" if column == "tasks" else "right")
+    means: dict[str, list[list[float]]] = {"seen": [], "unseen": []}
     for number in map(int, options.folds.split(",")):
         losses = {
             (cell["method"], cell["task"]): cell["loss"]
@@ -58,14 +59,18 @@ def main() -> None:
         for task in (*seen, *unseen):
             losses["longer", task.name] = score_task(factory, task, COMPARE).loss
         for group, rows in (("seen", seen), ("unseen", unseen)):
-            figures = []
+            figures, of_fold = [], []
             for method in (MULTITASK, "longer", GENERATED, f"{GENERATED}{FROM_EXAMPLES}"):
                 shares = [
                     headroom(*(losses[name, task.name] for name in (ORIGINAL_MODEL, method, ORIGINAL_LORA)))
                     for task in rows
                 ]
+                of_fold.append(fmean(shares))
                 figures.append(f"{fmean(shares):.3f} ({min(shares):.3f})")
+            means[group].append(of_fold)
             table.add_row(str(number), group, *figures)
+    for group, of_folds in means.items():
+        table.add_row("mean", group, *(f"{fmean(column):.3f}" for column in zip(*of_folds, strict=True)))
     console = Console(width=120)
     console.print(table)
     console.print(json.dumps({"seed": options.seed, "threads": torch.get_num_threads(), **package_versions()}))

@@ -17,7 +17,6 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +38,7 @@ from lora_factory.data_source import Example
 from lora_factory.evaluation import score_examples
 from lora_factory.factory import AdapterFactory
 from lora_factory.features import example_features
+from lora_factory.files import sha256_file
 from lora_factory.metrics import task_accuracy
 from lora_factory.refine import refine
 from lora_factory.training import zoo_factory
@@ -88,6 +88,7 @@ def main() -> None:
         arguments = replace(TRAIN, seed=options.seed, **budget)
         train_generator(known, folder, arguments, tasks=seen, base_model=options.base, bias_adapter=multitask)
     generator = CVAELoRAGenerator.from_pretrained(folder)
+    fingerprint = sha256_file(folder / "model.safetensors")
     refined = partial(from_examples, factory, options.seed, options.refine_steps)
     methods: dict[str, Callable[[Task], torch.Tensor]] = {
         "original model": lambda task: torch.zeros(zoo.layout.size),
@@ -114,7 +115,7 @@ def main() -> None:
                     "refine_steps": options.refine_steps,
                 }
                 if method.startswith("generated"):
-                    facts["generator"] = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+                    facts["generator"] = fingerprint
                 score = partial(scored, factory, make, task, options.rows, options.window)
                 cells.append(log.get_or_compute(facts, score))
             means += [mean(cells, "loss"), mean(cells, "accuracy")]
