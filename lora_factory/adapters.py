@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from lora_factory.adapted_modules import check_plain_lora
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, write_json
-from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
 from lora_factory.layout import AdapterLayout
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30

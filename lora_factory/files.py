@@ -22,9 +22,23 @@ from lora_factory.errors import LoraFactoryError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def local_path(path: str | Path) -> Path:
+    """Return a path that a user named, with ``~`` and ``~user`` replaced by the home folder.
+
+    Raises:
+        LoraFactoryError: When it is no text or path, is empty, holds a NUL character, or names an unknown user.
+    """
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise LoraFactoryError(f"{path!r} is no path; name a file or folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise LoraFactoryError(f"{str(path)!r}: {error}; write the path of the home folder instead of ~") from error
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept: ``$LORA_FACTORY_CACHE``, by default ``~/.cache/lora_factory``."""
-    return Path(os.environ.get("LORA_FACTORY_CACHE") or "~/.cache/lora_factory").expanduser()
+    return local_path(os.environ.get("LORA_FACTORY_CACHE") or "~/.cache/lora_factory")
 
 
 def safe_name(name: str) -> str:

@@ -20,10 +20,10 @@ from lora_factory.arguments import REFINE_STEPS
 from lora_factory.base_loss import FrozenBase
 from lora_factory.data_source import Example
 from lora_factory.files import sha256_file, write_json
-from lora_factory.generator_files import is_hub_id
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 from lora_factory.refine import refine_state_dict
+from lora_factory.safe_files import is_hub_id
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator

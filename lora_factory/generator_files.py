@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,10 @@ from torch import nn
 from lora_factory.configuration import CVAELoRAConfig, upgrade
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
+from lora_factory.safe_files import MAX_CONFIG_BYTES, check_size, checked_file, few, is_hub_id, read_json_object
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENS = 4_000_000  # of one adapter; Llama-3 70B with rank 64 on every linear layer has 72,000
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = (
@@ -125,7 +123,7 @@ class GeneratorSource:
                     return Path(hf_hub_download(self.name, name, local_files_only=True, **options))
                 except OSError:
                     raise error from None
-            _check_size(f"{self.name}/{name}", size, limit)
+            check_size(f"{self.name}/{name}", size, limit)
         options |= {"local_files_only": self.local_files_only, "force_download": self.force_download}
         return Path(hf_hub_download(self.name, name, **options))
 
@@ -149,47 +147,6 @@ def read_generator(
         expected = build(config).state_dict()
     limit = _HEADER_BYTES + sum(8 * tensor.numel() + 1000 for tensor in expected.values())
     return config, read_weights(source.file(WEIGHTS_FILE, limit), expected)
-
-
-def checked_file(folder: Path, name: str, limit: int) -> Path:
-    """The path of an ordinary file of a folder.
-
-    Links may point inside of the folder, or from a snapshot of the Hub's cache to its blobs, and nowhere else.
-
-    Raises:
-        LoraFactoryError: When it is missing, larger than ``limit`` bytes, no ordinary file, or a link that leads out.
-    """
-    path = folder / name
-    try:
-        real, home = path.resolve(strict=True), folder.resolve(strict=True)
-        status = real.stat()
-    except (OSError, RuntimeError) as error:
-        raise LoraFactoryError(
-            f"{path} is missing or cannot be read ({error}); name a folder that this package or PEFT wrote"
-        ) from error
-    snapshot = home if home.parent.name == "snapshots" else home.parent  # or a folder in one
-    blobs = snapshot.parent.parent / "blobs"
-    if not (real.is_relative_to(home) or (snapshot.parent.name == "snapshots" and real.is_relative_to(blobs))):
-        raise LoraFactoryError(f"{path} is a link to {real}, outside of its folder; it is not followed")
-    if not stat.S_ISREG(status.st_mode):
-        raise LoraFactoryError(f"{path} is no ordinary file")
-    _check_size(str(path), status.st_size, limit)
-    return path
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of somebody else's holds.
-
-    Raises:
-        LoraFactoryError: When it is something else, or nested deeper than can be read.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise LoraFactoryError(f"{path} is no valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise LoraFactoryError(f"{path} holds {type(values).__name__}, expected a JSON object")
-    return values
 
 
 def read_config(path: Path) -> CVAELoRAConfig:
@@ -248,15 +205,6 @@ def check_public_names(config: CVAELoRAConfig, source: str) -> None:
             )
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def is_public_name(name: str) -> bool:
     """Whether a model's name is a Hub id, or one of open_clip's own names, and so means the same everywhere."""
     if name.startswith("open_clip:"):
@@ -287,7 +235,7 @@ def read_weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, 
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if different := sorted(names ^ set(expected)):
-            raise LoraFactoryError(f"{path}: {len(different)} weights are missing or unknown: {_few(different)}")
+            raise LoraFactoryError(f"{path}: {len(different)} weights are missing or unknown: {few(different)}")
         headers = {name: file.get_slice(name) for name in expected}
         bad = [
             f"{name} is {header.get_dtype()} {tuple(header.get_shape())}, expected {expected[name].dtype} "
@@ -298,17 +246,8 @@ def read_weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, 
             or dtype.is_floating_point != expected[name].dtype.is_floating_point
         ]
         if bad:
-            raise LoraFactoryError(f"{path}: {len(bad)} weights have another shape or type: {_few(bad)}")
+            raise LoraFactoryError(f"{path}: {len(bad)} weights have another shape or type: {few(bad)}")
         tensors = {name: file.get_tensor(name).clone() for name in expected}
     if infinite := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise LoraFactoryError(f"{_few(infinite)} in {path}: NaN or infinite values")
+        raise LoraFactoryError(f"{few(infinite)} in {path}: NaN or infinite values")
     return tensors
-
-
-def _few(names: list[str]) -> str:
-    return "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
-
-
-def _check_size(what: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise LoraFactoryError(f"{what} has {size:,} bytes, at most {limit:,} are expected; it is not read")

@@ -18,9 +18,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from lora_factory import __version__
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import write_text
-from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, is_hub_id
 from lora_factory.hub_errors import LOG_IN, explain
 from lora_factory.model_card import keep_handwritten
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id
 
 CARD_FILE = "README.md"
 OPTIONAL_FILES = ("comparison.json", "headroom.svg", "condition.safetensors")  # a push without them removes old ones

@@ -19,10 +19,10 @@ from lora_factory.arguments import ImportArguments
 from lora_factory.canonical import canonical_layout, canonicalise
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, safe_name, sha256_file
-from lora_factory.generator_files import MAX_CONFIG_BYTES, checked_file, is_hub_id
 from lora_factory.hub import download_files
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id
 from lora_factory.zoo import AdapterZoo
 
 ORIGIN_FILE = "import.json"

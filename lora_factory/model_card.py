@@ -15,7 +15,7 @@ from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]  # it 
 from jinja2 import Environment, StrictUndefined
 
 from lora_factory.generation import Generation, package_versions
-from lora_factory.generator_files import is_hub_id
+from lora_factory.safe_files import is_hub_id
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator

@@ -15,9 +15,10 @@ from lora_factory import __version__
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, safe_name, write_json, write_text
 from lora_factory.generation import Generation, Order, write_adapter
-from lora_factory.generator_files import is_hub_id, is_public_name
+from lora_factory.generator_files import is_public_name
 from lora_factory.hub import CARD_FILE, PushOptions, Writer, collect_repositories, license_of, push
 from lora_factory.model_card import AdapterCard, Origins, ZooCard, generator_card, origins_of
+from lora_factory.safe_files import is_hub_id
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, remove_folder, sha256_file, write_json
-from lora_factory.generator_files import MAX_CONFIG_BYTES
 from lora_factory.hub import download_files
 from lora_factory.run_record import RunRecord
+from lora_factory.safe_files import MAX_CONFIG_BYTES
 from lora_factory.zoo import CHECKPOINTS_FILE, RECORD_FILE, ZOO_FILE, AdapterZoo
 
 _HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors

@@ -14,11 +14,10 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator_files import (
     GeneratorSource,
     check_public_names,
-    checked_file,
-    is_hub_id,
     is_public_name,
     read_config,
 )
+from lora_factory.safe_files import checked_file, is_hub_id
 
 
 def config(
