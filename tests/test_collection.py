@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import attach, random_adapter
+from filelock import SoftFileLease
 from peft import get_peft_model_state_dict
 from test_collect import SMALL, modification_times, tasks, text_task
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -30,7 +31,6 @@ from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory
 from lora_factory.failures import CollectionError
 from lora_factory.files import read_json, write_json
-from lora_factory.leases import Leases
 from lora_factory.tasks import Task, save_tasks
 from lora_factory.zoo import AdapterZoo
 
@@ -196,14 +196,15 @@ def test_a_full_disk_ends_the_collection_and_the_next_one_goes_on(
 def test_what_another_launch_works_on_is_waited_for(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Leases(tmp_path / "zoo" / ".collection" / "leases").claim("prose@seed-0")
-    assert other is not None
+    (tmp_path / "zoo" / ".collection" / "leases").mkdir(parents=True)
+    other = SoftFileLease(tmp_path / "zoo" / ".collection" / "leases" / "prose@seed-0", lease_duration=60.0)
+    other.acquire()
     landed = []
 
     def wait(seconds: float) -> None:
         landed.append(AdapterZoo(tmp_path / "zoo").tasks)
         if len(landed) == 2:
-            other.path.unlink()
+            other.release()
 
     monkeypatch.setattr(collection.time, "sleep", wait)
     zoo = collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "zoo", SMALL)
@@ -214,16 +215,8 @@ def test_what_another_launch_works_on_is_waited_for(
 def test_a_run_that_was_taken_over_is_left_to_the_other(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    claim = Leases.claim
-
-    def stolen(leases: Leases, name: str) -> object:
-        lease = claim(leases, name)
-        if lease is not None:
-            lease.lost = True
-            monkeypatch.setattr(Leases, "claim", claim)
-        return lease
-
-    monkeypatch.setattr(Leases, "claim", stolen)
+    lost = iter([True])
+    monkeypatch.setattr(SoftFileLease, "compromise", property(lambda lease: next(lost, None)))
     zoo = collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", SMALL)
     assert "prose/seed-0 was taken over by another process" in caplog.text
     assert zoo.tasks == ["prose"] and zoo.verify() == []
