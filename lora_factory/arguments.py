@@ -44,7 +44,7 @@ class CollectArguments:
     quantization: str = _option("", "load the base model in 4bit (NF4, as in QLoRA) or 8bit; needs bitsandbytes")
     parallel: str = _option("tasks", "processes take a run each (tasks), or train every run together (data)")
     state_every: int = _option(100, "steps between saves of a run's state, from which it continues; 0: no saves")
-    retries: int = _option(1, "how often a run that failed is tried again")
+    retries: int = _option(1, "how often a run is tried again that failed for a reason outside of its data and settings")
     gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
     compile: bool = _option(False, "compile the model with torch.compile")
     report_to: tuple[str, ...] = _option((), "comma-separated trackers: tensorboard, wandb, trackio")

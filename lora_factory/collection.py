@@ -162,7 +162,7 @@ class Collection:
         for run in before:
             if self._is_finished(run):
                 self.progress.landed(self.zoo.record(run.task.name, run.run))
-            elif self.failures.count(run.key) > self.factory.arguments.retries:
+            elif self.failures.given_up(run.key, self.factory.arguments.retries):
                 self.progress.failed()
             else:
                 self.left.append(run)
@@ -192,8 +192,9 @@ class Collection:
         if writes:
             with writing_into(self.zoo.folder):
                 reason = self.failures.add(run.key, error)
-            count, allowed = self.failures.count(run.key), self.factory.arguments.retries + 1
-            _LOGGER.warning("%s failed, attempt %d of %d: %s", run, count, allowed, reason)
+            retries = self.factory.arguments.retries
+            again = "it is not tried again" if self.failures.given_up(run.key, retries) else "it is tried again"
+            _LOGGER.warning("%s failed, %s: %s", run, again, reason)
         if self.factory.shares_runs and not isinstance(error, LoraFactoryError):
             raise error  # it may have struck one process alone, and the others wait for it
         error.__traceback__ = None  # its frames hold the tensors of the failed run

@@ -183,14 +183,26 @@ class AdapterFactory:
 
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
+
+        Raises:
+            LoraFactoryError: When a training loss is not finite, or the last validation loss is above the base
+                model's.
         """
         train = self.encode(task.examples("train"))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
-        batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), [self.validation(task)]
+        batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), self.validation(task)
+        self.slot.load(self.initial)
+        base_loss = self.loss(validation)
         snapshots, losses, tokens = self.fit(
-            batches, validation, kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
+            batches, [validation], kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
         )
+        if not losses[-1] <= base_loss:  # also where one of them is NaN
+            raise LoraFactoryError(
+                f"{label}: the validation loss ends at {losses[-1]:.5g}, the base model's own is {base_loss:.5g}, so "
+                f"this run learned nothing of use; lower learning_rate (now {self.arguments.learning_rate}) or steps "
+                f"(now {total}), or give more text"
+            )
         return self._record(task, seed, tuple(kept), losses, tokens), snapshots
 
     def fit(

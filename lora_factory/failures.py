@@ -54,13 +54,22 @@ class Failures:
         kind = "" if isinstance(error, LoraFactoryError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())[:2000]
         attempt: dict[str, Any] = {"launch": self.launch, "time": datetime.now(UTC).isoformat(), "reason": reason}
-        attempt |= {"host": socket.gethostname(), "pid": os.getpid()}
+        attempt |= {"host": socket.gethostname(), "pid": os.getpid(), "final": isinstance(error, LoraFactoryError)}
         write_json(self._path(name), {"attempts": [*self._attempts(name), attempt]})
         return reason
 
     def count(self, name: str) -> int:
         """How many attempts at a run failed in this launch."""
         return sum(attempt.get("launch") == self.launch for attempt in self._attempts(name))
+
+    def given_up(self, name: str, retries: int) -> bool:
+        """Whether a run is not tried again in this launch.
+
+        It is given up after ``retries`` further attempts, or at once when it failed by a `LoraFactoryError`: wrong
+        data or settings, or a loss that the same seed leads to again.
+        """
+        attempts = [attempt for attempt in self._attempts(name) if attempt.get("launch") == self.launch]
+        return len(attempts) > retries or any(attempt.get("final") for attempt in attempts)
 
     def reasons(self, names: Iterable[str]) -> dict[str, str]:
         """The last reason of those runs that failed in this launch."""

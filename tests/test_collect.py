@@ -21,7 +21,7 @@ from lora_factory.collect import collect_adapters
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import IGNORED, collate, encode_sequences
+from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_sequences
 from lora_factory.tasks import Task, save_tasks
 from lora_factory.zoo import AdapterZoo
 
@@ -187,12 +187,31 @@ def test_an_existing_zoo_refuses_other_settings(
     assert modification_times(tmp_path) == before
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_loss_that_is_not_finite_leaves_no_run(pico_model_folder: Path, tmp_path: Path) -> None:
-    arguments = replace(SMALL, steps=10, learning_rate=1e30)
-    with pytest.raises(LoraFactoryError, match=r"prose.*loss is.*lower learning_rate"):
+def test_a_loss_that_is_not_finite_leaves_no_run(
+    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = AdapterFactory._forward, []
+
+    def broken(factory: AdapterFactory, batch: list[TokenSequence]) -> torch.Tensor:
+        calls.append(factory.model.training)
+        return forward(factory, batch) * (math.nan if sum(calls) > 2 else 1)
+
+    monkeypatch.setattr(AdapterFactory, "_forward", broken)
+    with pytest.raises(LoraFactoryError, match=r"prose.*loss is nan at step 3; lower learning_rate"):
+        collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", replace(SMALL, steps=10))
+    assert [path.name for path in (tmp_path / "zoo").iterdir() if path.name[0] != "."] == ["zoo.json"]
+    assert sum(calls) == 3, "the same seed would fail again: the run is not tried a second time"
+
+
+def test_a_run_that_ends_worse_than_the_base_model_is_recorded_as_failed(
+    pico_model_folder: Path, tmp_path: Path
+) -> None:
+    arguments = replace(SMALL, steps=10, learning_rate=1e30)  # whatever the processor makes of that
+    with pytest.raises(LoraFactoryError, match=r"1 of 1 runs failed, first prose/seed-0.*lower learning_rate"):
         collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", arguments)
     assert [path.name for path in (tmp_path / "zoo").iterdir() if path.name[0] != "."] == ["zoo.json"]
+    (failure,) = (tmp_path / "zoo" / ".collection" / "failures").iterdir()
+    assert "lower learning_rate" in failure.read_text()
 
 
 def test_wrong_inputs_are_one_clear_error_and_leave_nothing(pico_model_folder: Path, tmp_path: Path) -> None:
