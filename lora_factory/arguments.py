@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import numbers
+import operator
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
 
 from lora_factory.errors import LoraFactoryError
 
@@ -44,13 +48,16 @@ class CollectArguments:
     quantization: str = _option("", "load the base model in 4bit (NF4, as in QLoRA) or 8bit; needs bitsandbytes")
     parallel: str = _option("tasks", "processes take a run each (tasks), or train every run together (data)")
     state_every: int = _option(100, "steps between saves of a run's state, from which it continues; 0: no saves")
-    retries: int = _option(1, "how often a run is tried again that failed for a reason outside of its data and settings")
+    retries: int = _option(
+        1, "how often a run is tried again that failed for another reason than its data and settings"
+    )
     gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
     compile: bool = _option(False, "compile the model with torch.compile")
     report_to: tuple[str, ...] = _option((), "comma-separated trackers: tensorboard, wandb, trackio")
 
     def __post_init__(self) -> None:
-        """Check every value at birth."""
+        """Convert and check every value at birth."""
+        _convert(self)
         _positive(self, "rank", "snapshots", "snapshot_every", "batch_size", "gradient_accumulation")
         _positive(self, "sequence_length", "learning_rate", "lora_alpha", "max_grad_norm", "validation_sequences")
         if not self.seeds:
@@ -90,7 +97,8 @@ class ImportArguments:
     run_name: str = _option("imported", "name of the runs")
 
     def __post_init__(self) -> None:
-        """Check every value at birth."""
+        """Convert and check every value at birth."""
+        _convert(self)
         if min(self.rank, self.snapshots) < 0:
             raise LoraFactoryError(f"rank={self.rank}, snapshots={self.snapshots}: neither may be below 0")
 
@@ -137,7 +145,8 @@ class TrainArguments:
     base_l2: float = _option(0.0, "penalty on the mean square of the generated residual in standard units in stage 2")
 
     def __post_init__(self) -> None:
-        """Check every value at birth."""
+        """Convert and check every value at birth."""
+        _convert(self)
         _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
         _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
         _positive(self, "multitask_learning_rate", "specialist_learning_rate")
@@ -166,7 +175,8 @@ class CompareArguments:
     multitask_learning_rate: float = _option(0.0, "learning rate of the multi-task LoRA; 0: that of the zoo")
 
     def __post_init__(self) -> None:
-        """Check every value at birth."""
+        """Convert and check every value at birth."""
+        _convert(self)
         _positive(self, "max_tokens", "max_examples", "examples")
         if not self.seeds or self.window < 4:
             raise LoraFactoryError(f"seeds={self.seeds}, window={self.window}: give a seed, and a window of 4 or more")
@@ -179,6 +189,87 @@ class DemoArguments:
     output_dir: str = _option("demo-output", "folder for zoo, generator, adapters and results")
     base_model: str = _option("", "Hub id or folder of another base model (default: SmolLM2-135M-Instruct)")
     fast: bool = _option(False, "a two-minute tour: fewer tasks and steps")
+
+    def __post_init__(self) -> None:
+        """Convert and check every value at birth."""
+        _convert(self)
+
+
+def _convert(arguments: Any) -> None:  # noqa: ANN401
+    """Turn the fields of a data class into their own types, where a value of another type says the same.
+
+    NumPy's numbers become Python's, a list or set of names becomes a comma-separated text where that is expected, and
+    a single value becomes a tuple of one where a tuple is expected.
+
+    Raises:
+        LoraFactoryError: When a value has a type that does not fit its field.
+    """
+    types = get_type_hints(type(arguments))
+    for item in fields(arguments):
+        value, kind = getattr(arguments, item.name), types[item.name]
+        try:
+            object.__setattr__(arguments, item.name, _CONVERTERS[kind](value))
+        except (TypeError, ValueError) as error:
+            raise LoraFactoryError(
+                f"{item.name}={value!r} is {type(value).__name__}, expected {_NAMES[kind]}, for example "
+                f"{item.name}={item.default!r}"
+            ) from error
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401
+    return operator.index(value)
+
+
+def _real(value: Any) -> float:  # noqa: ANN401
+    if not isinstance(value, numbers.Real):
+        raise TypeError
+    return value if isinstance(value, int | float) else float(value)
+
+
+def _yes_or_no(value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, str) or value not in (0, 1):
+        raise TypeError
+    return bool(value)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    names = sorted(value) if isinstance(value, set | frozenset) else list(value)
+    return ",".join(map(_name, names))
+
+
+def _name(value: Any) -> str:  # noqa: ANN401
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:  # noqa: ANN401
+    return tuple(map(operator.index, value)) if isinstance(value, Iterable) else (operator.index(value),)
+
+
+def _names(value: Any) -> tuple[str, ...]:  # noqa: ANN401
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(name for part in parts if (name := _name(part).strip()))
+
+
+_CONVERTERS: dict[Any, Any] = {
+    int: _whole,
+    float: _real,
+    bool: _yes_or_no,
+    str: _text,
+    tuple[int, ...]: _numbers,
+    tuple[str, ...]: _names,
+}
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    tuple[int, ...]: "whole numbers",
+    tuple[str, ...]: "names",
+}
 
 
 def _positive(arguments: object, *names: str) -> None:

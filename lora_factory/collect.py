@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection import Collection, PlannedRun
+from lora_factory.errors import LoraFactoryError
 from lora_factory.image_tasks import ImageTask
 from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
@@ -53,6 +54,8 @@ def collect_adapters(
     """
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
+    if not tasks:
+        raise LoraFactoryError("tasks is empty; give a task file with one task or more, or a list of tasks")
     accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
     if arguments.parallel == "data":

@@ -192,8 +192,9 @@ class Collection:
         if writes:
             with writing_into(self.zoo.folder):
                 reason = self.failures.add(run.key, error)
-            retries = self.factory.arguments.retries
-            again = "it is not tried again" if self.failures.given_up(run.key, retries) else "it is tried again"
+            count, retries = self.failures.count(run.key), self.factory.arguments.retries
+            final = self.failures.given_up(run.key, retries)
+            again = "is not tried again" if final and count <= retries else f"attempt {count} of {retries + 1}"
             _LOGGER.warning("%s failed, %s: %s", run, again, reason)
         if self.factory.shares_runs and not isinstance(error, LoraFactoryError):
             raise error  # it may have struck one process alone, and the others wait for it

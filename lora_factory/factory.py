@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
-from lora_factory.adapters import AdapterSlot, whole, wrap_base
+from lora_factory.adapters import AdapterSlot, target_modules, whole, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
@@ -87,6 +87,7 @@ class AdapterFactory:
         base_model_name: str,
         accelerator: Accelerator,
         inputs: ModelInputs | None = None,
+        layout: AdapterLayout | None = None,
     ) -> AdapterFactory:
         """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
 
@@ -97,14 +98,22 @@ class AdapterFactory:
             base_model_name: What adapters name as their base.
             accelerator: The device, and who says what.
             inputs: How the model reads examples; default: as texts.
+            layout: The modules, ranks and scalings of the LoRA; default: those that ``arguments`` name.
+
+        Raises:
+            LoraFactoryError: When the model lacks a module that ``arguments`` or ``layout`` name, or has it in another
+                size, or when ``arguments.sequence_length`` is longer than the model's positions.
         """
-        targets = arguments.target_modules
-        lora_config = LoraConfig(
-            r=arguments.rank,
-            lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type=_task_type(model) if inputs is None else None,
-        )
+        _check_length(model, arguments)
+        if layout is None:
+            lora_config = LoraConfig(
+                r=arguments.rank,
+                lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+                target_modules=target_modules(model, arguments.target_modules),
+                task_type=_task_type(model) if inputs is None else None,
+            )
+        else:
+            lora_config = layout.training_config()
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         if arguments.quantization:
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -115,9 +124,10 @@ class AdapterFactory:
             torch.manual_seed(0)
             peft_model = wrap_base(model, lora_config)
         state_dict = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-        layout = AdapterLayout.from_state_dict(
+        layout = layout or AdapterLayout.from_state_dict(
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
+        layout.check(state_dict)
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
         slot, inputs = AdapterSlot(peft_model, layout), inputs or model_inputs(model, tokenizer)
         if arguments.compile:
@@ -197,7 +207,8 @@ class AdapterFactory:
         snapshots, losses, tokens = self.fit(
             batches, [validation], kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
         )
-        if not losses[-1] <= base_loss:  # also where one of them is NaN
+        # Two losses that differ by rounding alone are alike; neither comparison holds where one of them is NaN.
+        if not (losses[-1] <= base_loss or math.isclose(losses[-1], base_loss, rel_tol=1e-3)):
             raise LoraFactoryError(
                 f"{label}: the validation loss ends at {losses[-1]:.5g}, the base model's own is {base_loss:.5g}, so "
                 f"this run learned nothing of use; lower learning_rate (now {self.arguments.learning_rate}) or steps "
@@ -398,6 +409,16 @@ def settings_of(zoo: AdapterZoo) -> CollectArguments:
 def versions() -> dict[str, str]:
     """The packages that make a run, by name."""
     return {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def _check_length(model: PreTrainedModel, arguments: CollectArguments) -> None:
+    """Refuse sequences for which the base model has no positions."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and arguments.sequence_length > longest:
+        raise LoraFactoryError(
+            f"sequence_length={arguments.sequence_length} is longer than the {longest} positions of this "
+            f"{type(model).__name__}; pass sequence_length={longest} or less"
+        )
 
 
 def _task_type(model: PreTrainedModel) -> str:

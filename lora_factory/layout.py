@@ -305,6 +305,28 @@ class AdapterLayout:
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
         return config
 
+    def training_config(self) -> LoraConfig:
+        """Return a PEFT configuration that puts a trainable LoRA on just these modules, with their ranks and scalings.
+
+        It names every module by its whole path, so that neither patterns nor names that occur elsewhere in the base
+        model add or drop one.
+        """
+        from peft import LoraConfig
+
+        config = self.lora_config
+        rslora = bool(config.get("use_rslora"))
+        alphas = {m.path: m.scaling * (math.sqrt(m.rank) if rslora else m.rank) for m in self.modules}
+        return LoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            target_modules=[module.path for module in self.modules],
+            rank_pattern={re.escape(m.path): m.rank for m in self.modules if m.rank != config["r"]},
+            alpha_pattern={re.escape(p): a for p, a in alphas.items() if not math.isclose(a, config["lora_alpha"])},
+            use_rslora=rslora,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            task_type=config.get("task_type"),
+        )
+
     @cached_property
     def _segments(self) -> tuple[_Segment, ...]:
         """Both factors of all modules, in the order of the vector."""

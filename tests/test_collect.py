@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TRAINING_TEXT
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from conftest import TRAINING_TEXT, VOCABULARY, save_model
+from transformers import (
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora_factory import cli
 from lora_factory.arguments import CollectArguments
@@ -25,6 +36,8 @@ from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_seque
 from lora_factory.tasks import Task, save_tasks
 from lora_factory.zoo import AdapterZoo
 
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 SMALL = CollectArguments(
     target_modules="q_proj,v_proj",
     steps=3,
@@ -309,3 +322,83 @@ def test_padding_changes_no_loss(pico_model: LlamaForCausalLM, pico_tokenizer: P
     alone = [pico_model(**collate([sequence], 0, torch.device("cpu"))).loss.item() for sequence in sequences]
     expected = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
     assert math.isclose(pico_model(**batch).loss.item(), expected, rel_tol=1e-5)
+
+
+def test_a_target_module_that_matches_nothing_is_named_with_the_nearest(
+    pico_model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LoraFactoryError, match=r"names 'v_porj'.*did you mean v_proj"):
+        collect_adapters(
+            tasks("prose"), pico_model_folder, tmp_path / "zoo", replace(SMALL, target_modules="q_proj,v_porj")
+        )
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "adapted"),
+    [
+        (
+            MixtralForCausalLM,
+            MixtralConfig(**SIZES, **HEADS, num_local_experts=2),
+            {"q_proj", "k_proj", "v_proj", "o_proj"},
+        ),
+        (MambaForCausalLM, MambaConfig(**SIZES, state_size=4), {"in_proj", "x_proj", "dt_proj"}),
+    ],
+)
+def test_all_linear_adapts_what_a_lora_can_adapt(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    adapted: set[str],
+    tmp_path: Path,
+    pico_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    save_model(lambda: model_class(config), pico_tokenizer, tmp_path / "base")
+    arguments = replace(SMALL, target_modules="all-linear", learning_rate=1e-5)
+    zoo = collect_adapters(tasks("prose"), tmp_path / "base", tmp_path / "zoo", arguments)
+    assert {module.path.rpartition(".")[2] for module in zoo.layout.modules} == adapted
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(pico_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraFactoryError, match=r"sequence_length=2000 .* 1024 positions"):
+        collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", replace(SMALL, sequence_length=2000))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, "q_proj,v_proj"),
+        ({"target_modules": {"v_proj", "q_proj"}}, "q_proj,v_proj"),
+        ({"seeds": 3}, (3,)),
+        ({"seeds": np.arange(2)}, (0, 1)),
+        ({"seeds": [np.int64(4)]}, (4,)),
+        ({"steps": np.int64(20)}, 20),
+        ({"learning_rate": np.float32(0.5)}, 0.5),
+        ({"packing": np.bool_(False)}, False),
+        ({"report_to": "wandb"}, ("wandb",)),
+    ],
+)
+def test_arguments_take_what_says_the_same_in_another_type(given: dict[str, object], kept: object) -> None:
+    ((name, _),) = given.items()
+    value = getattr(CollectArguments(**given), name)
+    assert value == kept and type(value) is type(kept)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"steps": "5"},
+        {"steps": 2.5},
+        {"seeds": ["0"]},
+        {"learning_rate": "1e-3"},
+        {"packing": "yes"},
+        {"target_modules": 3},
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(given: dict[str, object]) -> None:
+    ((name, value),) = given.items()
+    with pytest.raises(LoraFactoryError, match=re.escape(f"{name}={value!r} is {type(value).__name__}, expected")):
+        CollectArguments(**given)
+
+
+def test_no_task_is_refused(pico_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraFactoryError, match="tasks is empty"):
+        collect_adapters([], pico_model_folder, tmp_path / "zoo", SMALL)
