@@ -239,7 +239,7 @@ def _upload(
     kinds = [kind for kind in OWN_FILES if any(re.fullmatch(kind.sign, name) for name in pushed)]
     gone = {name for kind in kinds for name in kind.found_in(there)} - set(pushed)
     for name in sorted(name for name in {*pushed, *gone} & set(there) if name.split("/")[-1] == CARD_FILE):
-        path = Path(api.hf_hub_download(**where, filename=name, revision=parent))
+        path = Path(_patiently(partial(api.hf_hub_download, **where, filename=name, revision=parent)))
         with reading(path, "mend it on the Hub"):
             old = checked_file(path.parent, CARD_FILE, MAX_CONFIG_BYTES).read_text(encoding="utf-8")
             if name in pushed:
@@ -494,7 +494,7 @@ def _hub_errors(name: str, state: str, doing: str = "push to") -> Iterator[None]
         yield
     except LoraFactoryError:
         raise
-    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # also what the client stumbles over in an answer that it does not know
         raise LoraFactoryError(f"cannot {doing} {name}: {explain(error, name)}; {state}") from error
 
 

@@ -60,6 +60,8 @@ def explain(error: BaseException, repo_id: str) -> str:
         return f"the Hub answers {status} ({error.server_message or _first_line(error)}); {hint}".rstrip("; ")
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return f"the connection to the Hub failed ({_first_line(error) or type(error).__name__}); check the network"
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        return f"the Hub gave an answer that is not understood ({type(error).__name__}: {error}); try again later"
     return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
