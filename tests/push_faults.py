@@ -63,7 +63,7 @@ OLD = {
 CARD = "---\nlicense: mit\ntags:\n- lora\n---\n\n<!-- written by lora-factory: -->\n# Card\n"
 
 
-def client() -> Any:  # noqa: ANN401
+def client() -> Any:
     made = default_client_factory()
     made.timeout = PATIENCE
     return made
@@ -97,7 +97,9 @@ def one(number: int, method: str, pattern: str, times: int | None, fault: dict[s
     files = {path: blob.content.decode() for path, blob in history[0].tree.items() if path != ".gitattributes"}
     new = {path for path in {**OLD, **mine} if path != "condition.safetensors"}
     arrived = set(files) == new and all(files[path] == text for path, text in mine.items() if path != "README.md")
-    arrived = arrived and files["README.md"].endswith("# Mine\n\nWritten by hand.\n") and "# Card" in files["README.md"]
+    arrived = (
+        arrived and files["README.md"].endswith("# Mine\n\nWritten by hand.\n") and "# Card" in files["README.md"]
+    )
     if not (files == OLD or arrived) or files["notes.txt"] != "mine":
         return f"it is neither the old nor the new: {files}"
     if len(history) - len(list(repo.history("main"))) != arrived:
@@ -128,11 +130,11 @@ def both_at_once() -> list[str]:
 
     upload, wrong = hub._upload, []
 
-    def slow_upload(*arguments: Any) -> Any:  # noqa: ANN401
+    def slow_upload(*arguments: Any) -> Any:
         preupload = huggingface_hub.HfApi.preupload_lfs_files
         hub._upload = upload
 
-        def other_first(*given: Any, **options: Any) -> None:  # noqa: ANN401
+        def other_first(*given: Any, **options: Any) -> None:
             huggingface_hub.HfApi.preupload_lfs_files = preupload
             hub.push(writer("first"), "alice/both", default_message="First")
             preupload(*given, **options)
