@@ -1,7 +1,7 @@
 """Pushes to a hub that fails at every request in every way; run by test_push_faults.py in a process of its own.
 
-The hub runs in this process as well, so that a push can be told apart by what the hub holds afterwards. Prints one JSON
-object: what was wrong, and how many pushes there were.
+The hub runs in this process as well, so that what it holds after each push can be looked at. Prints one JSON object:
+what was wrong, and how many pushes there were.
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ def one(number: int, method: str, pattern: str, times: int | None, fault: dict[s
     files = {path: blob.content.decode() for path, blob in history[0].tree.items() if path != ".gitattributes"}
     new = {path for path in {**OLD, **mine} if path != "condition.safetensors"}
     arrived = set(files) == new and all(files[path] == text for path, text in mine.items() if path != "README.md")
-    arrived = (
-        arrived and files["README.md"].endswith("# Mine\n\nWritten by hand.\n") and "# Card" in files["README.md"]
-    )
+    card = files["README.md"]
+    arrived = arrived and card.endswith("# Mine\n\nWritten by hand.\n") and "# Card" in card
     if not (files == OLD or arrived) or files["notes.txt"] != "mine":
         return f"it is neither the old nor the new: {files}"
     if len(history) - len(list(repo.history("main"))) != arrived:

@@ -181,7 +181,7 @@ result = None
     cards = {path: hub.files("alice/both")[path].decode() + words for path in ("legal/README.md", "code/README.md")}
     mine = {"mine/adapter_config.json": "{}", "mine/README.md": "# Mine", "data.csv": "1", "generation.json": "{}"}
     hub.commit("alice/both", {**cards, **mine})
-    hub.commit("alice/zoo", {"poems/seed-1/notes.txt": "mine", "a/b/run.json": "{}"}, repo_type="dataset")
+    hub.commit("alice/zoo", {"poems/seed-1/notes.txt": "mine", "a/b/c.json": "{}"}, repo_type="dataset")
     pushed = ask(
         hub,
         common
@@ -195,7 +195,7 @@ result = [AdapterZoo.from_hub("alice/zoo").fingerprint(), zoo.fingerprint()]
     )
     assert pushed[0] == pushed[1], "pruned runs do not come back"
     run = {"adapter_config.json", "adapter_model.safetensors", "checkpoints.safetensors", "run.json"}
-    left = {f"poems/seed-0/{name}" for name in run} | {"poems/seed-1/notes.txt", "a/b/run.json"}
+    left = {f"poems/seed-0/{name}" for name in run} | {"poems/seed-1/notes.txt", "a/b/c.json"}
     assert set(hub.files("alice/zoo", repo_type="dataset")) == left | {"README.md", "zoo.json"}
     files = hub.files("alice/both")
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "generation.json"}
