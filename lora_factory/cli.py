@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         _console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        _console(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
+    except KeyboardInterrupt as error:
+        words = str(error) or "interrupted; the same command continues where it stopped"
+        _console(stderr=True).print(words, markup=False, highlight=False, soft_wrap=True)
         return 130
 
 

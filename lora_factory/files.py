@@ -135,6 +135,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                share_file(Path(folder, name))
                 _fsync(Path(folder, name))
             _fsync(Path(folder))
         _refuse_existing(path, overwrite)
@@ -142,6 +143,13 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _fsync(path.parent)
+
+
+def share_file(path: Path) -> None:
+    """Let those read and write a file whom its folder lets in; safetensors writes files for their owner alone."""
+    if not path.is_symlink():
+        with contextlib.suppress(OSError):  # not every file system knows modes
+            path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def remove_folder(path: str | Path) -> None:

@@ -21,7 +21,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.familiarity import familiarity
 from lora_factory.files import atomic_folder, write_text
 from lora_factory.generation import Order, fulfil, write_adapter
-from lora_factory.generator_files import GeneratorSource, read_generator
+from lora_factory.generator_files import GeneratorSource, read_generator, read_training_record
 from lora_factory.hub_errors import explain
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
@@ -55,6 +55,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     base_model_prefix = "generator"
     main_input_name = "adapters"
     token_scale: torch.Tensor
+    training_record: dict[str, Any] | None = None  # what training.json holds, if the generator has one
 
     def __init__(self, config: CVAELoRAConfig) -> None:
         super().__init__(config)
@@ -96,7 +97,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     ) -> Any:  # noqa: ANN401
         """Load a generator from a folder or the Hub, strictly: every weight must be there, with its shape, and finite.
 
-        Two files are read, ``config.json`` and ``model.safetensors``; both are bounded and checked first.
+        ``config.json``, ``model.safetensors`` and, if it is there, ``training.json`` are read; all are bounded and
+        checked first.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -117,11 +119,13 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
                 )
         except Exception as error:  # these are somebody else's files: whatever a parser raises, they cannot be loaded
             remedy = "" if isinstance(error, OSError) else "; download it, or train it with train_generator, again"
+            missing = "" if source.is_folder else "there is no folder of that name here, and "
             raise LoraFactoryError(
-                f"cannot load a generator from {source.name!r}: {explain(error, source.name)}{remedy}"
+                f"cannot load a generator from {source.name!r}: {missing}{explain(error, source.name)}{remedy}"
             ) from error
         model, info = loaded
         model.config.name_or_path, model.config._commit_hash = source.name, source.commit
+        model.training_record = read_training_record(source)
         return (model, info) if wants_info else model
 
     def forward(

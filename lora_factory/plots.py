@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.printable import printable
 from lora_factory.summaries import Interval, MethodSummary, format_number
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def _short(text: str, length: int = 28) -> str:
     """Printable text of at most this many characters."""
-    text = "".join(character if character.isprintable() else " " for character in text).strip()
+    text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

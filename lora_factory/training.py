@@ -155,7 +155,7 @@ def save_generator(generator: CVAELoRAGenerator, output_dir: str | Path, trainin
         generator.save_pretrained(folder)
         write_json(folder / "training.json", training)
         write_text(folder / "README.md", generator_card(generator, Path(output_dir).name))
-    generator.config.name_or_path = str(output_dir)  # where a push finds training.json
+    generator.config.name_or_path, generator.training_record = str(output_dir), dict(training)
 
 
 def training_history(folder: str | Path) -> list[dict[str, float]]:

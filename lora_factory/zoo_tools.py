@@ -126,13 +126,10 @@ def download_zoo(repo_id: str, *, revision: str | None = None, token: str | bool
         return MAX_CONFIG_BYTES * (name == ZOO_FILE or (len(parts) == 3 and parts[2] == RECORD_FILE))
 
     folder = download_files(repo_id, small, repo_type="dataset", revision=revision, token=token)
-    zoo, limits = AdapterZoo(folder), {}
+    zoo, limits = AdapterZoo(folder), dict[str, int]()
     for task in zoo.tasks:
         for run in zoo.runs(task):
-            record = zoo.record(task, run)
-            weights = _HEADER_BYTES + _NUMBER_BYTES * zoo.layout.size * len(record.snapshot_steps)
-            for name in record.sha256:
-                limits[f"{task}/{run}/{name}"] = weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
+            limits |= run_files(zoo, zoo.record(task, run))
     if limits:
         download_files(
             repo_id, lambda name: limits.get(name, 0), repo_type="dataset", revision=folder.name, token=token
@@ -140,6 +137,15 @@ def download_zoo(repo_id: str, *, revision: str | None = None, token: str | bool
     if missing := [name for name in limits if not (folder / name).exists()]:
         raise LoraFactoryError(f"{repo_id} lacks {len(missing)} files of its runs, first {missing[0]}")
     return zoo
+
+
+def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
+    """The files of a run, below the zoo's folder, with the most bytes that each may have."""
+    weights = _HEADER_BYTES + _NUMBER_BYTES * zoo.layout.size * len(record.snapshot_steps)
+    return {
+        f"{record.task}/{record.run}/{name}": weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
+        for name in (*record.sha256, RECORD_FILE)
+    }
 
 
 def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
