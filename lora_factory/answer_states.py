@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_factory.adapters import without_adapters
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_loss import Base
 from lora_factory.encoders import HiddenStateEncoder, masked_mean
 from lora_factory.evaluation import frozen
 from lora_factory.image_data import as_example
+from lora_factory.live_models import without_adapters
 from lora_factory.model_inputs import CausalInputs
 from lora_factory.sequences import IGNORED
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FORMAT_VERSION = 1
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class AdapterLayout:
         """Check that a state dict is an adapter of this layout.
 
         Raises:
-            LoraFactoryError: for missing or unknown keys, other shapes, integers, NaN or infinity; names the first.
+            LoraFactoryError: for missing or unknown keys, other shapes, integers, 8-bit floats, NaN or infinity; names the first.
         """
         self._check(state_dict, ())
 
@@ -367,7 +368,9 @@ class AdapterLayout:
             raise LoraFactoryError(f"{len(shapes)} tensors have another shape: {_few(shapes)}; {made_with}")
         bad = [key for key in keys if not _is_finite(state_dict[key])]
         if bad:
-            raise LoraFactoryError(f"{len(bad)} of {len(keys)} tensors hold NaN, infinity or integers: {_few(bad)}")
+            raise LoraFactoryError(
+                f"{len(bad)} of {len(keys)} tensors hold NaN, infinity, integers or 8-bit floats: {_few(bad)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -411,7 +414,7 @@ class _Segment:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; their extremes tell, in a pass that is many times as fast as one by one."""
-    return tensor.is_floating_point() and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
+    return tensor.dtype in PRECISIONS and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
 
 
 def _few(names: Collection[str]) -> str:

@@ -268,14 +268,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         Raises:
             LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
         """
-        rows = {name: vector[None].to(self.bias) for name, vector in self.conditions(text, conditions).items()}
-        training = self.training
-        self.eval()
-        vector = self.generate_vector(rows, seed=seed, temperature=temperature)[0]
-        self.train(training)
-        state_dict = self.layout.unflatten(vector.float().cpu())
-        self.layout.check(state_dict)
-        return state_dict
+        order = Order(text, conditions=conditions, seed=seed, temperature=temperature)
+        return fulfil(self, order)[0]
 
     def generate_adapter(
         self,
@@ -297,7 +291,9 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         Args:
             text: What the adapter is for.
             base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
-                A ``PeftModel`` gets one more adapter (or has the one of this name overwritten).
+                A ``PeftModel`` gets one more adapter (or has the one of this name overwritten). A live base model is
+                changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
+                the model which was returned first stays as it is.
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
                 :meth:`encode_examples` makes it, and what the written adapter is refined on.
             images: A few images of the task, likewise; see :meth:`encode_images`.
@@ -317,8 +313,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             LoraFactoryError: When the text is empty, an image cannot be read, or the base model has not the modules or
                 sizes of the layout.
         """
-        order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
-        base = None if examples is None else open_reader(self.layout, examples, base_model, tokenizer)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name)
+        base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
         state_dict = fulfil(self, order, base)[0]
         model = open_base(self.layout, base_model) if base is None else base.model
         attached = attach_adapter(model, self.layout, state_dict, adapter_name)
@@ -362,7 +358,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             The folder.
         """
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
-        base = None if examples is None else open_reader(self.layout, examples, base_model, tokenizer)
+        base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
         with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
             generation = write_adapter(self, folder, order, base)
             card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})

@@ -225,8 +225,10 @@ def adapter_writer(
     check_base_model(generator)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
+    order = Order(text, conditions=conditions, seed=seed, temperature=temperature)
+
     def write(folder: Path, title: str) -> None:
-        made = write_adapter(generator, folder, Order(text, conditions=conditions, seed=seed, temperature=temperature))
+        made = write_adapter(generator, folder, order)
         card = AdapterCard(title=title, origins=origins, generations={"": made}, tags=tags)
         write_text(folder / CARD_FILE, card.text)
 
@@ -246,11 +248,13 @@ def adapters_writer(
     check_base_model(generator)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
+    orders = {name: Order(text, seed=seed, temperature=temperature) for name, text in texts.items()}
+
     def write(folder: Path, title: str) -> None:
         made: dict[str, Generation] = {}
-        for name, text in texts.items():
+        for name, order in orders.items():
             (folder / name).mkdir()
-            made[name] = write_adapter(generator, folder / name, Order(text, seed=seed, temperature=temperature))
+            made[name] = write_adapter(generator, folder / name, order)
             one = AdapterCard(title=title, subfolder=name, origins=origins, generations={"": made[name]}, tags=tags)
             write_text(folder / name / CARD_FILE, one.text)
         card = AdapterCard(title=title, origins=origins, generations=made, tags=tags)
