@@ -55,8 +55,8 @@ def collect_adapters(
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
-    check_tasks(tasks)
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
+    check_tasks(tasks)
     if arguments.parallel == "data":
         factory.share_runs()
     with writing_into(Path(output_dir)):

@@ -240,8 +240,8 @@ def read_coco(path: str | Path) -> Coco:
 def _read_coco(path: Path, modified: int) -> Coco:
     content = read_json_object(path)
     try:
-        names = _by_id(content["categories"], "category")
-        names = {key: _text(category["name"], "name") for key, category in names.items()}
+        categories = _by_id(content["categories"], "category")
+        names = {key: _text(category["name"], "name") for key, category in categories.items()}
         if doubled := [name for name, count in Counter(names.values()).items() if count > 1]:
             raise ValueError(f"two categories are called {doubled[0]!r}")
         images = {

@@ -245,7 +245,7 @@ def _read_task_file(path: Path) -> list[Task | ImageTask]:
         text = path.read_text(encoding="utf-8-sig")
         try:
             is_json = path.suffix.lower() == ".json" and text.strip()
-            content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _TaskLoader)  # noqa: S506
+            content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _TaskLoader)
             _check_length(content, str(path))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise LoraFactoryError(f"task file {path} is not valid YAML or JSON: {error}") from error
