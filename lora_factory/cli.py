@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_required(generate, "--generator", "folder or Hub id of a generator")
     generate.add_argument("--text", help="what the adapter is to do, in a sentence")
     generate.add_argument(
-        "--examples", help="text file of examples of the task, a blank line between them: beside --text or alone"
+        "--examples",
+        help="examples of the task: a text file with a blank line between them, or .jsonl, .json, .csv, .tsv or"
+        " .parquet with a column text, or prompt and completion; beside --text or alone",
     )
     generate.add_argument("--images", nargs="+", metavar="FILE", help="images of the task: beside --text or alone")
     generate.add_argument(
@@ -213,7 +215,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from lora_factory.files import read_paragraphs
+    from lora_factory.data_source import read_examples
     from lora_factory.modeling import CVAELoRAGenerator
 
     if options.text is None and options.examples is None and options.images is None:
@@ -222,7 +224,7 @@ def _generate(options: argparse.Namespace) -> None:
     generator.save_adapter(
         options.text,
         options.output_dir,
-        examples=read_paragraphs(options.examples) if options.examples else None,
+        examples=read_examples(options.examples) if options.examples else None,
         images=options.images,
         base_model=options.base_model,
         seed=options.seed,
@@ -248,7 +250,7 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.image_tasks import language_tasks
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
-    from lora_factory.tasks import load_tasks
+    from lora_factory.tasks import check_tasks, load_tasks
     from lora_factory.training import training_history
     from lora_factory.zoo import AdapterZoo
 
@@ -262,6 +264,7 @@ def _compare(options: argparse.Namespace) -> None:
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
         history=training_history(options.generator),
     )
+    check_tasks([*fold.seen, *fold.unseen])
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
     console = _console()
@@ -277,14 +280,16 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
     from lora_factory.evaluation import evaluate_adapters
     from lora_factory.files import write_json
     from lora_factory.image_tasks import language_tasks
-    from lora_factory.tasks import load_tasks
+    from lora_factory.tasks import check_tasks, load_tasks
     from lora_factory.zoo import AdapterZoo
 
+    tasks = language_tasks(load_tasks(options.tasks))
+    check_tasks(tasks)
     console = _console()
     with console.status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
-            language_tasks(load_tasks(options.tasks)),
+            tasks,
             base_model=options.base_model,
             max_tokens=options.max_tokens,
             window=options.window,

@@ -19,7 +19,7 @@ from lora_factory.image_tasks import ImageTask
 from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
 from lora_factory.run_state import writing_into
-from lora_factory.tasks import Task, load_tasks
+from lora_factory.tasks import Task, check_tasks, load_tasks
 from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 
@@ -47,10 +47,11 @@ def collect_adapters(
         The zoo, with ``len(tasks) * len(arguments.seeds)`` more runs at most.
 
     Raises:
-        CollectionError: At the end, when runs failed as often as ``arguments.retries`` allows: a task without text,
-            a loss that is not finite, memory that ran out. It is a LoraFactoryError, and the other runs are stored.
+        CollectionError: At the end, when runs failed as often as ``arguments.retries`` allows: a loss that is not
+            finite, memory that ran out. It is a LoraFactoryError, and the other runs are stored.
         StorageError: When the folder cannot be written; it is a LoraFactoryError as well.
-        LoraFactoryError: When the base model cannot be loaded, or the zoo holds runs of other settings.
+        LoraFactoryError: When the data of a task cannot be used (nothing is trained then, and all such tasks are
+            named), the base model cannot be loaded, or the zoo holds runs of other settings.
     """
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
@@ -58,6 +59,7 @@ def collect_adapters(
         raise LoraFactoryError("tasks is empty; give a task file with one task or more, or a list of tasks")
     accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
+    check_tasks(tasks)
     if arguments.parallel == "data":
         factory.share_runs()
     with writing_into(Path(output_dir)):

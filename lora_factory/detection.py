@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_factory.boxes import Box, text_to_boxes
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen
+from lora_factory.files import task_names
 from lora_factory.image_data import DETECTION_PROMPT, ImageExample
 from lora_factory.image_sources import CocoSource, read_coco
 from lora_factory.live_models import base_of
@@ -128,9 +128,10 @@ def detection_tasks(
     if not known:
         raise LoraFactoryError(f"no image of {files['train']} shows a category; annotate some")
     path = images if isinstance(images, Mapping) else str(images)
+    names = task_names(list(known))
     return [
         Task(
-            re.sub(r"[^A-Za-z0-9._-]+", "_", category),
+            names[category],
             tuple(text.replace("{}", category) for text in descriptions),
             CocoSource(path, files, category, prompt),
             license,

@@ -7,13 +7,16 @@ things, and deleting them is always safe.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,32 @@ def local_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise LoraFactoryError(f"{str(path)!r}: {error}; write the path of the home folder instead of ~") from error
+
+
+def task_names(given: Sequence[str]) -> dict[str, str]:
+    """For names in any script, file names that are all different, also where letters' case does not count.
+
+    A name that is no file name, or falls together with another, gets a hash of itself behind it, so that it stays the
+    same whatever other names there are; one that only has blanks between its words gets underscores for them.
+    """
+    short = {name: re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in given}
+    alike = Counter(form.lower() for form in short.values())
+
+    def final(name: str) -> str:
+        form = short[name]
+        if _NAME.fullmatch(form) and ".." not in form and alike[form.lower()] == 1 and name.isascii():
+            return form
+        if (
+            form == name
+            and _NAME.fullmatch(form)
+            and ".." not in form
+            and name == min(other for other in given if short[other].lower() == form.lower() and short[other] == other)
+        ):
+            return form  # it is the one name that needs no change
+        stem = re.sub(r"\.{2,}", ".", form).strip("._-")[:80] or "category"
+        return f"{stem}-{sha256_text(name.encode('utf-8', 'replace').decode())[:8]}"
+
+    return {name: final(name) for name in given}
 
 
 def cache_folder() -> Path:
@@ -226,8 +255,9 @@ def read_paragraphs(path: str | Path) -> list[str]:
         LoraFactoryError: When the file cannot be read, is no UTF-8 text, or is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+            text = str(file.read())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise LoraFactoryError(f"cannot read {path}: {error}; name a text file") from error
     paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
     if not paragraphs:

@@ -100,7 +100,7 @@ def draw_detections(methods: Sequence[str], pictures: Sequence[Mapping[str, Any]
         figure = Figure((1.8 * len(methods), 1.9 * len(pictures)), layout="constrained", facecolor="none")
         panels = figure.subplots(len(pictures), len(methods), squeeze=False)
         for row, picture in zip(panels, pictures, strict=True):
-            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])))
+            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])), formats=("JPEG",))
             row[0].set_ylabel(_short(picture["task"]), color=_INK, fontsize=9)
             for axes, method in zip(row, methods, strict=True):
                 axes.imshow(image)

@@ -70,8 +70,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         LoraFactoryError: When it is something else, or nested deeper than can be read.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
         raise LoraFactoryError(f"{path} is no valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise LoraFactoryError(f"{path} holds {type(values).__name__}, expected a JSON object")

@@ -31,7 +31,7 @@ from lora_factory.open_factory import open_factory
 from lora_factory.reconstruction import calibrate_spread, fit
 from lora_factory.snapshots import open_snapshots
 from lora_factory.specialists import specialise
-from lora_factory.tasks import Task
+from lora_factory.tasks import Task, check_tasks
 from lora_factory.tensor_cache import TensorCache
 from lora_factory.through_base import TaskData, start_from, train_through_base
 from lora_factory.training_state import TrainingCheckpoint
@@ -93,6 +93,7 @@ def train_generator(
     factory = None
     if tasks is not None:
         tasks = _known(zoo, language_tasks(tasks))
+        check_tasks(tasks)
         checkpointing = arguments.base_checkpointing
         factory = zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
         features["hidden"] = example_features(factory, tasks)

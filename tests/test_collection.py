@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,15 +116,37 @@ def test_two_processes_that_share_runs_train_as_one(
     assert contents(tmp_path / "alone") == contents(tmp_path / "one"), "one process has all of a batch"
 
 
-def test_a_task_that_fails_stops_no_other(pico_model_folder: Path, tmp_path: Path) -> None:
-    broken = Task("broken", ("Nothing.",), DataSource(str(tmp_path / "no-such-file.jsonl"), text_column="text"))
-    work = [*tasks("prose"), broken, *tasks("code")]
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+    """Make the training of one task fail."""
+    train = AdapterFactory.train
+
+    def fail(factory: AdapterFactory, task: Task, *arguments: Any, **options: Any) -> Any:
+        if task.name == name:
+            raise LoraFactoryError(reason)
+        return train(factory, task, *arguments, **options)
+
+    monkeypatch.setattr(AdapterFactory, "train", fail)
+
+
+def test_data_is_checked_before_the_first_run(pico_model_folder: Path, tmp_path: Path) -> None:
+    broken = [Task(name, ("Nothing.",), DataSource(str(tmp_path / f"no-{name}.jsonl"))) for name in ("b1", "b2")]
+    with pytest.raises(LoraFactoryError, match=r"the data of 2 tasks (.|\n)*b1: .*no-b1.jsonl(.|\n)*b2: .*no-b2"):
+        collect_adapters([*tasks("prose"), *broken], pico_model_folder, tmp_path / "zoo", SMALL)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_task_that_fails_stops_no_other(
+    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = [*tasks("prose"), text_task("broken"), *tasks("code")]
+    failing(monkeypatch, "broken", "no-such-file")
     with pytest.raises(CollectionError, match=r"1 of 3 runs failed, first broken/seed-0: .*no-such-file") as caught:
         collect_adapters(work, pico_model_folder, tmp_path / "zoo", replace(SMALL, retries=2))
     assert isinstance(caught.value, LoraFactoryError) and set(caught.value.reasons) == {"broken/seed-0"}
     assert AdapterZoo(tmp_path / "zoo").tasks == ["code", "prose"]
     attempts = read_json(tmp_path / "zoo" / ".collection" / "failures" / "broken@seed-0.json")["attempts"]
     assert ["no-such-file" in attempt["reason"] for attempt in attempts] == [True], "it would fail again"
+    monkeypatch.undo()
     before = modification_times(tmp_path / "zoo" / "prose")
     mended = [*tasks("prose"), text_task("broken"), *tasks("code")]
     zoo = collect_adapters(mended, pico_model_folder, tmp_path / "zoo", SMALL)
@@ -162,11 +185,16 @@ def test_the_command_says_what_failed(
     (tmp_path / "tasks" / "bad.json").write_text(save.format("bad", tmp_path / "nowhere.txt"))
     words = ["collect", "--tasks", str(tmp_path / "tasks"), "--base-model", str(pico_model_folder), "--steps", "2"]
     words += ["--snapshots", "1", "--retries", "0", "--sequence-length", "16", "--output-dir", str(tmp_path / "zoo")]
-    assert cli.main(words) == 1
-    output = " ".join(capsys.readouterr().out.split())
-    assert "bad/seed-0" in output and "nowhere.txt" in output.replace(" ", "")
-    assert "1 of 2 runs in" in output and "1 failed; mend the cause" in output
+    assert cli.main(words) == 2
+    assert "task 'bad' cannot be used: no data file" in capsys.readouterr().err
+    assert not (tmp_path / "zoo").exists()
     (tmp_path / "nowhere.txt").write_text(examples.read_text())
+    with monkeypatch.context() as patch:
+        failing(patch, "bad", "it is too hard")
+        assert cli.main(words) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "bad/seed-0" in output and "it is too hard" in output
+    assert "1 of 2 runs in" in output and "1 failed; mend the cause" in output
     assert cli.main(words) == 0
     assert "2 of 2 runs in" in " ".join(capsys.readouterr().out.split())
 
