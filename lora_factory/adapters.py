@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,7 +24,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
-from lora_factory.adapted_modules import check_plain_lora
+from lora_factory.adapted_modules import check_plain_lora, exact_targets, module_paths
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, write_json
 from lora_factory.layout import AdapterLayout
@@ -244,8 +245,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
+def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[AdapterLayout, dict[str, Tensor]]:
     """Read a LoRA adapter's folder as PEFT writes it.
+
+    Args:
+        folder: The folder.
+        base_model: The base model of an adapter whose configuration names none.
 
     Returns:
         The adapter's layout and its state dict.
@@ -257,11 +262,15 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     try:
         values = read_json_object(checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES))
         check_plain_lora(values)
-        config = LoraConfig.from_pretrained(str(folder))
-        state_dict = load_file(checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES))
-        layout = AdapterLayout.from_state_dict(
-            state_dict, config, base_model=config.base_model_name_or_path or "", base_revision=config.revision
-        )
+        path = checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)
+        header = _header(path)
+        values.pop("runtime_config", None)
+        config = LoraConfig.from_peft_type(**exact_targets(values, module_paths(header)))
+        assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
+        name = config.base_model_name_or_path or base_model or ""
+        # Names, shapes and ranks are checked before a weight is read.
+        layout = AdapterLayout.from_state_dict(header, config, base_model=name, base_revision=config.revision)
+        state_dict = load_file(path)
         layout.check(state_dict)
         _check_targets(config, layout)
     except LoraFactoryError as error:
@@ -274,6 +283,13 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     if odd := sorted({str(tensor.dtype) for tensor in state_dict.values()} - _PRECISIONS):
         raise LoraFactoryError(f"the adapter in {folder} holds {odd}, expected one of {sorted(_PRECISIONS)}")
     return layout, state_dict
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Tensors on the meta device as the header of a safetensors file describes them; no weight is read."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:
