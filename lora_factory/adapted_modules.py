@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +40,9 @@ _REFUSED_OPTIONS = {
     "layer_replication": "it copies layers of the base model; train without it",
     "megatron_config": "it makes PEFT import a module that the configuration names; train without it",
 }
-_MAX_PATTERN, _MAX_PATH = 2000, 300  # characters
+_MAX_PATH = 300  # characters
+_MAX_PATTERNS = 1 << 16
+_SPECIAL = frozenset(chr(92) + "*+?{}[]()|^$")  # what makes a regular expression of a name
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -136,6 +140,11 @@ def lora_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state_dict.items() if key not in copies}
 
 
+def module_paths(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The adapted modules of a PEFT state dict."""
+    return list(_pair_keys(state_dict))
+
+
 def check_plain_lora(config: Mapping[str, Any]) -> None:
     """Check that a configuration describes LoRA and nothing besides A and B.
 
@@ -196,18 +205,85 @@ def natural_key(text: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
 
 
+def literal_name(pattern: str) -> tuple[str, bool]:
+    """The module that a key of ``rank_pattern`` or ``alpha_pattern`` names, and whether that is its whole path.
+
+    PEFT takes these keys for regular expressions that match the end of a path, after a dot. Here they are names, plain
+    or escaped as ``re.escape`` does it, with a ``^`` in front for a whole path; no foreign expression is ever run.
+
+    Raises:
+        LoraFactoryError: When it is any other regular expression.
+    """
+    anchored = pattern.startswith("^")
+    inner = pattern.removeprefix("^")
+    inner = inner[:-1] if inner.endswith("$") and not inner.endswith(chr(92) + "$") else inner
+    name, position = [], 0
+    while position < len(inner):
+        character = inner[position]
+        if character == chr(92) and position + 1 < len(inner) and not inner[position + 1].isalnum():
+            position += 1
+            character = inner[position]
+        elif character in _SPECIAL:
+            break
+        name.append(character)
+        position += 1
+    if not name or position < len(inner) or len(name) > _MAX_PATH:
+        raise LoraFactoryError(
+            f"the pattern {pattern[:100]!r} is a regular expression, which is not run; name the modules instead, as in "
+            "'q_proj' or 'layers.0.self_attn.q_proj'"
+        )
+    return "".join(name), anchored
+
+
+def own_patterns(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """A user's own configuration with the regular expressions of its patterns replaced by the modules they match.
+
+    Args:
+        config: JSON form of a LoraConfig that is in memory, never one that was read from a file.
+        paths: The adapted modules.
+    """
+    changed = dict(config)
+    for option in ("rank_pattern", "alpha_pattern"):
+        named: dict[str, Any] = {}
+        for pattern, value in (config.get(option) or {}).items():
+            try:
+                literal_name(pattern)
+                keys = [pattern]
+            except LoraFactoryError:
+                keys = [re.escape(path) for path in paths if re.match(rf"(.*\.)?({pattern})$", path)]
+            for key in keys:
+                if named.setdefault(key, value) != value:
+                    raise LoraFactoryError(
+                        f"{key} matches several entries of {option}: {config[option]}; "
+                        "give patterns that do not overlap"
+                    )
+        if named or config.get(option):
+            changed[option] = named
+    return changed
+
+
+def exact_targets(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """A configuration that names the adapted modules one by one where it names them by a regular expression.
+
+    PEFT runs ``target_modules`` and ``exclude_modules`` that are texts, and ``layers_pattern``, as expressions. The
+    weights say which modules they stand for.
+    """
+    changed = dict(config)
+    runs = any(isinstance(config.get(name), str) for name in ("target_modules", "exclude_modules"))
+    if runs or config.get("layers_pattern"):
+        changed |= {"target_modules": list(paths), "exclude_modules": None}
+        changed |= {"layers_to_transform": None, "layers_pattern": None}
+    return changed
+
+
 def _check_patterns(config: Mapping[str, Any]) -> None:
-    """Refuse regular expressions that could be made to search for hours: nested repetition, or much of it."""
-    patterns = [name for option in ("rank_pattern", "alpha_pattern") for name in config.get(option) or ()]
-    patterns += [config[option] for option in ("target_modules", "exclude_modules") if config.get(option)]
-    for pattern in patterns:
-        if isinstance(pattern, str) and (
-            len(pattern) > _MAX_PATTERN or re.search(r"\)[*+{]", pattern) or len(re.findall("[*+{]", pattern)) > 10
-        ):
-            raise LoraFactoryError(
-                f"the pattern {pattern[:100]!r} repeats a group, or repeats too often, to be searched for; "
-                "list the modules instead"
-            )
+    """Refuse patterns that are no names."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(option) or {}
+        if not isinstance(patterns, Mapping) or len(patterns) > _MAX_PATTERNS:
+            raise LoraFactoryError(f"{option} must map at most {_MAX_PATTERNS:,} modules to numbers")
+        for pattern in patterns:
+            literal_name(pattern)
 
 
 def _pair_keys(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
@@ -231,14 +307,25 @@ def _pair_keys(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
 
 def _pattern_value(config: Mapping[str, Any], patterns: str, path: str, default: str) -> Any:  # noqa: ANN401
     """PEFT takes the first pattern that matches, but sorts them when it saves: several must agree."""
-    found = {
-        pattern: value
-        for pattern, value in (config.get(patterns) or {}).items()
-        if re.match(rf"(.*\.)?({pattern})$", path)
-    }
-    if len(set(found.values())) > 1:
+    if not config.get(patterns):
+        return config.get(default)
+    named = _named_values(json.dumps(config[patterns]))
+    parts = path.split(".")
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    found = {pattern: value for name in (f"^{path}", *ends) for pattern, value in named.get(name, ())}
+    if any(value != next(iter(found.values())) for value in found.values()):
         raise LoraFactoryError(
             f"{path} matches several entries of {patterns}: {found}; PEFT changes their order when it saves a "
             "LoraConfig, so give patterns that do not overlap"
         )
     return next(iter(found.values()), config.get(default))
+
+
+@lru_cache(maxsize=4)
+def _named_values(patterns: str) -> dict[str, list[tuple[str, Any]]]:
+    """The patterns and their values by the module that they name: by its whole path after "^", by its end else."""
+    named: dict[str, list[tuple[str, Any]]] = {}
+    for pattern, value in json.loads(patterns).items():
+        name, anchored = literal_name(pattern)
+        named.setdefault(f"^{name}" if anchored else name, []).append((pattern, value))
+    return named

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
@@ -25,10 +25,10 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_factory.adapted_modules import check_plain_lora, lora_weights, plain_json
+from lora_factory.adapted_modules import check_plain_lora, exact_targets, lora_weights, module_paths, plain_json
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, write_json
-from lora_factory.layout import PRECISIONS, AdapterLayout
+from lora_factory.layout import AdapterLayout
 from lora_factory.live_models import (
     base_of,
     carries_adapters,
@@ -43,6 +43,7 @@ from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, r
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LOGGER = logging.getLogger(__name__)
 # Their fused kernels read out_proj's weight without calling the module, so that PEFT refuses a LoRA on it.
 _STATE_SPACE_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -56,8 +57,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Attach adapter weights to a base model, strictly.
 
-    A base model in a wrapper, such as ``torch.compile``'s or ``DataParallel``, is taken out of it. A ``PeftModel`` gets
-    one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts adapters
+    A base model in a wrapper, such as ``torch.compile``'s or ``DataParallel``, is taken out of it. A ``PeftModel``
+    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts adapters
     into the base model itself: a base model that carries some already is left as it is, and a copy of it without them
     gets this one.
 
@@ -82,7 +83,8 @@ def attach_adapter(
     else:
         check_plain_lora(plain_json(model.peft_config[adapter_name].to_dict()))
     AdapterSlot(model, layout, adapter_name).load(state_dict)
-    model.base_model.enable_adapter_layers()
+    tuner: Any = model.base_model
+    tuner.enable_adapter_layers()
     model.set_adapter(adapter_name)
     return model.eval()
 
@@ -313,8 +315,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
+def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[AdapterLayout, dict[str, Tensor]]:
     """Read a LoRA adapter's folder as PEFT writes it.
+
+    Args:
+        folder: The folder.
+        base_model: The base model of an adapter whose configuration names none.
 
     Returns:
         The adapter's layout and its state dict.
@@ -326,17 +332,19 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     try:
         values = read_json_object(checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES))
         check_plain_lora(values)
-        config = LoraConfig.from_pretrained(str(folder))
-        state_dict = lora_weights(load_file(checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)))
-        if odd := sorted({str(tensor.dtype) for tensor in state_dict.values() if tensor.dtype not in PRECISIONS}):
-            raise LoraFactoryError(f"it holds {', '.join(odd)}; expected one of {', '.join(map(str, PRECISIONS))}")
+        path = checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)
+        header = lora_weights(_header(path))
+        values.pop("runtime_config", None)
+        config = LoraConfig.from_peft_type(**exact_targets(values, module_paths(header)))
+        assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
+        name = config.base_model_name_or_path or base_model or ""
+        # Names, shapes and ranks are checked before a weight is read.
+        layout = AdapterLayout.from_state_dict(header, config, base_model=name, base_revision=config.revision)
+        with safe_open(path, framework="pt") as file:
+            state_dict = {key: file.get_tensor(key) for key in header}
         if torch.float64 in {tensor.dtype for tensor in state_dict.values()}:
             warnings.warn(f"the adapter in {folder} holds float64; it is read as float32", stacklevel=2)
-            narrow = torch.float32
-            state_dict = {k: v.to(narrow) if v.dtype == torch.float64 else v for k, v in state_dict.items()}
-        layout = AdapterLayout.from_state_dict(
-            state_dict, config, base_model=config.base_model_name_or_path or "", base_revision=config.revision
-        )
+            state_dict = {k: v.float() if v.dtype == torch.float64 else v for k, v in state_dict.items()}
         layout.check(state_dict)
         _check_targets(config, layout)
     except LoraFactoryError as error:
@@ -387,6 +395,18 @@ def _remedy(base: nn.Module, layout: AdapterLayout) -> str:
         f"the model that was given has this name too, but is another version of it or was changed; its class is "
         f"{type(base).__name__}. Load it as it was when the adapter was trained"
     )
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Tensors on the meta device as the header of a safetensors file describes them; no weight is read."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+    if odd := sorted({one.get_dtype() for one in slices.values()} - _DTYPES.keys()):
+        raise LoraFactoryError(f"it holds {', '.join(odd)}; expected one of {', '.join(_DTYPES)}")
+    return {
+        name: torch.empty(tuple(one.get_shape()), dtype=_DTYPES[one.get_dtype()], device="meta")
+        for name, one in slices.items()
+    }
 
 
 def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.safe_files import read_json as read_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -112,22 +113,6 @@ def write_json(path: str | Path, value: Any) -> None:  # noqa: ANN401
             f"{path} was not written: {error}; pass only JSON values, and None in place of NaN or infinity"
         ) from error
     write_text(path, text + "\n")
-
-
-def read_json(path: str | Path) -> Any:  # noqa: ANN401
-    """Read a JSON file.
-
-    Raises:
-        LoraFactoryError: if the file is missing, or is no JSON, for example because it was cut short.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoraFactoryError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise LoraFactoryError(
-            f"{path} is no valid JSON ({error}); it was cut short or altered; restore it or make it again"
-        ) from error
 
 
 @contextlib.contextmanager

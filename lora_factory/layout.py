@@ -17,8 +17,11 @@ from torch import Tensor
 from lora_factory.adapted_modules import (
     AdaptedModule,
     check_plain_lora,
+    exact_targets,
     find_modules,
+    module_paths,
     natural_key,
+    own_patterns,
     plain_json,
     rank_and_scaling,
 )
@@ -87,6 +90,7 @@ class AdapterLayout:
         if not paths or paths != sorted(set(paths), key=natural_key):
             raise LoraFactoryError("the modules of a layout must be at least one, distinct and in natural order")
         check_plain_lora(self.lora_config)
+        object.__setattr__(self, "lora_config", exact_targets(self.lora_config, paths))
         for module in self.modules:
             rank, scaling = rank_and_scaling(self.lora_config, module.path)
             if module.rank != rank or not math.isclose(module.scaling, scaling):
@@ -118,6 +122,7 @@ class AdapterLayout:
         """
         base_names = ("base_model_name_or_path", "revision")
         config = {name: value for name, value in plain_json(lora_config.to_dict()).items() if name not in base_names}
+        config = own_patterns(config, module_paths(state_dict))
         return cls(base_model, base_revision, find_modules(state_dict, config), config)
 
     @classmethod
@@ -146,7 +151,7 @@ class AdapterLayout:
                 for module in values["modules"]
             )
             return cls(values["base_model"], values["base_revision"], modules, dict(values["lora_config"]))
-        except (KeyError, TypeError, AttributeError, re.error) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LoraFactoryError(
                 f"the layout is damaged ({type(error).__name__}: {error}); take it from AdapterLayout.to_dict()"
             ) from error
@@ -230,7 +235,8 @@ class AdapterLayout:
         """Check that a state dict is an adapter of this layout.
 
         Raises:
-            LoraFactoryError: for missing or unknown keys, other shapes, integers, 8-bit floats, NaN or infinity; names the first.
+            LoraFactoryError: for missing or unknown keys, other shapes, integers, 8-bit floats, NaN or infinity; names
+                the first.
         """
         self._check(state_dict, ())
 

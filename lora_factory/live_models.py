@@ -1,4 +1,4 @@
-"""Live base models as users have them: out of their wrappers, with their adapters switched off, unmerged, or left out."""
+"""Live base models as users have them: unwrapped, unmerged, with their adapters switched off or left out."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def _strip(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         inside: Any = child
         while isinstance(inside, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inside = inside.base_layer if isinstance(inside, BaseTunerLayer) else inside.original_module
+            tuned = isinstance(inside, BaseTunerLayer)
+            inside = getattr(inside, "base_layer" if tuned else "original_module")
         if inside is not child:
             setattr(module, name, inside)
         _strip(inside)

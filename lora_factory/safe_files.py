@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 
 from lora_factory.errors import LoraFactoryError
 
 MAX_CONFIG_BYTES = 16 << 20
+MAX_JSON_BYTES = 512 << 20  # COCO's largest annotation file has 448 MB
+_MAX_DEPTH = 64  # our own files are nested 8 deep at most
+_HUGE_NUMBER = re.compile(r"\d{300}")  # beyond any float
+_LARGE_EXPONENT = re.compile(r"[eE]\+?\d{3}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def checked_file(folder: Path, name: str, limit: int) -> Path:
@@ -29,13 +38,12 @@ def checked_file(folder: Path, name: str, limit: int) -> Path:
     try:
         real, home = path.resolve(strict=True), folder.resolve(strict=True)
         status = real.stat()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise LoraFactoryError(
             f"{path} is missing or cannot be read ({error}); name a folder that this package or PEFT wrote"
         ) from error
-    snapshot = home if home.parent.name == "snapshots" else home.parent  # or a folder in one
-    blobs = snapshot.parent.parent / "blobs"
-    if not (real.is_relative_to(home) or (snapshot.parent.name == "snapshots" and real.is_relative_to(blobs))):
+    blobs = [above.parent.parent / "blobs" for above in (home, *home.parents) if above.parent.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (home, *blobs[:1])):
         raise LoraFactoryError(f"{path} is a link to {real}, outside of its folder; it is not followed")
     if not stat.S_ISREG(status.st_mode):
         raise LoraFactoryError(f"{path} is no ordinary file")
@@ -63,19 +71,102 @@ def reading(path: str | Path, remedy: str = "write or download it again") -> Ite
         raise LoraFactoryError(f"{path} is damaged or cannot be read ({reason}); {remedy}") from error
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of somebody else's holds.
+def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The text of an ordinary file in UTF-8, with or without a byte order mark.
 
     Raises:
-        LoraFactoryError: When it is something else, or nested deeper than can be read.
+        LoraFactoryError: When it is missing, may not be read, is no ordinary file (a folder, a pipe), has more than
+            ``limit`` bytes, or is no UTF-8 text.
     """
+    path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise LoraFactoryError(f"{path} is no valid JSON ({error})") from error
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise LoraFactoryError(f"{path} is no ordinary file; name a file")
+        check_size(str(path), status.st_size, limit)
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # a ValueError: a name with a NUL or half of a surrogate pair
+        reason = getattr(error, "strerror", None) or error
+        raise LoraFactoryError(f"{path} cannot be read ({reason}); check the path") from error
+    check_size(str(path), len(content), limit)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LoraFactoryError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): it was cut short or altered, or has "
+            "another encoding; restore it or save it as UTF-8"
+        ) from error
+
+
+def read_json(path: str | Path, schema: Any = None, *, limit: int = MAX_JSON_BYTES) -> Any:  # noqa: ANN401
+    """Read a JSON file that somebody else may have written; the one function that does it.
+
+    For a file of a folder that came from elsewhere, pass what `checked_file` returns.
+
+    Args:
+        path: The file.
+        schema: A ``TypedDict`` that the value must conform to; default: any value.
+        limit: The most bytes that it may have.
+
+    Raises:
+        LoraFactoryError: When `read_text` refuses the file, it is no JSON, is nested more than 64 deep, holds NaN,
+            infinity, a number of 300 digits or half of a surrogate pair, or does not conform to the schema.
+    """
+    text = read_text(path, limit)
+    try:
+        if _HUGE_NUMBER.search(text):
+            raise ValueError("a number has 300 digits or more")
+        value = json.loads(text, parse_constant=_refuse_constant)
+        _check_values(value, text)
+    except (ValueError, RecursionError) as error:
+        raise LoraFactoryError(
+            f"{path} is no valid JSON ({str(error)[:300]}); it was cut short or altered; restore it or make it again"
+        ) from error
+    if schema is not None:
+        if not isinstance(value, dict):
+            raise LoraFactoryError(f"{path} holds {type(value).__name__}, expected a JSON object")
+        if unknown := set(value) - set(schema.__annotations__):
+            raise LoraFactoryError(f"{path} has unknown entries: {few([name[:100] for name in unknown])}")
+        try:
+            validate_typed_dict(schema, value)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise LoraFactoryError(f"{path} holds a wrong value: {' '.join(str(error).split())[:300]}") from error
+    return value
+
+
+def read_json_object(path: str | Path, schema: Any = None, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:  # noqa: ANN401
+    """The object that a JSON file of somebody else's holds; as `read_json`, and refuses every other value."""
+    values = read_json(path, schema, limit=limit)
     if not isinstance(values, dict):
         raise LoraFactoryError(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_values(value: Any, text: str) -> None:  # noqa: ANN401
+    """Refuse what is nested too deep, and what Python reads from valid JSON and nothing else can take."""
+    escapes = _SURROGATE.search(text) is not None
+    infinite = _LARGE_EXPONENT.search(text) is not None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        if escapes and any(isinstance(one, str) and not one.isascii() and _SURROGATES.search(one) for one in level):
+            raise ValueError("half of a surrogate pair is no text")
+        if infinite and any(isinstance(one, float) and math.isinf(one) for one in level):
+            raise ValueError("a number is larger than any float")
+        keys = [name for one in level if isinstance(one, dict) for name in one] if escapes else []
+        children = [item for one in level if isinstance(one, dict | list) for item in _items(one)]
+        level = keys + children
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Collection[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def is_hub_id(name: str) -> bool:
