@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lora_factory.adapted_modules import check_plain_lora
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json, write_json
+from lora_factory.files import local_path, read_json, write_json
 from lora_factory.layout import AdapterLayout
 from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
 
@@ -253,7 +253,7 @@ def load_adapter(folder: str | Path) -> tuple[AdapterLayout, dict[str, Tensor]]:
     Raises:
         LoraFactoryError: When a file is missing or truncated, or the adapter is not a plain LoRA.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         values = read_json_object(checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES))
         check_plain_lora(values)

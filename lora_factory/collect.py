@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection import Collection, PlannedRun
+from lora_factory.files import local_path
 from lora_factory.image_tasks import ImageTask
 from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
@@ -53,11 +54,12 @@ def collect_adapters(
     """
     arguments = arguments or CollectArguments()
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
-    accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
+    output_dir = local_path(output_dir)
+    accelerator = make_accelerator(arguments, output_dir / HIDDEN_FOLDER / "logs")
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
     if arguments.parallel == "data":
         factory.share_runs()
-    with writing_into(Path(output_dir)):
+    with writing_into(output_dir):
         zoo = AdapterZoo.create(output_dir, factory.layout)
         (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
     factory.keep_tokens(zoo.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,10 +198,10 @@ def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
     """The source's rows for each of our splits that it has."""
     if source.format is not None:
         available = _load_local(source, source.local_files(), task)
-    elif Path(source.path).is_dir():
+    elif Path(source.path).expanduser().is_dir():
         with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
             how = {"streaming": True} if source.streaming else {"keep_in_memory": True}
-            available = datasets.load_dataset(source.path, cache_dir=cache, **how)
+            available = datasets.load_dataset(os.path.expanduser(source.path), cache_dir=cache, **how)
     elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         raise LoraFactoryError(
             f"task {task!r}: no data folder {source.path}; give an existing one, a data file or a Hub id"

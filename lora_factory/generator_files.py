@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,9 @@ class GeneratorSource:
             )
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         dropped = {*HUB_OPTIONS, *SET_BY_AUTO_MODEL}
-        return cls(name, **hub), {key: value for key, value in options.items() if key not in dropped}
+        return cls(os.path.expanduser(name), **hub), {
+            key: value for key, value in options.items() if key not in dropped
+        }
 
     @property
     def is_folder(self) -> bool:
