@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_factory.adapted_modules import check_plain_lora, exact_targets, lora_weights, module_paths, plain_json
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json, write_json
+from lora_factory.files import local_path, read_json, write_json
 from lora_factory.layout import AdapterLayout
 from lora_factory.live_models import (
     base_of,
@@ -58,9 +58,9 @@ def attach_adapter(
     """Attach adapter weights to a base model, strictly.
 
     A base model in a wrapper, such as ``torch.compile``'s or ``DataParallel``, is taken out of it. A ``PeftModel``
-    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts adapters
-    into the base model itself: a base model that carries some already is left as it is, and a copy of it without them
-    gets this one.
+    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts
+    adapters into the base model itself: a base model that carries some already is left as it is, and a copy of it
+    without them gets this one.
 
     Returns:
         A ``PeftModel`` in evaluation mode, with this adapter alone active.
@@ -328,7 +328,7 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
     Raises:
         LoraFactoryError: When a file is missing or truncated, or the adapter is not a plain LoRA.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         values = read_json_object(checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES))
         check_plain_lora(values)

@@ -19,7 +19,7 @@ from lora_factory.arguments import (
     ImportArguments,
     TrainArguments,
 )
-from lora_factory.cli_options import add_options, add_required, command, read_options
+from lora_factory.cli_options import add_options, add_required, command, in_flags, read_options
 from lora_factory.cli_zoo import add_import, add_zoo, run_import
 from lora_factory.errors import LoraFactoryError
 
@@ -43,13 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except LoraFactoryError as error:
-        message = " ".join(str(error).split())
+        message = " ".join(in_flags(str(error), options).split())
         _console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt as error:
-        words = str(error) or "interrupted; the same command continues where it stopped"
+        rest = "; the same command continues where it stopped" if _continues(options) else ""
+        words = str(error) or f"interrupted{rest}"
         _console(stderr=True).print(words, markup=False, highlight=False, soft_wrap=True)
         return 130
+
+
+def _continues(options: argparse.Namespace) -> bool:
+    """Whether what a command has done so far is kept for the next time."""
+    if options.run is _train:  # stage 2 alone keeps its state
+        return bool(options.base_steps or options.specialist_steps)
+    return bool(options.continues or (options.run is _evaluate and options.generator))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
+    demo.set_defaults(continues=True)
     add_options(demo, DemoArguments)
 
     collect = command(commands, "collect", _collect, "fine-tune one LoRA a task and seed and keep its last snapshots")
@@ -68,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_required(collect, "--base-model", "Hub id or folder of the base model")
     add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
     collect.add_argument("--base-model-name", help="Hub id that adapters name as their base (default: --base-model)")
+    collect.set_defaults(continues=True)
     add_options(collect, CollectArguments)
 
     imported = command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
@@ -84,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--images", help="folder with a folder of images for every task, to be conditioned on images")
     train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
+    train.add_argument("--overwrite", action="store_true", help="replace a generator that is there already")
     add_options(train, TrainArguments)
 
     generate = command(commands, "generate", _generate, "write an adapter from a description")
@@ -103,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
     add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
+    generate.add_argument("--overwrite", action="store_true", help="replace a generated adapter that is there already")
     generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
     generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
     generate.add_argument(
@@ -200,22 +212,28 @@ def _import(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     arguments = read_options(options, TrainArguments)
-    from pathlib import Path
-
+    from lora_factory.files import local_path
     from lora_factory.images import images_in
     from lora_factory.tasks import load_tasks
     from lora_factory.training import train_generator
     from lora_factory.zoo import AdapterZoo
 
     zoo, tasks = AdapterZoo(options.zoo), load_tasks(options.tasks) if options.tasks else None
-    images = {task: images_in(Path(options.images) / task) for task in zoo.tasks} if options.images else None
+    images = {task: images_in(local_path(options.images) / task) for task in zoo.tasks} if options.images else None
     train_generator(
-        zoo, options.output_dir, arguments=arguments, tasks=tasks, images=images, base_model=options.base_model
+        zoo,
+        options.output_dir,
+        arguments=arguments,
+        tasks=tasks,
+        images=images,
+        base_model=options.base_model,
+        overwrite=options.overwrite,
     )
 
 
 def _generate(options: argparse.Namespace) -> None:
     from lora_factory.data_source import read_examples
+    from lora_factory.files import local_path
     from lora_factory.modeling import CVAELoRAGenerator
 
     if options.text is None and options.examples is None and options.images is None:
@@ -225,8 +243,9 @@ def _generate(options: argparse.Namespace) -> None:
         options.text,
         options.output_dir,
         examples=read_examples(options.examples) if options.examples else None,
-        images=options.images,
+        images=[local_path(image) for image in options.images] if options.images else None,
         base_model=options.base_model,
+        overwrite=options.overwrite,
         seed=options.seed,
         temperature=options.temperature,
         refine_steps=options.refine_steps,
@@ -247,6 +266,7 @@ def _compare(options: argparse.Namespace) -> None:
     arguments = read_options(options, CompareArguments)
     from lora_factory.comparison import compare
     from lora_factory.fold import Fold
+    from lora_factory.folders import COMPARISON_FILES, check_reports
     from lora_factory.image_tasks import language_tasks
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
@@ -254,6 +274,7 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.training import training_history
     from lora_factory.zoo import AdapterZoo
 
+    check_reports(options.output, *COMPARISON_FILES)
     zoo = AdapterZoo(options.zoo)
     known = set(zoo.tasks)
     fold = Fold(
@@ -275,10 +296,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate_adapters(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from lora_factory.evaluation import evaluate_adapters
     from lora_factory.files import write_json
+    from lora_factory.folders import check_reports
     from lora_factory.image_tasks import language_tasks
     from lora_factory.tasks import check_tasks, load_tasks
     from lora_factory.zoo import AdapterZoo
@@ -286,6 +306,7 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
     tasks = language_tasks(load_tasks(options.tasks))
     check_tasks(tasks)
     console = _console()
+    results = check_reports(options.output, "evaluation.json") / "evaluation.json"
     with console.status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
@@ -296,8 +317,6 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
             zoo=AdapterZoo(options.zoo) if options.zoo else None,
             progress=status.update,
         )
-    results = Path(options.output) / "evaluation.json"
-    results.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,7 +22,7 @@ def command(
 ) -> argparse.ArgumentParser:
     """Add a sub-command that runs a function."""
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, continues=False)
     return parser
 
 
@@ -52,6 +53,33 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None
 def read_options(namespace: argparse.Namespace, options: type[Options]) -> Options:
     """The data class of a command, from its parsed flags."""
     return options(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)})
+
+
+def in_flags(message: str, options: argparse.Namespace) -> str:
+    """An error of a Python function in the words of the command line.
+
+    Python's ``overwrite=True``, ``steps=0``, ``tasks=`` and ``output_dir`` become ``--overwrite``, ``--steps 0``,
+    ``--tasks`` and ``--output-dir``, where the command has such a flag. What stands in a path or in quotes stays.
+
+    Args:
+        message: What the error says.
+        options: The command's parsed flags.
+    """
+    names = sorted((name for name in vars(options) if name not in ("run", "continues")), key=len, reverse=True)
+    before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
+
+    def assigned(match: re.Match[str]) -> str:
+        name, value = match["name"].replace("_", "-"), match["value"] or ""
+        return f"--no-{name}" if value == "False" else f"--{name}{'' if value in ('True', '') else ' ' + value}"
+
+    if not names:
+        return message
+    value = r"'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
+    message = re.sub(rf"{before}(?P<name>{flag})=(?P<value>{value})", assigned, message)
+    words = "|".join(re.escape(name) for name in names if "_" in name)
+    if words:
+        message = re.sub(rf"{before}(?:{words})(?![\w=(/'\".)-])", lambda m: "--" + m[0].replace("_", "-"), message)
+    return message
 
 
 def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection import Collection, PlannedRun
 from lora_factory.errors import LoraFactoryError
+from lora_factory.files import local_path
 from lora_factory.image_tasks import ImageTask
 from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
@@ -57,12 +58,13 @@ def collect_adapters(
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     if not tasks:
         raise LoraFactoryError("tasks is empty; give a task file with one task or more, or a list of tasks")
-    accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
+    output_dir = local_path(output_dir)
+    accelerator = make_accelerator(arguments, output_dir / HIDDEN_FOLDER / "logs")
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
     check_tasks(tasks)
     if arguments.parallel == "data":
         factory.share_runs()
-    with writing_into(Path(output_dir)):
+    with writing_into(output_dir):
         zoo = AdapterZoo.create(output_dir, factory.layout)
         (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
     factory.keep_tokens(zoo.folder)

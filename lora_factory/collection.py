@@ -243,6 +243,8 @@ class Collection:
         if record.descriptions != task.descriptions:
             with writing_into(self.zoo.folder):
                 self.zoo.describe(record, task.descriptions)
+            if self.accelerator.is_main_process:
+                _LOGGER.warning("%s: its descriptions in the zoo are now those of the task file", planned)
         defaults = {field.name: field.default for field in fields(CollectArguments)}  # what an old run does not name
         wanted = {**comparable_settings(self.factory.arguments), "data_fingerprint": task.fingerprint()}
         found = {**defaults, **record.arguments, "data_fingerprint": record.data_fingerprint}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import AdapterSlot, attach_adapter, load_adapter
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json
+from lora_factory.files import local_path, read_json
 from lora_factory.generation import GENERATION_FILE
 from lora_factory.sequences import render_chat
 from lora_factory.zoo import RECORD_FILE, ZOO_FILE, AdapterZoo
@@ -267,7 +267,7 @@ def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> 
     """Whether the chat template was used, by the records of a zoo, of its runs, and of generated adapters."""
     records = {str(zoo.folder): zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks[:1]} if zoo else {}
     given = {name: record.arguments.get("chat_template") for name, record in records.items()}
-    for folder in (Path(name).resolve() for name in adapters):
+    for folder in (local_path(name).resolve() for name in adapters):
         if (folder / RECORD_FILE).is_file() and (folder.parent.parent / ZOO_FILE).is_file():
             record = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
             given[str(folder)] = record.arguments.get("chat_template")

@@ -82,7 +82,9 @@ class GeneratorSource:
             )
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         dropped = {*HUB_OPTIONS, *SET_BY_AUTO_MODEL}
-        return cls(name, **hub), {key: value for key, value in options.items() if key not in dropped}
+        return cls(os.path.expanduser(name), **hub), {
+            key: value for key, value in options.items() if key not in dropped
+        }
 
     @property
     def is_folder(self) -> bool:

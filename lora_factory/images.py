@@ -12,7 +12,7 @@ import numpy
 from PIL import Image, ImageOps
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import sha256_file
+from lora_factory.files import local_path, sha256_file
 from lora_factory.safe_files import reading
 
 ImageLike = str | Path | bytes | Image.Image
@@ -101,7 +101,7 @@ def images_in(folder: str | Path) -> list[Path]:
     Raises:
         LoraFactoryError: When there is none.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS and file.is_file()]
     if not images:

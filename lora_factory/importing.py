@@ -18,7 +18,7 @@ from lora_factory.adapters import ADAPTER_FILE, MAX_ADAPTER_BYTES, load_adapter
 from lora_factory.arguments import ImportArguments
 from lora_factory.canonical import canonical_layout, canonicalise
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json, safe_name, sha256_file
+from lora_factory.files import local_path, read_json, recorded_name, safe_name, sha256_file
 from lora_factory.hub import download_files
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
@@ -106,6 +106,8 @@ def import_adapters(
         LoraFactoryError: When no source can be imported; names the reasons.
     """
     arguments = arguments or ImportArguments()
+    if arguments.base_model:
+        arguments = replace(arguments, base_model=recorded_name(arguments.base_model))
     refused: dict[str, str] = {}
     candidates: list[_Candidate] = []
     for entry in _entries(sources):
@@ -115,7 +117,7 @@ def import_adapters(
             refused[entry.source] = str(error)
     imported: dict[str, str] = {}
     if candidates:
-        zoo, canonical = _open_zoo(Path(output_dir), candidates, arguments)
+        zoo, canonical = _open_zoo(local_path(output_dir), candidates, arguments)
         for candidate in candidates:
             try:
                 _take_in(zoo, candidate, arguments, canonical)
@@ -134,7 +136,7 @@ def read_list(path: str | Path) -> list[AdapterSource]:
     A line holds the folder (relative to the file) or Hub id, then, each after a tab and as far as wanted, the names
     and texts that `AdapterSource` has: task, description, run. Empty lines and those that start with # are skipped.
     """
-    path = Path(path)
+    path = local_path(path)
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith("#"):
@@ -165,7 +167,7 @@ def _entries(sources: Sequence[str | Path | AdapterSource]) -> list[AdapterSourc
         if isinstance(source, AdapterSource):
             entries.append(source)
         else:
-            entries += read_list(source) if Path(source).is_file() else [AdapterSource(str(source))]
+            entries += read_list(source) if local_path(source).is_file() else [AdapterSource(str(source))]
     return entries
 
 
@@ -329,7 +331,8 @@ def _snapshots(candidate: _Candidate, count: int) -> tuple[tuple[int, ...], torc
 
 def _for_base(layout: AdapterLayout, base: str, revision: str | None, arguments: ImportArguments) -> AdapterLayout:
     """The layout under the zoo's name of the base model, once it was found to be for that."""
-    vouched = arguments.base_model == base and not is_hub_id(layout.base_model)
+    named = layout.base_model
+    vouched = arguments.base_model == base and (not is_hub_id(named) or recorded_name(named) == base)
     if layout.base_model != base and not vouched:
         raise LoraFactoryError(
             f"it is for the base model {layout.base_model}, the zoo is for {base}; import it into another zoo"

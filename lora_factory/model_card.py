@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from lora_factory.base_kinds import CAUSAL, BaseKind, base_kind
 from lora_factory.generation import Generation, package_versions
 from lora_factory.printable import printable
-from lora_factory.safe_files import is_hub_id
+from lora_factory.safe_files import MAX_CONFIG_BYTES, check_size, is_hub_id, reading
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator
@@ -288,6 +289,28 @@ def _handwritten(body: str) -> list[str]:
     sections = _sections(body)
     kept = [text for heading, text in sections[1:] if heading not in ours]
     return kept if MARK in body else [sections[0][1], *kept]
+
+
+def handwritten(folder: Path) -> str | None:
+    """The card of a folder that is to be replaced; None when it has none.
+
+    Raises:
+        LoraFactoryError: When what people have added to it could not be carried over into a new card.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    with reading(path, "mend its head or move it away, so that nothing in it is lost"):
+        check_size(str(path), path.stat().st_size, MAX_CONFIG_BYTES)
+        text = path.read_text(encoding="utf-8")
+        keep_handwritten(text, text)
+    return text
+
+
+def with_handwritten(card: str, folder: Path) -> str:
+    """A new card with what people have added to the one in a folder that is to be replaced."""
+    old = handwritten(folder)
+    return card if old is None else keep_handwritten(card, old)
 
 
 def split_card(card: str) -> tuple[dict[str, Any], str]:

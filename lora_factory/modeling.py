@@ -19,14 +19,15 @@ from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.familiarity import familiarity
-from lora_factory.files import atomic_folder, write_text
+from lora_factory.files import atomic_folder, local_path, write_text
+from lora_factory.folders import ADAPTER, check_folder
 from lora_factory.generation import Order, fulfil, write_adapter
 from lora_factory.generator_files import GeneratorSource, read_generator, read_training_record
 from lora_factory.hub_errors import explain
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_card import AdapterCard, origins_of
+from lora_factory.model_card import AdapterCard, handwritten, origins_of, with_handwritten
 from lora_factory.networks import (
     ConditionStandardiser,
     ConvCVAE,
@@ -350,20 +351,29 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             base_model: As there.
             seed: As there.
             temperature: As there.
-            overwrite: Whether an existing folder is replaced.
+            overwrite: Whether a generated adapter that is there already is replaced. Nothing else ever is, be it an
+                adapter that was trained; what people have added to its card stays.
             tokenizer: As there.
             refine_steps: As there.
 
         Returns:
             The folder.
+
+        Raises:
+            LoraFactoryError: As :meth:`generate_adapter`, and when the folder is not to be replaced.
+            StorageError: When it cannot be written; it is a LoraFactoryError.
         """
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
+        read = (self.config.name_or_path, self.layout.base_model, base_model, *(order.images or ()))
+        inputs = [one for one in read if isinstance(one, str | Path)]
+        output = check_folder(save_directory, ADAPTER, overwrite=overwrite, inputs=inputs)
+        handwritten(output)
         base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
-        with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
+        with atomic_folder(output, ADAPTER, overwrite=overwrite, inputs=inputs) as folder:
             generation = write_adapter(self, folder, order, base)
-            card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})
-            write_text(folder / "README.md", card.text)
-        return Path(save_directory)
+            card = AdapterCard(title=output.name, origins=origins_of(self), generations={"": generation})
+            write_text(folder / "README.md", with_handwritten(card.text, output))
+        return local_path(save_directory)
 
     @torch.no_grad()
     def fit_statistics(

@@ -11,6 +11,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory
+from lora_factory.files import recorded_name
 from lora_factory.image_classification import classifier_factory
 from lora_factory.image_tasks import ImageTask
 from lora_factory.layout import AdapterLayout
@@ -43,7 +44,7 @@ def open_factory(
         LoraFactoryError: When the model cannot be loaded, or reads no images though the tasks have some; or when some
             tasks are for classifiers and some are not.
     """
-    name = base_model_name or str(base_model)
+    name = base_model_name or recorded_name(base_model)
     if any(isinstance(task, ImageTask) for task in tasks):
         if others := [task.name for task in tasks if not isinstance(task, ImageTask)]:
             raise LoraFactoryError(f"task {others[0]!r} is not for image classifiers as others are; give them apart")

@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_factory.files import write_text
+from lora_factory.folders import check_reports
 from lora_factory.plots import draw_detections, draw_plots
 from lora_factory.printable import printable
 from lora_factory.summaries import Finding, findings, steering_margins, summarise
@@ -110,8 +111,9 @@ def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:
     Raises:
         LoraFactoryError: If the extra ``report`` is not installed; ``tables.md`` is written all the same.
     """
-    write_text(Path(folder, "tables.md"), markdown_tables(comparison))
-    path = Path(folder, "report.html")
+    folder = check_reports(folder, "tables.md", "report.html")
+    write_text(folder / "tables.md", markdown_tables(comparison))
+    path = folder / "report.html"
     write_text(path, html_page(comparison))
     return path
 

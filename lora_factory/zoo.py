@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_factory.adapted_modules import natural_key
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, read_json, safe_name, sha256_file, write_json, write_text
+from lora_factory.files import atomic_folder, local_path, read_json, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
 
@@ -33,6 +33,7 @@ _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 CHECKPOINTS_FILE = "checkpoints.safetensors"
 _REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
+RUN_FILES = (*_REQUIRED_FILES, RECORD_FILE, "import.json")  # the last one of an imported run
 
 
 class AdapterZoo:
@@ -53,7 +54,7 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
         """
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         path = self.folder / ZOO_FILE
         if not path.is_file():
             raise LoraFactoryError(
@@ -76,7 +77,7 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if the folder holds a zoo of another layout, or is a file.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         if folder.exists() and not folder.is_dir():
             raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
         path = folder / ZOO_FILE
