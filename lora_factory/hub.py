@@ -155,7 +155,7 @@ def push(
     if "/" not in repo_id:
         with _hub_errors(repo_id, "nothing was pushed"):
             where["repo_id"] = f"{_patiently(api.whoami)['name']}/{repo_id}"
-    folder, links = _written(write, where["repo_id"])
+    folder = _written(write, where["repo_id"])
     kept = f"a commit arrives whole or not at all; the files are kept in {folder}, the same call pushes them again"
     message = commit_message or f"{default_message} with lora-factory {__version__}"
     try:
@@ -164,7 +164,7 @@ def push(
                 where["repo_id"] = _patiently(lambda: api.create_repo(**where, private=private, exist_ok=True)).repo_id
                 if revision is not None and not revision.startswith("refs/"):
                     _patiently(lambda: api.create_branch(**where, branch=revision, exist_ok=True))
-            commit = _upload(api, where, folder, links, message, private, revision, create_pr)
+            commit = _upload(api, where, folder, message, private, revision, create_pr)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"the push to {where['repo_id']} was interrupted; {kept}") from error
     shutil.rmtree(folder.parent, ignore_errors=True)
@@ -173,7 +173,7 @@ def push(
 
 def preview(write: Writer, repo_id: str) -> tuple[dict[str, int], str]:
     """What a push would upload: the size in bytes of every file, and the card."""
-    folder, _ = _written(write, repo_id)
+    folder = _written(write, repo_id)
     try:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         return dict(sorted(files.items())), (folder / CARD_FILE).read_text(encoding="utf-8")
@@ -181,8 +181,8 @@ def preview(write: Writer, repo_id: str) -> tuple[dict[str, int], str]:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def _written(write: Writer, repo_id: str) -> tuple[Path, set[str]]:
-    """A new folder that ``write`` has filled, and the names of the links in it.
+def _written(write: Writer, repo_id: str) -> Path:
+    """A new folder, in one of its own, that ``write`` has filled.
 
     Raises:
         LoraFactoryError: When it cannot be written, or holds a link that ``write`` has not checked.
@@ -212,14 +212,13 @@ def _written(write: Writer, repo_id: str) -> tuple[Path, set[str]]:
     except BaseException:
         shutil.rmtree(outer, ignore_errors=True)
         raise
-    return folder, links
+    return folder
 
 
 def _upload(
     api: HfApi,
     where: Mapping[str, Any],
     folder: Path,
-    links: Collection[str],
     message: str,
     private: bool | None,
     revision: str | None,
@@ -329,20 +328,21 @@ def download_files(
     """
     if not is_hub_id(repo_id):
         raise LoraFactoryError(f"{repo_id!r} is neither a folder nor a Hub id; write user/name")
-    api, names = HfApi(token=token), []
-    with _hub_errors(repo_id, "what has arrived is kept, the same call continues", "download"):
+    api, names, state = HfApi(token=token), [], "what has arrived is kept, the same call continues"
+    with _hub_errors(repo_id, state, "download"):
         about: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision, files_metadata=True)
-        for file in about.siblings or []:
-            if limit := limit_of(file.rfilename):
-                if file.size is None or file.size > limit:
-                    raise LoraFactoryError(
-                        f"{repo_id}: {file.rfilename} has {file.size} bytes, at most {limit} are expected; "
-                        "nothing is downloaded"
-                    )
-                names.append(glob.escape(file.rfilename))
-        if not names:
-            raise LoraFactoryError(f"{repo_id} has none of the files that are expected; check the id and the revision")
-        where: dict[str, Any] = {"repo_type": repo_type, "revision": about.sha, "token": token}
+    for file in about.siblings or []:
+        if limit := limit_of(file.rfilename):
+            if file.size is None or file.size > limit:
+                raise LoraFactoryError(
+                    f"{repo_id}: {file.rfilename} has {file.size} bytes, at most {limit} are expected; "
+                    "nothing is downloaded"
+                )
+            names.append(glob.escape(file.rfilename))
+    if not names:
+        raise LoraFactoryError(f"{repo_id} has none of the files that are expected; check the id and the revision")
+    where: dict[str, Any] = {"repo_type": repo_type, "revision": about.sha, "token": token}
+    with _hub_errors(repo_id, state, "download"):
         return Path(snapshot_download(repo_id, allow_patterns=names, **where))
 
 
@@ -492,8 +492,6 @@ def _hub_errors(name: str, state: str, doing: str = "push to") -> Iterator[None]
     """Turn whatever the Hub's client raises into our error, which says why, and what state things are in."""
     try:
         yield
-    except LoraFactoryError:
-        raise
     except Exception as error:  # also what the client stumbles over in an answer that it does not know
         raise LoraFactoryError(f"cannot {doing} {name}: {explain(error, name)}; {state}") from error
 

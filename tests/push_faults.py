@@ -19,7 +19,7 @@ from typing import Any
 import hub_http
 from hub_server import HubServer
 
-PATIENCE = 0.4  # seconds that a client waits for an answer; what is slow here takes longer
+PATIENCE = 0.25  # seconds that a client waits for an answer; what is slow here takes longer
 real_sleep, hub_http.time = time.sleep, SimpleNamespace(sleep=time.sleep)
 time.sleep = lambda seconds: None  # what the clients do between two requests, not how long they wait, is looked at
 HUB = HubServer()
@@ -50,7 +50,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     **{str(status): {"status": status} for status in (401, 403, 404, 409, 412, 413, 429, 500, 503)},
     "dropped request": {"drop": "upload"},
     "dropped answer": {"drop": "download"},
-    "no answer": {"delay": 2 * PATIENCE},
+    "no answer": {"delay": 1.5 * PATIENCE},
 }
 PASSING = ("429", "500", "503", "dropped request", "dropped answer", "no answer")
 OLD = {
@@ -92,7 +92,7 @@ def one(number: int, method: str, pattern: str, times: int | None, fault: dict[s
     if programmed.times == 1:
         return "the request was not made"
     if fault.get("delay"):
-        real_sleep(2.5 * PATIENCE)  # what the hub still does when nobody waits for it
+        real_sleep(PATIENCE)  # what the hub still does when nobody waits for it
     history = list(repo.history("v1" if "v1" in repo.branches else "main"))
     files = {path: blob.content.decode() for path, blob in history[0].tree.items() if path != ".gitattributes"}
     new = {path for path in {**OLD, **mine} if path != "condition.safetensors"}
