@@ -25,7 +25,7 @@ from accelerate.utils.memory import clear_device_cache
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory, TrainingTask, comparable_settings, versions
-from lora_factory.failures import CollectionError, Failures
+from lora_factory.failures import CollectionError, Failures, may_pass
 from lora_factory.files import sha256_text
 from lora_factory.leases import Lease, Leases
 from lora_factory.progress import Progress
@@ -145,7 +145,7 @@ class Collection:
         for run in before:
             if self._is_finished(run):
                 self.progress.landed(self.zoo.record(run.task.name, run.run))
-            elif self.failures.count(run.key) > self.factory.arguments.retries:
+            elif self.failures.given_up(run.key, self.factory.arguments.retries):
                 self.progress.failed()
             else:
                 self.left.append(run)
@@ -176,6 +176,8 @@ class Collection:
             with writing_into(self.zoo.folder):
                 reason = self.failures.add(run.key, error)
             count, allowed = self.failures.count(run.key), self.factory.arguments.retries + 1
+            if not may_pass(error):
+                allowed = count  # it would come again
             _LOGGER.warning("%s failed, attempt %d of %d: %s", run, count, allowed, reason)
         if self.factory.shares_runs and not isinstance(error, LoraFactoryError):
             raise error  # it may have struck one process alone, and the others wait for it

@@ -113,7 +113,7 @@ class HiddenStateEncoder:
         self._head = base.get_output_embeddings()
         self.width = 3 * base.config.get_text_config().hidden_size
         self.identifier = (
-            f"hidden-states-and-errors:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
+            f"hidden-states-and-errors-2:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
         )
 
     def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -240,7 +240,7 @@ class _SentenceEncoder:
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that the mask keeps, 0 where it keeps none: ``(batch, tokens, width)`` to ``(batch, width)``.
+    """Mean over the tokens that the mask keeps, else 0: ``(batch, tokens, width)`` to ``(batch, width)``.
 
     It keeps none where nothing is predicted: a text of one token, read by a model that has no start token.
     """

@@ -93,7 +93,7 @@ def score_examples(
         tokenizer: The model's tokenizer.
         examples: Prompt and completion each; a plain text has an empty prompt.
         window: Tokens a forward pass and text; as many as the model has positions for, where these are fewer.
-        stride: Tokens from one window's start to the next one's; below ``window``, and shortened in proportion with it.
+        stride: Tokens from one window's start to the next one's; below ``window``, and shortened with it.
         batch_size: Windows a forward pass.
         max_tokens: Stop after this many scored tokens, in the order of the examples; default: score all.
         chat_template: Put prompts and completions into the tokenizer's chat template, as a collection that is told to
