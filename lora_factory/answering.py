@@ -18,6 +18,7 @@ from transformers import (
 
 from lora_factory.evaluation import pad_tokens
 from lora_factory.live_models import base_of
+from lora_factory.sequences import end_token
 
 
 def greedy_answers(
@@ -57,7 +58,7 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     base = base_of(model)
     own = base.generation_config.eos_token_id
     given = own if isinstance(own, list) else [own]
-    return {token for token in (*given, tokenizer.eos_token_id) if token is not None}
+    return {token for token in (*given, end_token(tokenizer)) if token is not None}
 
 
 def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: set[int]) -> str:

@@ -8,7 +8,14 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.arguments import (
+    CollectArguments,
+    CompareArguments,
+    DemoArguments,
+    ImportArguments,
+    TrainArguments,
+    converted,
+)
 
 Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -46,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None
         many = get_origin(kind) is tuple
         shown = ",".join(map(str, default)) if many else str(default)
         text = f"{text} (default: {shown})" if shown else text
-        parse = _tuple_parser(get_args(kind)[0]) if many else kind
+        parse = _parser(flag, kind)
         parser.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
 
 
@@ -82,9 +89,12 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
     return message
 
 
-def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:
-    def comma_separated(text: str) -> tuple[object, ...]:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+def _parser(flag: str, kind: Any) -> Callable[[str], object]:  # noqa: ANN401
+    """What turns a flag's text into a value, as the data class itself would."""
 
-    comma_separated.__name__ = f"comma-separated {kind.__name__}"
-    return comma_separated
+    def parse(text: str) -> object:
+        return converted(flag, kind, text)
+
+    many = get_origin(kind) is tuple
+    parse.__name__ = f"comma-separated {get_args(kind)[0].__name__}" if many else kind.__name__
+    return parse

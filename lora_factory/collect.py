@@ -48,16 +48,19 @@ def collect_adapters(
         The zoo, with ``len(tasks) * len(arguments.seeds)`` more runs at most.
 
     Raises:
-        CollectionError: At the end, when runs failed as often as ``arguments.retries`` allows: a loss that is not
-            finite, memory that ran out. It is a LoraFactoryError, and the other runs are stored.
+        CollectionError: At the end, when runs failed: a loss that is not finite, a run that ended worse than the base
+            model, or memory that ran out more often than ``arguments.retries`` allows. It is a LoraFactoryError, and
+            the other runs are stored.
         StorageError: When the folder cannot be written; it is a LoraFactoryError as well.
         LoraFactoryError: When the data of a task cannot be used (nothing is trained then, and all such tasks are
             named), the base model cannot be loaded, or the zoo holds runs of other settings.
     """
     arguments = arguments or CollectArguments()
+    if isinstance(tasks, Task | ImageTask):
+        tasks = [tasks]
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     if not tasks:
-        raise LoraFactoryError("tasks is empty; give a task file with one task or more, or a list of tasks")
+        raise LoraFactoryError("tasks is empty; give at least one task, or a task file that holds one")
     output_dir = local_path(output_dir)
     accelerator = make_accelerator(arguments, output_dir / HIDDEN_FOLDER / "logs")
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)

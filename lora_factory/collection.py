@@ -26,7 +26,7 @@ from filelock import SoftFileLease, Timeout
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory, TrainingTask, comparable_settings, versions
-from lora_factory.failures import CollectionError, Failures
+from lora_factory.failures import CollectionError, Failures, may_pass
 from lora_factory.files import sha256_text
 from lora_factory.progress import Progress
 from lora_factory.run_state import RunCheckpoint, writing_into
@@ -192,10 +192,10 @@ class Collection:
         if writes:
             with writing_into(self.zoo.folder):
                 reason = self.failures.add(run.key, error)
-            count, retries = self.failures.count(run.key), self.factory.arguments.retries
-            final = self.failures.given_up(run.key, retries)
-            again = "is not tried again" if final and count <= retries else f"attempt {count} of {retries + 1}"
-            _LOGGER.warning("%s failed, %s: %s", run, again, reason)
+            count, allowed = self.failures.count(run.key), self.factory.arguments.retries + 1
+            if not may_pass(error):
+                allowed = count  # it would come again
+            _LOGGER.warning("%s failed, attempt %d of %d: %s", run, count, allowed, reason)
         if self.factory.shares_runs and not isinstance(error, LoraFactoryError):
             raise error  # it may have struck one process alone, and the others wait for it
         error.__traceback__ = None  # its frames hold the tensors of the failed run

@@ -142,14 +142,13 @@ class Contenders:
     @cached_property
     def _generators_factory(self) -> AdapterFactory:
         """The same for the generator, whose adapters may have a higher rank than the zoo's."""
-        config, settings = self.fold.generator.layout.lora_config, self.factory.arguments
-        wanted = replace(settings, rank=config["r"], lora_alpha=config["lora_alpha"])
-        return self.factory if wanted == settings else self._attached(wanted, self.fold.generator.layout)
+        layout = self.fold.generator.layout
+        return self.factory if layout.modules == self.factory.layout.modules else self._attached(layout)
 
     @cached_property
     def factory(self) -> AdapterFactory:
         """The base model with one slot, set up as the zoo's runs were."""
-        return self._attached(self.settings, self.fold.zoo.layout)
+        return self._attached(self.fold.zoo.layout)
 
     @cached_property
     def _multitask_factory(self) -> AdapterFactory:
@@ -160,11 +159,13 @@ class Contenders:
         if wanted == settings:
             return self.factory
         layout = self.fold.zoo.layout
-        return self._attached(wanted, layout.with_rank(rank) if rank else layout)
+        return self._attached(layout.with_rank(rank) if rank else layout, wanted)
 
-    def _attached(self, settings: CollectArguments, layout: AdapterLayout) -> AdapterFactory:
-        name, tasks = layout.base_model, (*self.fold.seen, *self.fold.unseen)
-        factory = open_factory(self.base_model, settings, Accelerator(), tasks, base_model_name=name, layout=layout)
+    def _attached(self, layout: AdapterLayout, settings: CollectArguments | None = None) -> AdapterFactory:
+        name, tasks = self.fold.zoo.layout.base_model, (*self.fold.seen, *self.fold.unseen)
+        factory = open_factory(
+            self.base_model, settings or self.settings, Accelerator(), tasks, base_model_name=name, layout=layout
+        )
         factory.keep_tokens(self.fold.zoo.folder)
         return factory
 

@@ -24,7 +24,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_inputs import CausalInputs, ModelInputs, Seq2SeqInputs, model_inputs
+from lora_factory.model_inputs import CausalInputs, ModelInputs, Seq2SeqInputs, check_lengths, model_inputs
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
 from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
@@ -102,18 +102,19 @@ class AdapterFactory:
 
         Raises:
             LoraFactoryError: When the model lacks a module that ``arguments`` or ``layout`` name, or has it in another
-                size, or when ``arguments.sequence_length`` is longer than the model's positions.
+                size.
         """
-        _check_length(model, arguments)
+        task_type = _task_type(model) if inputs is None else None
         if layout is None:
             lora_config = LoraConfig(
                 r=arguments.rank,
                 lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
                 target_modules=target_modules(model, arguments.target_modules),
-                task_type=_task_type(model) if inputs is None else None,
+                task_type=task_type,
             )
         else:
             lora_config = layout.training_config()
+            lora_config.task_type = task_type
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         if arguments.quantization:
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -171,7 +172,9 @@ class AdapterFactory:
 
     def encode(self, examples: Sequence[Any]) -> list[TokenSequence]:
         """Examples as ``inputs`` encodes them; texts are read from the disk where ``keep_tokens`` has kept them."""
-        return list((self.tokens or self.inputs).encode(examples, self.arguments))
+        rows = list((self.tokens or self.inputs).encode(examples, self.arguments))
+        check_lengths(self.model, rows)
+        return rows
 
     def train(
         self,
@@ -195,25 +198,16 @@ class AdapterFactory:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
 
         Raises:
-            LoraFactoryError: When a training loss is not finite, or the last validation loss is above the base
-                model's.
+            LoraFactoryError: When the loss is not finite, or the run ends with no good adapter, see ``_check_run``.
         """
         train = self.encode(task.examples("train"))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
-        batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), self.validation(task)
-        self.slot.load(self.initial)
-        base_loss = self.loss(validation)
+        batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), [self.validation(task)]
         snapshots, losses, tokens = self.fit(
-            batches, [validation], kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
+            batches, validation, kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
         )
-        # Two losses that differ by rounding alone are alike; neither comparison holds where one of them is NaN.
-        if not (losses[-1] <= base_loss or math.isclose(losses[-1], base_loss, rel_tol=1e-3)):
-            raise LoraFactoryError(
-                f"{label}: the validation loss ends at {losses[-1]:.5g}, the base model's own is {base_loss:.5g}, so "
-                f"this run learned nothing of use; lower learning_rate (now {self.arguments.learning_rate}) or steps "
-                f"(now {total}), or give more text"
-            )
+        self._check_run(label, snapshots[-1], losses[-1], validation[0], train)
         return self._record(task, seed, tuple(kept), losses, tokens), snapshots
 
     def fit(
@@ -276,6 +270,40 @@ class AdapterFactory:
                         state, self._weights(), optimizer, schedule, self.accelerator, shared=self.shares_runs
                     )
         return torch.stack(state.snapshots), tuple(state.losses), state.tokens
+
+    def _check_run(
+        self,
+        label: str,
+        final: torch.Tensor,
+        loss: float,
+        validation: list[TokenSequence],
+        train: list[TokenSequence],
+    ) -> None:
+        """Refuse a run that diverged: it is in the slot still.
+
+        Its weights must be finite in half precision, in which adapters are served. Where its validation loss is above
+        the base model's, its loss on as many of its training sequences must not be: a run that has overfitted a small
+        task, or has taken few steps, reads its own training text no worse than before; one that diverged reads both
+        worse.
+        """
+        advice = f"lower learning_rate (now {self.arguments.learning_rate})"
+        largest = float(final.abs().max())
+        if not (math.isfinite(loss) and largest <= torch.finfo(torch.float16).max):
+            raise LoraFactoryError(
+                f"{label}: it ended with a validation loss of {loss:.4g} and weights up to {largest:.3g}, which half "
+                f"precision cannot hold; {advice}"
+            )
+        some = train[: len(validation)]
+        trained = self.loss(some)
+        self.slot.load(self.initial)
+        base = self.loss(validation)
+        if not loss > base:
+            return
+        if trained > (before := self.loss(some)):
+            raise LoraFactoryError(
+                f"{label}: it ended worse than the base model: validation loss {loss:.4f}, the base model's "
+                f"{base:.4f}; training loss {trained:.4f}, the base model's {before:.4f}; {advice}"
+            )
 
     @property
     def tokens_a_step(self) -> int:
@@ -409,16 +437,6 @@ def settings_of(zoo: AdapterZoo) -> CollectArguments:
 def versions() -> dict[str, str]:
     """The packages that make a run, by name."""
     return {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}}
-
-
-def _check_length(model: PreTrainedModel, arguments: CollectArguments) -> None:
-    """Refuse sequences for which the base model has no positions."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and arguments.sequence_length > longest:
-        raise LoraFactoryError(
-            f"sequence_length={arguments.sequence_length} is longer than the {longest} positions of this "
-            f"{type(model).__name__}; pass sequence_length={longest} or less"
-        )
 
 
 def _task_type(model: PreTrainedModel) -> str:

@@ -38,7 +38,7 @@ def open_factory(
         tasks: What is to be learned or read; by default texts.
         base_model_name: What adapters name as their base; default: ``base_model``.
         revision: Branch, tag or commit on the Hub.
-        layout: The modules, ranks and scalings of the LoRA; default: those that ``arguments`` name.
+        layout: The slot's modules, ranks and scalings; default: those of the arguments.
 
     Raises:
         LoraFactoryError: When the model cannot be loaded, or reads no images though the tasks have some; or when some

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.given import as_examples
 from lora_factory.image_data import ImageExample, as_example
 from lora_factory.live_models import without_adapters
+from lora_factory.model_inputs import positions
 from lora_factory.sequences import TokenSequence
 
 LEARNING_RATE = 1e-3
@@ -96,6 +98,8 @@ def refine_state_dict(
 ) -> dict[str, Tensor]:
     """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
     settings = CollectArguments(chat_template=chat_template)
+    if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
+        settings = replace(settings, sequence_length=limit)
     sequences = base.inputs.encode([*map(as_example, as_examples(examples))], settings)
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
