@@ -122,19 +122,24 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
     """``peft.get_peft_model`` with a clear error, and without the warnings that are about its own calls.
 
     Raises:
-        LoraFactoryError: When none of the config's target modules is in the model.
+        LoraFactoryError: When none of the config's target modules is in the model, or one is stacked weights of experts.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
         public_name = config.base_model_name_or_path
+        advice = f"name some of its modules: target_modules={','.join(sorted(_last_names(linear_modules(model))))!r}"
         try:
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         except ValueError as error:
             raise LoraFactoryError(
-                f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; "
-                f"name some of its modules: target_modules={','.join(sorted(_last_names(linear_modules(model))))!r}"
+                f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; {advice}"
             ) from error
+    if config.target_parameters:
+        raise LoraFactoryError(
+            f"{sorted(config.target_parameters)} of this {type(model).__name__} are weights that PEFT adapts stacked, "
+            f"and no modules; {advice}"
+        )
     config.base_model_name_or_path = public_name  # PEFT puts the folder there that the base was loaded from
     return wrapped
 
