@@ -13,7 +13,7 @@ import torch
 from test_modeling import layout, make_generator
 from test_zoo import record_of, snapshots_of
 
-from lora_factory import Task, cli, save_tasks
+from lora_factory import Task, cli
 from lora_factory.adapters import load_adapter
 from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, TrainArguments
 from lora_factory.cli_options import in_flags
@@ -25,11 +25,11 @@ from lora_factory.demo import run_demo
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import atomic_folder, read_json, recorded_name, write_text
 from lora_factory.folders import ADAPTER, GENERATOR, check_folder
-from lora_factory.importing import import_adapters
+from lora_factory.importing import AdapterSource, import_adapters
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.report import write_report
-from lora_factory.tasks import load_tasks
+from lora_factory.tasks import load_tasks, save_tasks
 from lora_factory.training import save_generator, train_generator
 from lora_factory.zoo import AdapterZoo
 from lora_factory.zoo_tools import merge, prune
@@ -53,6 +53,7 @@ FOREIGN = {
     "tasks.yaml": "shopping: milk",
     "cond_p_diff.json": "{}",
     "notes/inside.txt": "deep",
+    "fast/results.json": "{}",
     "law/train.jsonl": "{}",
     ".hidden": "hidden",
 }
@@ -83,6 +84,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def source(zoo: AdapterZoo) -> AdapterSource:
+    return AdapterSource(str(zoo.folder / "law" / "seed-0"), "law", ("legal notices",))
+
+
 Write = Callable[[CVAELoRAGenerator, AdapterZoo, Path, Path], object]
 
 
@@ -99,11 +104,11 @@ WRITERS: dict[str, Write] = {
     "save_pretrained": lambda g, zoo, _, to: g.save_pretrained(to),
     "save_adapter": lambda g, zoo, _, to: g.save_adapter(TEXT, to, overwrite=True),
     "collect_adapters": lambda g, zoo, base, to: collect_adapters([TASK], base, to, CollectArguments(steps=1)),
-    "import_adapters": lambda g, zoo, _, to: import_adapters([zoo.folder / "law" / "seed-0"], to),
+    "import_adapters": lambda g, zoo, _, to: import_adapters([source(zoo)], to),
     "merge": lambda g, zoo, _, to: merge([zoo], to),
     "compare": lambda g, zoo, base, to: compare([], base, to, CompareArguments()),
     "write_report": lambda g, zoo, _, to: write_report({}, to),
-    "run_demo": lambda g, zoo, base, to: run_demo(DemoArguments(str(to / "no" / ".." / "thesis.txt"), str(base))),
+    "run_demo": lambda g, zoo, base, to: run_demo(DemoArguments(output_dir=str(to), base_model=str(base), fast=True)),
     "build_corpus": lambda g, zoo, _, to: build_corpus(to),
     "save_tasks": lambda g, zoo, _, to: save_tasks([TASK], to / "tasks.yaml"),
     "save_tasks elsewhere": lambda g, zoo, _, to: save_tasks([TASK], to / "other.yaml"),
@@ -112,7 +117,7 @@ WRITERS: dict[str, Write] = {
     "train": lambda g, zoo, _, to: run("train", "--zoo", zoo.folder, "--output-dir", to, "--overwrite"),
     "evaluate": lambda g, zoo, _, to: run("evaluate", "--tasks", "t", "--adapter", "a", "--output", to),
     "zoo merge": lambda g, zoo, _, to: run("zoo", "merge", zoo.folder, "--output-dir", to),
-    "demo": lambda g, zoo, base, to: run("demo", "--output-dir", to / "thesis.txt", "--base-model", base),
+    "demo": lambda g, zoo, base, to: run("demo", "--fast", "--output-dir", to, "--base-model", base),
 }
 PLACES = ("foreign", "working directory", "around", "home", "link", "dots", "the input's own folder")
 
@@ -134,6 +139,7 @@ def test_nothing_is_lost(
         fill(tmp_path / word)
     fill(tmp_path / "around")
     (zoo.folder / "thesis.txt").write_text("beside the tasks")
+    write_text(zoo.folder / "fast" / "results.json", "{}")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "here")
     path = {
@@ -296,7 +302,7 @@ def test_a_local_base_is_recorded_as_one_and_not_pushed(
     assert zoo.layout.base_model == str(tmp_path / "llama") == recorded_name("llama")
     config = json.loads((zoo.folder / "law/seed-0/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "llama")
-    report = import_adapters([zoo.folder / "law" / "seed-0"], "imported")
+    report = import_adapters([source(zoo)], "imported")
     assert report.zoo.layout.base_model == str(tmp_path / "llama")
     assert cli.main(["push", "--zoo", "zoo", "--repo-id", "me/x", "--dry-run"]) == 2
     assert "--base-model-name" in capsys.readouterr().err
