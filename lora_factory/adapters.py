@@ -122,7 +122,7 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
     """``peft.get_peft_model`` with a clear error, and without the warnings that are about its own calls.
 
     Raises:
-        LoraFactoryError: When none of the config's target modules is in the model, or one is stacked weights of experts.
+        LoraFactoryError: When none of the config's target modules is in the model, or one is no module.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

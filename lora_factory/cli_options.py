@@ -76,12 +76,14 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
     before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
 
     def assigned(match: re.Match[str]) -> str:
-        name, value = match["name"].replace("_", "-"), match["value"] or ""
+        name, value = match["name"].replace("_", "-"), match["value"]
+        if value.startswith("("):  # a tuple is a list with commas
+            value = ",".join(part.strip() for part in value[1:-1].split(",") if part.strip())
         return f"--no-{name}" if value == "False" else f"--{name}{'' if value in ('True', '') else ' ' + value}"
 
     if not names:
         return message
-    value = r"'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
+    value = r"\([^)]*\)|'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
     message = re.sub(rf"{before}(?P<name>{flag})=(?P<value>{value})", assigned, message)
     words = "|".join(re.escape(name) for name in names if "_" in name)
     if words:

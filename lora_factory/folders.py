@@ -271,3 +271,24 @@ def check_saving(folder: str | Path) -> Path:
                 f"{folder / taken[0]} is no generator's and would be replaced; name another folder for the generator"
             )
     return folder
+
+
+def check_task_file(path: Path, examples: Iterable[Path]) -> None:
+    """Find out whether a task file and the files of its examples may be written.
+
+    Args:
+        path: The task file; an older one is replaced, with the examples beside it.
+        examples: The files of examples that belong to it.
+
+    Raises:
+        LoraFactoryError: When the file is there and is no task file, or files of examples are there without one.
+        StorageError: When it cannot be read.
+    """
+    with storage_errors(path, "read"):
+        if os.path.lexists(path):
+            if not path.is_file() or not re.search(rb"(?m)^tasks:|\A\s*\{\s*\"tasks\"", path.read_bytes()):
+                raise LoraFactoryError(
+                    f"{path} is there and is no task file, so it is not replaced; name another file"
+                )
+        elif taken := next((file for file in examples if os.path.lexists(file)), None):
+            raise LoraFactoryError(f"{taken} is there without a task file, so it is not replaced; name another folder")

@@ -23,6 +23,7 @@ from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, r
 from lora_factory.zoo_tools import run_files
 
 if TYPE_CHECKING:
+    from lora_factory.layout import AdapterLayout
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.zoo import AdapterZoo
 
@@ -155,7 +156,7 @@ class HubMixin:
         Raises:
             LoraFactoryError: As for `push_adapter`; adapters pushed before the failing one stay.
         """
-        check_base_model(self)
+        check_base_model(self.layout)
         names = [safe_name(name) for name in texts]
         if not names:
             raise LoraFactoryError('texts is empty; name at least one adapter: {"legal": "Legal notices"}')
@@ -180,7 +181,7 @@ def generator_writer(
     Raises:
         LoraFactoryError: When the comparison cannot be read, or is one of another base model.
     """
-    check_base_model(generator)
+    check_base_model(generator.layout)
     for field in ("text_encoder", "image_encoder"):
         encoder = getattr(generator.config, field)
         if encoder is not None and not is_public_name(encoder):
@@ -224,7 +225,7 @@ def adapter_writer(
     token: str | bool | None = None,
 ) -> Writer:
     """What writes all files of a generated adapter's repository; see `HubMixin.push_adapter`."""
-    check_base_model(generator)
+    check_base_model(generator.layout)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
     order = Order(text, conditions=conditions, seed=seed, temperature=temperature)
@@ -247,7 +248,7 @@ def adapters_writer(
     token: str | bool | None = None,
 ) -> Writer:
     """What writes a repository with a folder for each of several adapters; see `HubMixin.push_adapters`."""
-    check_base_model(generator)
+    check_base_model(generator.layout)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
     orders = {name: Order(text, seed=seed, temperature=temperature) for name, text in texts.items()}
@@ -271,6 +272,7 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
     Raises:
         LoraFactoryError: When a file of the zoo is damaged.
     """
+    check_base_model(zoo.layout)
     if problems := zoo.verify():
         raise LoraFactoryError(f"{len(problems)} files of the zoo are damaged, nothing is pushed: {problems[0]}")
     layout = zoo.layout
@@ -316,13 +318,13 @@ def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **optio
     return push(write, repo_id, default_message="Push zoo", repo_type="dataset", **options)
 
 
-def check_base_model(generator: CVAELoRAGenerator) -> None:
-    """Check that others can load the base model that a generator's adapters name.
+def check_base_model(layout: AdapterLayout) -> None:
+    """Check that others can load the base model that adapters of a layout name.
 
     Raises:
         LoraFactoryError: When its name is no Hub id.
     """
-    name = generator.layout.base_model
+    name = layout.base_model
     if not is_hub_id(name):
         raise LoraFactoryError(
             f"the adapters name {name!r} as their base model, which others cannot load; collect them with "

@@ -15,6 +15,7 @@ import yaml
 from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example, Split, load_examples, with_text
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
+from lora_factory.folders import check_task_file
 from lora_factory.image_data import ImageExample, as_example
 from lora_factory.image_sources import CocoSource, ImageRows
 from lora_factory.image_tasks import ImageClasses, ImageTask, check_images
@@ -226,12 +227,13 @@ def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
         path: The file to write, .yaml, .yml or .json.
 
     Raises:
-        LoraFactoryError: Another file ending.
+        LoraFactoryError: Another file ending, or a file that is there and was not written by this function.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in _TASK_FILE_ENDINGS:
         raise LoraFactoryError(f"task file {path} must end in {', '.join(_TASK_FILE_ENDINGS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = [path.parent / task.name / f"{split}.jsonl" for task in tasks if task.data is None for split in SPLITS]
+    check_task_file(path, examples)
     content = {"tasks": [_task_to_dict(task, path.parent) for task in tasks]}
     if path.suffix.lower() == ".json":
         write_json(path, content)
@@ -429,7 +431,6 @@ def _checked_choices(given: object, metric: str | None, task: str) -> tuple[str,
 
 
 def _write_examples(path: Path, examples: Sequence[Example], data: DataSource) -> None:
-    path.parent.mkdir(exist_ok=True)
     rows = ({"text": e.completion} if data.text_column else e._asdict() for e in examples)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -33,7 +33,6 @@ _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 CHECKPOINTS_FILE = "checkpoints.safetensors"
 _REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
-RUN_FILES = (*_REQUIRED_FILES, RECORD_FILE, "import.json")  # the last one of an imported run
 
 
 class AdapterZoo:

@@ -17,7 +17,7 @@ from lora_factory.folders import FolderKind, check_folder, run_kind
 from lora_factory.hub import download_files
 from lora_factory.run_record import RunRecord
 from lora_factory.safe_files import MAX_CONFIG_BYTES
-from lora_factory.zoo import CHECKPOINTS_FILE, RECORD_FILE, RUN_FILES, ZOO_FILE, AdapterZoo
+from lora_factory.zoo import CHECKPOINTS_FILE, RECORD_FILE, ZOO_FILE, AdapterZoo
 
 _HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
 _NUMBER_BYTES = 4  # of the widest numbers that a zoo holds
@@ -152,11 +152,11 @@ def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
 
 
 def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:
-    """What belongs to a run: the files of its record, or those of any run when the record is damaged."""
+    """What belongs to a run: the files of its record, or all plain files beside a damaged record."""
     try:
         return run_kind([*zoo.record(task, run).sha256, RECORD_FILE])
     except LoraFactoryError:
-        return run_kind(RUN_FILES)
+        return FolderKind("a run", r"[^/]+")
 
 
 def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
