@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_factory.adapted_modules import check_plain_lora, exact_targets, lora_weights, module_paths, plain_json
 from lora_factory.errors import LoraFactoryError
@@ -40,13 +38,12 @@ from lora_factory.live_models import (
     without_adapters,
 )
 from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
+from lora_factory.targets import last_names, linear_modules
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LOGGER = logging.getLogger(__name__)
-# Their fused kernels read out_proj's weight without calling the module, so that PEFT refuses a LoRA on it.
-_STATE_SPACE_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 def attach_adapter(
@@ -128,7 +125,7 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
         public_name = config.base_model_name_or_path
-        advice = f"name some of its modules: target_modules={','.join(sorted(_last_names(linear_modules(model))))!r}"
+        advice = f"name some of its modules: target_modules={','.join(sorted(last_names(linear_modules(model))))!r}"
         try:
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         except ValueError as error:
@@ -142,48 +139,6 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
         )
     config.base_model_name_or_path = public_name  # PEFT puts the folder there that the base was loaded from
     return wrapped
-
-
-def target_modules(model: nn.Module, wanted: str) -> list[str]:
-    """Return the names of the modules that a LoRA goes on, as PEFT's ``target_modules`` takes them.
-
-    Args:
-        model: The base model.
-        wanted: Comma-separated names, whole or the last parts of them; or "all-linear" for all linear modules that a
-            LoRA can adapt, the output layer left out. The stacked weights of experts are no modules.
-
-    Raises:
-        LoraFactoryError: When a name is that of no module; names those that come nearest.
-    """
-    modules, linear = dict(model.named_modules()), linear_modules(model)
-    if wanted == "all-linear":
-        last, others = _last_names(linear), _last_names(modules.keys() - linear)
-        return sorted(linear if last & others else last)
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in modules):
-            near = difflib.get_close_matches(name, _last_names(modules.keys()), n=3) or sorted(_last_names(linear))
-            raise LoraFactoryError(
-                f"target_modules names {name!r}, which does not fit this {type(model).__name__}: it has no module of "
-                f"that name; did you mean {', '.join(near)}? Or use all-linear"
-            )
-    return names
-
-
-def linear_modules(model: nn.Module) -> set[str]:
-    """Return the paths of the linear modules that a LoRA can adapt, without the output layer of a language model."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    refused = ("out_proj",) if kind in _STATE_SPACE_MODELS else ()
-    return {
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and path.rpartition(".")[2] not in refused
-    }
-
-
-def _last_names(paths: Collection[str]) -> set[str]:
-    return {path.rpartition(".")[2] for path in paths if path}
 
 
 @contextmanager

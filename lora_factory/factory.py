@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from lora_factory import __version__
-from lora_factory.adapters import AdapterSlot, target_modules, whole, wrap_base
+from lora_factory.adapters import AdapterSlot, whole, wrap_base
 from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
@@ -28,6 +28,7 @@ from lora_factory.model_inputs import CausalInputs, ModelInputs, Seq2SeqInputs, 
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
 from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
+from lora_factory.targets import find_targets
 from lora_factory.token_cache import TokenCache
 from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
@@ -109,7 +110,7 @@ class AdapterFactory:
             lora_config = LoraConfig(
                 r=arguments.rank,
                 lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-                target_modules=target_modules(model, arguments.target_modules),
+                target_modules=find_targets(model, arguments.target_modules),
                 task_type=task_type,
             )
         else:

@@ -145,7 +145,7 @@ def test_a_task_that_fails_stops_no_other(
     assert isinstance(caught.value, LoraFactoryError) and set(caught.value.reasons) == {"broken/seed-0"}
     assert AdapterZoo(tmp_path / "zoo").tasks == ["code", "prose"]
     attempts = read_json(tmp_path / "zoo" / ".collection" / "failures" / "broken@seed-0.json")["attempts"]
-    assert ["no-such-file" in attempt["reason"] for attempt in attempts] == [True], "it would fail again"
+    assert len(attempts) == 1 and "no-such-file" in attempts[0]["reason"], "it would come again, so it is not retried"
     monkeypatch.undo()
     before = modification_times(tmp_path / "zoo" / "prose")
     mended = [*tasks("prose"), text_task("broken"), *tasks("code")]

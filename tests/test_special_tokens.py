@@ -91,7 +91,6 @@ def test_a_text_of_one_token_has_a_finite_vector(pico_model: LlamaForCausalLM) -
     vectors = encoder.encode(["a", "plain text"])
     assert torch.isfinite(vectors).all()
     assert not vectors[0, -32:].any(), "nothing is predicted, so no prediction is wrong"
-    assert torch.equal(vectors[0], encoder.encode(["a"])[0]) or torch.allclose(vectors[0], encoder.encode(["a"])[0])
 
 
 @pytest.fixture(scope="module")
