@@ -229,8 +229,8 @@ def literal_name(pattern: str) -> tuple[str, bool]:
         position += 1
     if not name or position < len(inner) or len(name) > _MAX_PATH:
         raise LoraFactoryError(
-            f"the pattern {pattern[:100]!r} is a regular expression, which is not run; name the modules instead, as in "
-            "'q_proj' or 'layers.0.self_attn.q_proj'"
+            f"the pattern {pattern[:100]!r} is a regular expression, which is not run; name the modules instead, as "
+            "in 'q_proj' or 'layers.0.self_attn.q_proj'"
         )
     return "".join(name), anchored
 

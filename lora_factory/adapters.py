@@ -58,9 +58,9 @@ def attach_adapter(
     """Attach adapter weights to a base model, strictly.
 
     A base model in a wrapper, such as ``torch.compile``'s or ``DataParallel``, is taken out of it. A ``PeftModel``
-    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts adapters
-    into the base model itself: a base model that carries some already is left as it is, and a copy of it without them
-    gets this one.
+    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts
+    adapters into the base model itself: a base model that carries some already is left as it is, and a copy of it
+    without them gets this one.
 
     Returns:
         A ``PeftModel`` in evaluation mode, with this adapter alone active.
@@ -377,7 +377,11 @@ def _check_base(base: nn.Module, layout: AdapterLayout) -> None:
 def _missing_module(base: nn.Module, layout: AdapterLayout, path: str) -> str:
     """What to say where a base model has not the module of an adapter."""
     modules, expert = modules_by_path(base), re.search(r"(?:^|\.)experts\.\d+\.", path)
-    stacked = [name for name, module in modules.items() if name.endswith("experts") and not len([*module.children()])]
+    stacked = [
+        name
+        for name, module in modules.items()
+        if name.endswith("experts") and not any(child.isdecimal() for child, _ in module.named_children())
+    ]
     if expert and stacked:
         return (
             f"the adapter is for single experts, such as {path!r}; in this base model the experts of a layer are one "
