@@ -337,7 +337,11 @@ def _check_base(base: nn.Module, layout: AdapterLayout) -> None:
 def _missing_module(base: nn.Module, layout: AdapterLayout, path: str) -> str:
     """What to say where a base model has not the module of an adapter."""
     modules, expert = modules_by_path(base), re.search(r"(?:^|\.)experts\.\d+\.", path)
-    stacked = [name for name, module in modules.items() if name.endswith("experts") and not len([*module.children()])]
+    stacked = [
+        name
+        for name, module in modules.items()
+        if name.endswith("experts") and not any(child.isdecimal() for child, _ in module.named_children())
+    ]
     if expert and stacked:
         return (
             f"the adapter is for single experts, such as {path!r}; in this base model the experts of a layer are one "

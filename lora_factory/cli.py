@@ -233,7 +233,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from lora_factory.data_source import read_examples
-    from lora_factory.files import local_path
+    from lora_factory.files import local_path, read_json
+    from lora_factory.generation import GENERATION_FILE
     from lora_factory.modeling import CVAELoRAGenerator
 
     if options.text is None and options.examples is None and options.images is None:
@@ -250,7 +251,15 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         refine_steps=options.refine_steps,
     )
-    _console().print(f"wrote {options.output_dir}", markup=False, highlight=False, soft_wrap=True)
+    made = read_json(local_path(options.output_dir) / GENERATION_FILE)
+    lines = [f"wrote {options.output_dir}"]
+    if made["nearest_tasks"]:
+        nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in made["nearest_tasks"])
+        lines.append(f"nearest tasks, by cosine distance: {nearest}")
+    if made["zoo_distance"] is not None:
+        lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
+    for line in lines:
+        _console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
