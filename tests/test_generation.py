@@ -21,6 +21,7 @@ from lora_factory.adapters import load_adapter
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_loss import FrozenBase, query_loss
 from lora_factory.base_models import load_base_model
+from lora_factory.cli import main
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
@@ -158,7 +159,6 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
         ({"adapter_name": "keys"}, "adapter_name is 'keys'"),
         ({"adapter_name": None}, "adapter_name is None"),
     ],
-    ids=str,
 )
 def test_what_is_asked_is_checked_before_anything_is_read(
     generator: CVAELoRAGenerator, tmp_path: Path, wish: dict[str, Any], message: str
@@ -225,3 +225,21 @@ def test_a_text_far_from_every_task_is_warned_of(generator: CVAELoRAGenerator, t
         for _ in range(3):
             generator.generate_state_dict(TEXT)
     assert len(caught) == 1
+
+
+def test_the_command_line_names_the_nearest_tasks(
+    generator: CVAELoRAGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near, far = generator.conditions(TEXT)["text"], generator.conditions("Gibberish")["text"]
+    generator.get_buffer("text_task_vectors").copy_(torch.stack([near, far]))
+    generator.save_pretrained(tmp_path / "generator")
+    words = ["generate", "--generator", str(tmp_path / "generator"), "--text", TEXT]
+    assert main([*words, "--output-dir", str(tmp_path / "adapter")]) == 0
+    distance = 1 - float(near @ far)
+    said = capsys.readouterr().out
+    assert f"nearest tasks, by cosine distance: a (0.00), b ({distance:.2f})" in said
+    assert f"are {distance:.2f} from their nearest neighbour" in said
+    for wrong in (["--temperature", "nan"], ["--seed", "-1"], ["--refine-steps", "-2"]):
+        assert main([*words, "--output-dir", str(tmp_path / "none"), *wrong]) == 2
+        assert f"{wrong[0].strip('-').replace('-', '_')} is '{wrong[1]}'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
