@@ -135,7 +135,7 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
         ({"examples": Example("a", "b")}, "examples is a single example"),
         ({"examples": {"prompt": "a", "completion": "b"}}, "give a list"),
         ({"examples": []}, "examples=.. is empty"),
-        ({"examples": iter(())}, "examples=.. is empty"),
+        pytest.param({"examples": iter(())}, "examples=.. is empty", id="an empty iterator"),
         ({"examples": ["a", 3]}, "example 1 of 2 is '3'"),
         ({"examples": ["a", ("a", "b", "c")]}, "example 1 of 2 is"),
         ({"examples": [{"question": "a"}]}, "example 0 of 1 is"),
