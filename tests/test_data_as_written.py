@@ -51,6 +51,13 @@ def test_cells_are_texts(tmp_path: Path, name: str, streaming: bool) -> None:
     assert [row.completion for row in load_examples(source, "t")["train"]] == CELLS
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_column_of_one_kind_is_text(tmp_path: Path, cell: str, name: str) -> None:
+    examples = load_examples(write(tmp_path / name, [cell] * 20), "t")["train"]
+    assert {row.completion for row in examples} == {cell}
+
+
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cells=st.lists(TEXTS, min_size=1, max_size=4), name=st.sampled_from(["a.csv", "a.tsv", "a.json", "a.jsonl"]))
 def test_any_text_comes_back(tmp_path: Path, cells: list[str], name: str) -> None:
@@ -146,11 +153,21 @@ def test_categories_in_any_script(tmp_path: Path, names: list[str]) -> None:
     assert len({name.lower() for name in found}) == len(names)
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png", "x" * 400, "a\0", 7])
-def test_images_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../secret.png", "leads out of"),
+        ("/etc/hostname", "leads out of"),
+        ("link.png", "is a link to"),
+        ("x" * 400, "xxx.*File name too long"),
+        ("a\0", "no COCO annotation file"),
+        (7, "file_name is '7', not a text"),
+    ],
+)
+def test_images_stay_in_their_folder(tmp_path: Path, name: str, words: str) -> None:
     path = coco(tmp_path, ["cat"], name)
     os.symlink(tmp_path / "secret.png", tmp_path / "photos" / "link.png")
-    with pytest.raises(LoraFactoryError, match=r"boxes\.json|link\.png|xxx"):
+    with pytest.raises(LoraFactoryError, match=words):
         detection_tasks(tmp_path / "photos", path)[0].examples("train")
 
 
