@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_leaves_no_run(
     ("rate", "reason"),
     [
         (1e30, "which half precision cannot hold; lower learning_rate"),
-        (30.0, "worse than the base model.*lower learn"),
+        (30.0, "worse than the base model.*lower"),
     ],
 )
 def test_a_run_that_diverged_leaves_no_run(pico_model_folder: Path, tmp_path: Path, rate: float, reason: str) -> None:
@@ -227,8 +227,9 @@ def test_a_run_that_diverged_leaves_no_run(pico_model_folder: Path, tmp_path: Pa
 
 
 def test_a_run_that_overfits_or_barely_moves_is_kept(pico_model_folder: Path, tmp_path: Path) -> None:
-    task = Task.from_examples("prose", ["Write."], ["a a a a a a a a a a a a"] * 4, [TRAINING_TEXT[1]], ["x y"])
-    arguments = replace(SMALL, steps=30, snapshots=30, learning_rate=3e-2)
+    train, other = [Example("who? ", "the fox")] * 4, [Example("who? ", "8 9 7 2 8 9 7 2")]
+    task = Task.from_examples("prose", ["Write."], train, other, other)
+    arguments = replace(SMALL, steps=40, snapshots=40, learning_rate=3e-2, packing=False)
     losses = collect_adapters([task], pico_model_folder, tmp_path / "zoo", arguments).record("prose", "seed-0")
     assert losses.validation_losses[-1] > losses.validation_losses[0], "worse on other text, better on its own"
     collect_adapters(
