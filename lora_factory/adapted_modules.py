@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +40,7 @@ _REFUSED_OPTIONS = {
 }
 _MAX_PATH = 300  # characters
 _MAX_PATTERNS = 1 << 16
+_MAX_RANK = 1 << 20
 _SPECIAL = frozenset(chr(92) + "*+?{}[]()|^$")  # what makes a regular expression of a name
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -117,9 +116,11 @@ def find_modules(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     """
     check_plain_lora(config)
     state_dict, modules = lora_weights(state_dict), []
-    for path, (key_a, key_b) in _pair_keys(state_dict).items():
+    pairs = _pair_keys(state_dict)
+    scalings = ranks_and_scalings(config, list(pairs))
+    for (path, (key_a, key_b)), (_, scaling) in zip(pairs.items(), scalings, strict=True):
         shape_a, shape_b = tuple(state_dict[key_a].shape), tuple(state_dict[key_b].shape)
-        modules.append(AdaptedModule(path, key_a, key_b, shape_a, shape_b, rank_and_scaling(config, path)[1]))
+        modules.append(AdaptedModule(path, key_a, key_b, shape_a, shape_b, scaling))
     return tuple(sorted(modules, key=lambda module: natural_key(module.path)))
 
 
@@ -172,21 +173,24 @@ def check_plain_lora(config: Mapping[str, Any]) -> None:
         )
 
 
-def rank_and_scaling(config: Mapping[str, Any], path: str) -> tuple[int, float]:
-    """Return the rank and the scaling that PEFT gives the module `path`.
+def ranks_and_scalings(config: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[int, float]]:
+    """Return the rank and the scaling that PEFT gives each of some modules.
 
     The scaling is lora_alpha / rank, with rsLoRA lora_alpha / sqrt(rank); `rank_pattern` and `alpha_pattern` count.
 
     Raises:
         LoraFactoryError: if a value is missing or no positive number, or if several patterns contradict each other.
     """
-    rank = _pattern_value(config, "rank_pattern", path, "r")
-    alpha = _pattern_value(config, "alpha_pattern", path, "lora_alpha")
-    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
-        raise LoraFactoryError(
-            f"{path}: r={rank!r} and lora_alpha={alpha!r} in the LoraConfig must be positive numbers"
-        )
-    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    ranks = _pattern_values(config, "rank_pattern", paths, "r")
+    alphas = _pattern_values(config, "alpha_pattern", paths, "lora_alpha")
+    found = []
+    for path, rank, alpha in zip(paths, ranks, alphas, strict=True):
+        if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank <= _MAX_RANK:
+            raise LoraFactoryError(
+                f"{path}: r={rank!r} and lora_alpha={alpha!r} in the LoraConfig must be positive numbers"
+            )
+        found.append((rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank))
+    return found
 
 
 def plain_json(value: Any) -> Any:  # noqa: ANN401
@@ -305,27 +309,21 @@ def _pair_keys(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     return pairs
 
 
-def _pattern_value(config: Mapping[str, Any], patterns: str, path: str, default: str) -> Any:  # noqa: ANN401
+def _pattern_values(config: Mapping[str, Any], patterns: str, paths: Sequence[str], default: str) -> list[Any]:
     """PEFT takes the first pattern that matches, but sorts them when it saves: several must agree."""
-    if not config.get(patterns):
-        return config.get(default)
-    named = _named_values(json.dumps(config[patterns]))
-    parts = path.split(".")
-    ends = [".".join(parts[start:]) for start in range(len(parts))]
-    found = {pattern: value for name in (f"^{path}", *ends) for pattern, value in named.get(name, ())}
-    if any(value != next(iter(found.values())) for value in found.values()):
-        raise LoraFactoryError(
-            f"{path} matches several entries of {patterns}: {found}; PEFT changes their order when it saves a "
-            "LoraConfig, so give patterns that do not overlap"
-        )
-    return next(iter(found.values()), config.get(default))
-
-
-@lru_cache(maxsize=4)
-def _named_values(patterns: str) -> dict[str, list[tuple[str, Any]]]:
-    """The patterns and their values by the module that they name: by its whole path after "^", by its end else."""
-    named: dict[str, list[tuple[str, Any]]] = {}
-    for pattern, value in json.loads(patterns).items():
+    named: dict[str, list[tuple[str, Any]]] = {}  # by a whole path after "^", by the end of one else
+    for pattern, value in (config.get(patterns) or {}).items():
         name, anchored = literal_name(pattern)
         named.setdefault(f"^{name}" if anchored else name, []).append((pattern, value))
-    return named
+    values = []
+    for path in paths:
+        parts = path.split(".") if named else []
+        ends = [".".join(parts[start:]) for start in range(len(parts))]
+        found = {pattern: value for name in (f"^{path}", *ends) for pattern, value in named.get(name, ())}
+        if any(value != next(iter(found.values())) for value in found.values()):
+            raise LoraFactoryError(
+                f"{path} matches several entries of {patterns}: {found}; PEFT changes their order when it saves a "
+                "LoraConfig, so give patterns that do not overlap"
+            )
+        values.append(next(iter(found.values()), config.get(default)))
+    return values

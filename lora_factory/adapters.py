@@ -290,7 +290,9 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
     """
     folder = local_path(folder)
     try:
-        values = read_json_object(checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES))
+        values = read_json_object(
+            checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES
+        )
         check_plain_lora(values)
         path = checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)
         header = lora_weights(_header(path))
@@ -298,6 +300,8 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
         config = LoraConfig.from_peft_type(**exact_targets(values, module_paths(header)))
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
         name = config.base_model_name_or_path or base_model or ""
+        if not name:
+            raise LoraFactoryError("adapter_config.json names no base model; pass base_model= (--base-model)")
         # Names, shapes and ranks are checked before a weight is read.
         layout = AdapterLayout.from_state_dict(header, config, base_model=name, base_revision=config.revision)
         with safe_open(path, framework="pt") as file:

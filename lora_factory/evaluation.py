@@ -182,7 +182,8 @@ def evaluate_adapters(
 
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
-    loaded = {str(folder): load_adapter(folder) for folder in adapters}
+    named = None if base_model is None else str(base_model)
+    loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
     layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)

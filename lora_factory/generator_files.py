@@ -21,7 +21,15 @@ from torch import nn
 from lora_factory.configuration import CVAELoRAConfig, upgrade
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
-from lora_factory.safe_files import MAX_CONFIG_BYTES, check_size, checked_file, few, is_hub_id, read_json_object
+from lora_factory.safe_files import (
+    MAX_CONFIG_BYTES,
+    check_size,
+    checked_file,
+    few,
+    is_hub_id,
+    read_json_object,
+    reading,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -32,6 +40,8 @@ _OTHERS = {
     "adapter_config.json": "an adapter, not a generator; load it with peft, or score it with lora-factory evaluate "
     "--adapter",
 }
+MAX_KINDS = 1024  # each has heads of its own; DeepSeek-V3 with LoRA on every expert has 780
+MAX_MODALITIES, MAX_TASKS = 16, 1 << 16
 MAX_TOKENS = 4_000_000  # of one adapter; Llama-3 70B with rank 64 on every linear layer has 72,000
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = (
@@ -198,7 +208,7 @@ def read_config(path: Path) -> CVAELoRAConfig:
     Raises:
         LoraFactoryError: When it is not a generator's, of a newer format, or larger than any real one.
     """
-    values = read_json_object(path)
+    values = read_json_object(path, limit=MAX_CONFIG_BYTES)
     if values.get("model_type") != CVAELoRAConfig.model_type:
         raise LoraFactoryError(
             f"{path} has model_type {values.get('model_type')!r}, expected {CVAELoRAConfig.model_type!r}; "
@@ -217,7 +227,16 @@ def read_config(path: Path) -> CVAELoRAConfig:
     tokens = 2 * sum(module.rank for module in layout.modules)
     if tokens > MAX_TOKENS:
         raise LoraFactoryError(f"{path}: its adapters have {tokens:,} tokens, at most {MAX_TOKENS:,} are read")
-    layout.peft_config()
+    kinds = len({module.kind for module in layout.modules})
+    for noun, count, most in (
+        ("kinds of modules", kinds, MAX_KINDS),
+        ("modalities", len(config.modalities), MAX_MODALITIES),
+        ("tasks", len(config.tasks or ()), MAX_TASKS),
+    ):
+        if count > most:
+            raise LoraFactoryError(f"{path} has {count:,} {noun}, at most {most:,} are read")
+    with reading(path):
+        layout.peft_config()
     return config
 
 

@@ -9,28 +9,40 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 
 from lora_factory import __version__
 from lora_factory.adapters import ADAPTER_FILE, MAX_ADAPTER_BYTES, load_adapter
 from lora_factory.arguments import ImportArguments
 from lora_factory.canonical import canonical_layout, canonicalise
+from lora_factory.card_reading import CARD_FILE, card_description, card_license, read_card
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import local_path, read_json, recorded_name, safe_name, sha256_file
+from lora_factory.files import local_path, recorded_name, safe_name, sha256_file
 from lora_factory.hub import download_files
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
-from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id
+from lora_factory.safe_files import (
+    MAX_CONFIG_BYTES,
+    checked_file,
+    is_hub_id,
+    read_json_object,
+    read_text,
+    reading,
+)
 from lora_factory.zoo import AdapterZoo
 
+__all__ = ["AdapterSource", "ImportReport", "card_description", "import_adapters", "read_list"]
+
 ORIGIN_FILE = "import.json"
-_CONFIG_FILE, _PICKLE_FILE, _CARD_FILE = "adapter_config.json", "adapter_model.bin", "README.md"
-_LIMITS = {_CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, _CARD_FILE: MAX_CONFIG_BYTES}
+_CONFIG_FILE, _PICKLE_FILE = "adapter_config.json", "adapter_model.bin"
+_LIMITS = {_CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, CARD_FILE: MAX_CONFIG_BYTES}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 _NO_COMMIT = (None, "", "main")
-_LONGEST_DESCRIPTION = 300  # characters
+_LIST_BYTES = 16 << 20
+_WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_FOLDERS = ("", "model", "models", "checkpoints", "out", "output", "outputs", "base", "pretrained", "weights", "data")
 
 
 @dataclass(frozen=True)
@@ -137,28 +149,20 @@ def read_list(path: str | Path) -> list[AdapterSource]:
     and texts that `AdapterSource` has: task, description, run. Empty lines and those that start with # are skipped.
     """
     path = local_path(path)
+    try:
+        text = read_text(path, _LIST_BYTES)
+    except LoraFactoryError as error:
+        raise LoraFactoryError(f"{error}; to import one adapter, name its folder, {path.parent}") from error
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         source, task, description, run, *_ = [*(part.strip() for part in line.split("\t")), "", "", ""]
-        beside = path.parent / Path(source).expanduser()
-        descriptions = (description,) if description else ()
-        entries.append(
-            AdapterSource(str(beside) if beside.is_dir() else source, task or None, descriptions, run or None)
-        )
+        with contextlib.suppress(LoraFactoryError, OSError):  # a name that cannot be a folder's may be a Hub id
+            beside = path.parent / local_path(source)
+            source = str(beside) if beside.is_dir() else source
+        entries.append(AdapterSource(source, task or None, (description,) if description else (), run or None))
     return entries
-
-
-def card_description(text: str) -> str | None:
-    """The first paragraph of prose in a model card, as plain text of at most 300 characters; None without one."""
-    text = re.sub(r"\A---\n.*?\n---\n|<!--.*?-->|```.*?```", "", text, flags=re.DOTALL)
-    for paragraph in re.split(r"\n\s*\n", text):
-        lines = [line for line in paragraph.strip().splitlines() if not re.match(r"\s*([#|>*+!<\[-]|\d+\.)", line)]
-        words = " ".join(" ".join(lines).split())
-        if words.count(" ") > 1 and "More Information Needed" not in words and words.isprintable():
-            return words[:_LONGEST_DESCRIPTION]
-    return None
 
 
 def _entries(sources: Sequence[str | Path | AdapterSource]) -> list[AdapterSource]:
@@ -166,8 +170,15 @@ def _entries(sources: Sequence[str | Path | AdapterSource]) -> list[AdapterSourc
     for source in sources:
         if isinstance(source, AdapterSource):
             entries.append(source)
-        else:
-            entries += read_list(source) if local_path(source).is_file() else [AdapterSource(str(source))]
+            continue
+        path = local_path(source)
+        try:
+            is_file = path.is_file()
+        except OSError:  # the name is too long for a file
+            is_file = False
+        if is_file and (path.suffix in _WEIGHTS_ENDINGS or path.name == _CONFIG_FILE):
+            raise LoraFactoryError(f"{path} is one file of an adapter; name its folder, {path.parent}")
+        entries += read_list(path) if is_file else [AdapterSource(str(source))]
     return entries
 
 
@@ -175,9 +186,11 @@ def _candidate(
     entry: AdapterSource, arguments: ImportArguments, token: str | bool | None, others: Sequence[_Candidate]
 ) -> _Candidate:
     """Find an adapter's files and read its configuration and card."""
-    folder, commit = Path(entry.source).expanduser(), None
+    folder, commit = local_path(entry.source), None
     name = folder.absolute().name
-    if not folder.is_dir():
+    with reading(entry.source[:300], "name a folder or a Hub id"):  # a name may be too long for the file system
+        is_folder = folder.is_dir()
+    if not is_folder:
         repo_id, _, revision = entry.source.partition("@")
         name, seen = repo_id.rpartition("/")[2], set()
 
@@ -190,26 +203,35 @@ def _candidate(
         commit = folder.name
         if ADAPTER_FILE not in seen and _PICKLE_FILE in seen:
             raise _pickle_error(Path(name), f"hf download {repo_id} --local-dir {shlex.quote(name)} && ")
-    layout = _read(folder)[0]
-    card = folder / _CARD_FILE
-    text = ""
-    if card.exists():
-        text = checked_file(folder, _CARD_FILE, MAX_CONFIG_BYTES).read_text(encoding="utf-8", errors="replace")
+    parts = _parts(folder)
+    layout = _read(parts[-1][1], arguments.base_model)[0]
+    text = read_card(folder)
     descriptions = entry.descriptions or tuple(filter(None, [card_description(text)]))
     if not descriptions:
-        raise LoraFactoryError("it has no model card that says what it does; give a description")
+        raise LoraFactoryError("it has no model card that says what it does; give a description (--description)")
     task = safe_name(entry.task or re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", name).strip("-._")[:100])
     run = safe_name(entry.run or arguments.run_name)
     if twin := next((other.source for other in others if (other.task, other.run) == (task, run)), None):
         raise LoraFactoryError(f"it would be {task}/{run}, as {twin} is; give it another name of a task or of a run")
-    return _Candidate(entry.source, commit, folder, layout, task, run, descriptions, _license(text))
+    return _Candidate(entry.source, commit, folder, layout, task, run, descriptions, card_license(text))
 
 
-def _read(folder: Path) -> tuple[AdapterLayout, torch.Tensor]:
+def _parts(folder: Path) -> list[tuple[int | None, Path]]:
+    """The steps and folders of an adapter's checkpoints in their order, then the adapter itself where it is there."""
+    numbers = {}
+    for path in folder.iterdir():
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _CONFIG_FILE).exists():
+            numbers[int(match[1])] = path
+    parts: list[tuple[int | None, Path]] = sorted(numbers.items())
+    whole = any((folder / name).exists() for name in (_CONFIG_FILE, ADAPTER_FILE, _PICKLE_FILE))
+    return parts if parts and not whole else [*parts, (None, folder)]
+
+
+def _read(folder: Path, base_model: str = "") -> tuple[AdapterLayout, torch.Tensor]:
     """The layout and the weights ``(D,)`` of a PEFT folder."""
     if (folder / _PICKLE_FILE).exists() and not (folder / ADAPTER_FILE).exists():
         raise _pickle_error(folder)
-    layout, state_dict = load_adapter(folder)
+    layout, state_dict = load_adapter(folder, base_model=base_model or None)
     return layout, layout.flatten(state_dict)
 
 
@@ -225,23 +247,12 @@ def _pickle_error(folder: Path, before: str = "") -> LoraFactoryError:
     )
 
 
-def _license(card: str) -> str | None:
-    """The licence that a model card's front matter names."""
-    front = re.match(r"---\n(.*?)\n---", card, flags=re.DOTALL)
-    try:
-        values = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
-        return None
-    license = values.get("license") if isinstance(values, dict) else None
-    return license if isinstance(license, str) else None
-
-
 def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportArguments) -> tuple[AdapterZoo, bool]:
     """The zoo, made if need be to hold all candidates that fit the first one; and whether all are made canonical."""
     if (folder / "zoo.json").exists():
         zoo = AdapterZoo(folder)
         origins = [zoo.folder / task / run / ORIGIN_FILE for task in zoo.tasks for run in zoo.runs(task)]
-        origin: dict[str, object] = next((read_json(path) for path in origins if path.is_file()), {})
+        origin = next((_origin(path) for path in origins if path.is_file()), {})
         return zoo, arguments.canonical or bool(origin.get("canonical"))
     commits = (candidate.layout.base_revision for candidate in candidates)
     revision = arguments.base_revision or next((name for name in commits if name not in _NO_COMMIT), None)
@@ -268,15 +279,15 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments,
     """Check an adapter against the zoo and store its snapshots as a run, unless that was done before."""
     layout = _for_base(candidate.layout, zoo.layout.base_model, zoo.layout.base_revision, arguments)
     _check_fit(layout, zoo.layout)
-    digest = sha256_file(candidate.folder / ADAPTER_FILE)
+    digest = sha256_file(_parts(candidate.folder)[-1][1] / ADAPTER_FILE)
     if zoo.has_run(candidate.task, candidate.run):
         origin = zoo.folder / candidate.task / candidate.run / ORIGIN_FILE
-        if origin.is_file() and read_json(origin).get("sha256") == digest:
+        if origin.is_file() and _origin(origin).get("sha256") == digest:
             return
         raise LoraFactoryError(
             f"the zoo has another run {candidate.run} of task {candidate.task}; give it another name of a task or run"
         )
-    steps, rows = _snapshots(candidate, arguments.snapshots)
+    steps, rows = _snapshots(candidate, arguments)
     canonical = canonical or layout.fingerprint() != zoo.layout.fingerprint()
     if canonical:
         rows = canonicalise(layout, rows.float(), zoo.layout)
@@ -309,34 +320,53 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments,
     zoo.add_run(record, rows, extra_files={ORIGIN_FILE: json.dumps(origin_facts, indent=2) + "\n"})
 
 
-def _snapshots(candidate: _Candidate, count: int) -> tuple[tuple[int, ...], torch.Tensor]:
-    """The steps (0 where none is known) and weights ``(K, D)`` of an adapter's checkpoints and of itself."""
-    numbers = {}
-    for path in candidate.folder.iterdir():
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _CONFIG_FILE).exists():
-            numbers[int(match[1])] = path
-    steps, rows = sorted(numbers), []
-    for folder in (*(numbers[step] for step in steps), candidate.folder):
-        layout, vector = _read(folder)
+def _origin(path: Path) -> dict[str, Any]:
+    """What an import wrote down of a run."""
+    return read_json_object(checked_file(path.parent, path.name, MAX_CONFIG_BYTES))
+
+
+def _snapshots(candidate: _Candidate, arguments: ImportArguments) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The steps (0 where none is known) and weights ``(K, D)`` of an adapter's checkpoints and of itself.
+
+    Only what is kept is read, one file at a time.
+    """
+
+    def vector(folder: Path) -> torch.Tensor:
+        layout, weights = _read(folder, arguments.base_model)
         if layout.modules != candidate.layout.modules:
             raise LoraFactoryError(f"{folder.name} has other modules, ranks or scaling than the adapter itself")
-        rows.append(vector)
-    if steps and torch.equal(rows[-1], rows[-2]):
-        rows.pop()
-    else:
-        steps.append(steps[-1] + 1 if steps else 0)
-    keep = count or len(steps)
-    return tuple(steps[-keep:]), torch.stack(rows[-keep:])
+        return weights
+
+    parts = _parts(candidate.folder)
+    last = vector(parts[-1][1])
+    if parts[-1][0] is None and len(parts) > 1:
+        step, folder = parts[-2]
+        if torch.equal(last, vector(folder)):  # a trainer saves its last checkpoint in the folder itself, too
+            parts.pop()
+        else:
+            parts[-1] = ((step or 0) + 1, candidate.folder)
+    parts = parts[-arguments.snapshots :]
+    rows = last.new_empty(len(parts), len(last))
+    rows[-1] = last
+    for number, (_, folder) in enumerate(parts[:-1]):
+        row = vector(folder)
+        if row.dtype != rows.dtype:
+            rows = rows.float()
+        rows[number] = row
+    return tuple(step or 0 for step, _ in parts), rows
 
 
 def _for_base(layout: AdapterLayout, base: str, revision: str | None, arguments: ImportArguments) -> AdapterLayout:
     """The layout under the zoo's name of the base model, once it was found to be for that."""
-    named = layout.base_model
-    vouched = arguments.base_model == base and (not is_hub_id(named) or recorded_name(named) == base)
+    vouched = arguments.base_model == base and _may_be(layout.base_model, base)
     if layout.base_model != base and not vouched:
         raise LoraFactoryError(
             f"it is for the base model {layout.base_model}, the zoo is for {base}; import it into another zoo"
-            + ("" if is_hub_id(layout.base_model) else f", or pass base_model={base!r} if that folder is a copy of it")
+            + (
+                f", or pass base_model={base!r} if that folder is a copy of it"
+                if _may_be(layout.base_model, base)
+                else ""
+            )
         )
     if layout.base_revision not in (*_NO_COMMIT, revision):
         raise LoraFactoryError(
@@ -344,6 +374,17 @@ def _for_base(layout: AdapterLayout, base: str, revision: str | None, arguments:
             "import it into another zoo"
         )
     return replace(layout, base_model=base, base_revision=revision)
+
+
+def _may_be(stored: str, base: str) -> bool:
+    """Whether the name that an adapter has for its base model may stand for the one that the user names.
+
+    It does not where it is the Hub id of a model of another name. A name without an owner and one below a folder such
+    as ``models/`` are as likely paths of the machine that trained the adapter.
+    """
+    owner, _, name = stored.rpartition("/")
+    same = name.lower() == base.rpartition("/")[2].lower()
+    return same or not is_hub_id(stored) or owner in _FOLDERS or Path(stored).exists()
 
 
 def _check_fit(layout: AdapterLayout, wanted: AdapterLayout) -> None:

@@ -23,7 +23,7 @@ from lora_factory.adapted_modules import (
     natural_key,
     own_patterns,
     plain_json,
-    rank_and_scaling,
+    ranks_and_scalings,
 )
 from lora_factory.errors import LoraFactoryError
 
@@ -91,8 +91,8 @@ class AdapterLayout:
             raise LoraFactoryError("the modules of a layout must be at least one, distinct and in natural order")
         check_plain_lora(self.lora_config)
         object.__setattr__(self, "lora_config", exact_targets(self.lora_config, paths))
-        for module in self.modules:
-            rank, scaling = rank_and_scaling(self.lora_config, module.path)
+        expected = ranks_and_scalings(self.lora_config, paths)
+        for module, (rank, scaling) in zip(self.modules, expected, strict=True):
             if module.rank != rank or not math.isclose(module.scaling, scaling):
                 raise LoraFactoryError(
                     f"{module.path}: the weights have rank {module.rank} and scaling {module.scaling:g}, but r, "
@@ -356,7 +356,8 @@ class AdapterLayout:
             raise LoraFactoryError(f"vector has shape {tuple(vector.shape)}, expected (..., {self.size})")
         return vector.split([segment.size for segment in self._segments], dim=-1)
 
-    def _check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+    def check_shapes(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> None:
+        """Check keys and shapes, those of several adapters at once after ``leading`` dimensions; reads no number."""
         keys = [segment.key for segment in self._segments]
         made_with = f"make adapters of {self.base_model} with AdapterLayout.peft_config()"
         missing, unknown = [key for key in keys if key not in state_dict], sorted(set(state_dict) - set(keys))
@@ -372,6 +373,10 @@ class AdapterLayout:
         ]
         if shapes:
             raise LoraFactoryError(f"{len(shapes)} tensors have another shape: {_few(shapes)}; {made_with}")
+
+    def _check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+        self.check_shapes(state_dict, leading)
+        keys = [segment.key for segment in self._segments]
         bad = [key for key in keys if not _is_finite(state_dict[key])]
         if bad:
             raise LoraFactoryError(

@@ -5,12 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
+
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name
 
 FORMAT_VERSION = 1
+
+
+class _RunValues(TypedDict):
+    """The types of `run.json`."""
+
+    task: str
+    run: str
+    descriptions: list[str] | tuple[str, ...]
+    seed: int
+    base_model: str
+    base_revision: str | None
+    steps: int
+    snapshot_steps: list[int] | tuple[int, ...]
+    validation_losses: list[int | float] | tuple[int | float, ...]
+    train_tokens: int
+    data_fingerprint: str
+    versions: dict[str, str]
+    arguments: dict[str, Any]
+    sha256: dict[str, str]
+    license: str | None
+    dataset: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +119,12 @@ class RunRecord:
         if different:
             raise LoraFactoryError(f"entries {different} of the run's record are missing or unknown")
         try:
+            validate_typed_dict(_RunValues, values)  # type: ignore[type-var]  # it wants a dict, which a TypedDict is
             lists = {name: tuple(values[name]) for name in ("descriptions", "snapshot_steps", "validation_losses")}
             return cls(**(values | lists | {"sha256": json_object(values["sha256"])}))
-        except (TypeError, AttributeError) as error:
-            raise LoraFactoryError(f"the run's record holds a value of the wrong type: {error}") from error
+        except (StrictDataclassError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise LoraFactoryError(f"the run's record holds a value of the wrong type: {reason}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values, for `from_dict`; without a data set it is what older versions wrote."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lora_factory.adapted_modules import natural_key
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, local_path, read_json, safe_name, sha256_file, write_json, write_text
+from lora_factory.files import atomic_folder, local_path, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -32,6 +33,7 @@ RECORD_FILE = "run.json"
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 CHECKPOINTS_FILE = "checkpoints.safetensors"
+_HEADER_BYTES = 16 << 20  # what a safetensors file may hold besides its tensors
 _REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
 
 
@@ -55,13 +57,13 @@ class AdapterZoo:
         """
         self.folder = local_path(folder)
         path = self.folder / ZOO_FILE
-        if not path.is_file():
+        if not path.exists():
             raise LoraFactoryError(
                 f"no zoo in {self.folder} ({ZOO_FILE} is missing); "
                 f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
             )
         try:
-            values = json_object(read_json(path))
+            values = read_json_object(checked_file(self.folder, ZOO_FILE, MAX_CONFIG_BYTES))
             check_version(values, "zoo")
             self.layout = AdapterLayout.from_dict(json_object(values.get("layout")))
         except LoraFactoryError as error:
@@ -142,7 +144,7 @@ class AdapterZoo:
         if not self.has_run(task, run):
             raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
         try:
-            record = RunRecord.from_dict(json_object(read_json(path)))
+            record = RunRecord.from_dict(read_json_object(checked_file(path.parent, RECORD_FILE, MAX_CONFIG_BYTES)))
             if (record.task, record.run) != (task, run):
                 raise LoraFactoryError(f"it is the record of {record.task}/{record.run}")
             if not set(_REQUIRED_FILES) <= set(record.sha256):
@@ -316,19 +318,23 @@ class AdapterZoo:
 
     def _read_vectors(self, record: RunRecord, name: str, rows: slice | None, verify: bool) -> Tensor:
         path = self._whole_file(record, name) if verify else self._file(record, name)
+        leading = () if rows is None else (len(record.snapshot_steps),)
         try:
             with safe_open(path, framework="pt") as file:
                 keys = file.keys()
+                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+                self.layout.check_shapes(shapes, leading)  # the header fits before a weight is read
                 tensors = {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in keys}
             return self.layout.flatten(tensors).float()
-        except (SafetensorError, LoraFactoryError) as error:
+        except (SafetensorError, LoraFactoryError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise LoraFactoryError(f"{path}: {error}; {_remedy(path.parent)}") from error
 
     def _file(self, record: RunRecord, name: str) -> Path:
         path = self.folder / record.task / record.run / name
-        if not path.is_file():
+        if not path.exists():
             raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
-        return path
+        weights = _HEADER_BYTES + 8 * self.layout.size * len(record.snapshot_steps)
+        return checked_file(path.parent, name, weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES)
 
     def _whole_file(self, record: RunRecord, name: str) -> Path:
         """The path of a run's file, whose SHA-256 was found right since it last changed."""

@@ -187,7 +187,6 @@ def test_checkpoints_become_snapshots(adapters: Path, copy: Path, tmp_path: Path
     ("config", "words"),
     [
         ({"base_model_name_or_path": "someone/else"}, "it is for the base model someone/else, the zoo is for"),
-        ({"base_model_name_or_path": None}, "base_model is ''"),
         ({"revision": "fed"}, "it is for commit fed of someone/pico, the zoo for abc"),
         ({"target_modules": ["q_proj"]}, "belongs to another adapter"),
         ({"r": 3}, "the weights have rank 2"),
@@ -254,6 +253,173 @@ def test_importing_again_changes_nothing_and_conflicts_are_named(adapters: Path,
     assert f"it would be plain/imported, as {adapters / 'plain'} is" in report.refused[str(copy)]
     (copy / "README.md").unlink()
     assert "give a description" in refusal(copy, tmp_path / "zoo")
+
+
+@pytest.mark.parametrize(
+    "stored", [None, "models/pico", "./pico", "../x/pico", "C:\\models\\pico", "other/Pico", BASE.upper()]
+)
+def test_the_users_word_is_taken_for_a_base_without_a_name_of_its_own(
+    copy: Path, tmp_path: Path, stored: str | None
+) -> None:
+    change_config(copy, base_model_name_or_path=stored)
+    assert import_adapters([copy], tmp_path / "zoo", NAMED).zoo.layout.base_model == BASE
+    assert import_adapters([copy], tmp_path / "zoo", replace(NAMED, run_name="again")).imported
+
+
+def test_an_adapter_without_a_base_asks_for_one(copy: Path, tmp_path: Path) -> None:
+    change_config(copy, base_model_name_or_path=None)
+    assert "names no base model; pass base_model=" in refusal(copy, tmp_path / "zoo", ImportArguments())
+
+
+def test_the_file_of_an_adapter_in_place_of_its_folder(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert cli.main(["import", str(copy / name), "--output-dir", str(tmp_path / "zoo")]) == 2
+        assert f"name its folder, {copy}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfea\x00", "né".encode("latin-1"), bytes(range(256))])
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(LoraFactoryError, match=r"list\.txt is no UTF-8 text.*name its folder"):
+        import_adapters([tmp_path / "list.txt"], tmp_path / "zoo", NAMED)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark_and_hold_nonsense(copy: Path, tmp_path: Path) -> None:
+    odd = "~nobody-here/x\n" + "x" * 5000 + "\n\0\n"
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + f"{copy}\n{odd}".encode())
+    report = import_adapters([tmp_path / "list.txt"], tmp_path / "zoo", NAMED)
+    assert list(report.imported) == [str(copy)] and len(report.refused) == 3
+
+
+def test_a_folder_of_checkpoints_alone_is_an_adapter(adapters: Path, tmp_path: Path) -> None:
+    for step, factor in ((10, 0.25), (9, 1.0)):
+        shutil.copytree(adapters / "plain", tmp_path / "run" / f"checkpoint-{step}")
+        change_weights(tmp_path / "run" / f"checkpoint-{step}", factor)
+    source = AdapterSource(str(tmp_path / "run"), descriptions=("Write rhymes.",))
+    zoo = import_adapters([source], tmp_path / "zoo", NAMED).zoo
+    assert zoo.record("run", "imported").snapshot_steps == (9, 10)
+    plain = zoo.layout.flatten(load_file(adapters / "plain" / "adapter_model.safetensors"))
+    assert torch.equal(zoo.snapshots("run"), torch.tensor([[1.0], [0.25]]) * plain)
+
+
+def test_one_snapshot_reads_no_other_checkpoint(copy: Path, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        shutil.copytree(copy, copy.parent / "made" / f"checkpoint-{step}")
+    for step in (1, 2):  # whoever reads these fails
+        (copy.parent / "made" / f"checkpoint-{step}" / "adapter_model.safetensors").write_bytes(b"")
+    source = AdapterSource(str(copy.parent / "made"), "t", ("Write rhymes.",))
+    zoo = import_adapters([source], tmp_path / "zoo", replace(NAMED, snapshots=1)).zoo
+    assert zoo.record("t", "imported").snapshot_steps == (3,)
+
+
+def test_no_expression_of_an_adapter_is_run(
+    adapters: Path, copy: Path, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    slow = "a*" * 10 + "!"
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in (
+            slow,
+            ".*q_proj",
+            "[qv]_proj",
+            "(q|v)_proj",
+            r"layers\.\d+\.self_attn\.q_proj",
+            "(",
+            "q_proj|v_proj",
+        ):
+            change_config(copy, **{option: {pattern: 2}})
+            assert "is a regular expression, which is not run" in refusal(copy, tmp_path / "zoo")
+        change_config(copy, **{option: {}})
+    for options in (
+        {"target_modules": slow},
+        {"target_modules": r".*\.(q|v)_proj", "exclude_modules": slow},
+        {"layers_pattern": slow, "layers_to_transform": [0, 1]},
+    ):
+        change_config(copy, **({"target_modules": ["q_proj", "v_proj"], "exclude_modules": None} | options))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        zoo = import_adapters([copy], folder, NAMED).zoo
+        stored = json.loads((zoo.folder / "copy/imported/adapter_config.json").read_text())
+        assert stored["target_modules"] == [module.path for module in zoo.layout.modules]
+        assert not (stored["exclude_modules"] or stored["layers_pattern"])
+        torch.testing.assert_close(
+            logits(pico_model_folder, zoo.folder / "copy/imported"), logits(pico_model_folder, adapters / "plain")
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["{}", "^model.layers.0.self_attn.{}", r"layers\.0\.self_attn\.{}", r"^model\.layers\.0\.self_attn\.{}$"]
+)
+def test_patterns_that_are_names_do_what_they_do_in_peft(pico_model_folder: Path, tmp_path: Path, name: str) -> None:
+    options = {"rank_pattern": {name.format("q_proj"): 1}, "alpha_pattern": {name.format("v_proj"): 7}}
+    train_adapter(pico_model_folder, tmp_path / "own", 0, **options)
+    (tmp_path / "own" / "README.md").write_text(CARD)
+    zoo = import_adapters([tmp_path / "own"], tmp_path / "zoo", NAMED).zoo
+    torch.testing.assert_close(
+        logits(pico_model_folder, zoo.folder / "own/imported"), logits(pico_model_folder, tmp_path / "own")
+    )
+
+
+GENERATED = {
+    "trl": "# Model Card for out\n\nThis model is a fine-tuned version of [b](https://huggingface.co/b).\nIt has been "
+    "trained using [TRL](https://github.com/huggingface/trl).\n\nThis model was trained with SFT.\n",
+    "unsloth": "- **License:** mit\n\nThis llama model was trained 2x faster with [Unsloth](https://x) and TRL.\n",
+    "trainer": "# out\n\nThis model is a fine-tuned version of [b](https://b) on the None dataset.\nIt achieves the "
+    "following results on the evaluation set:\n- Loss: 1.0\n\n## Model description\n\nMore information needed\n\n"
+    "### Training hyperparameters\n\nThe following hyperparameters were used during training:\n- seed: 42\n",
+    "axolotl": "<details><summary>See axolotl config</summary>\n\naxolotl version: `0.4.1`\n```yaml\na b: c\n```\n\n"
+    "</details><br>\n\nThis model was trained from scratch on the a b dataset.\n",
+}
+
+
+@pytest.mark.parametrize("kind", GENERATED)
+def test_what_trainers_write_is_no_description(kind: str) -> None:
+    assert card_description(GENERATED[kind]) is None
+    assert card_description(GENERATED[kind] + "\nWrites short poems on birds.\n") == "Writes short poems on birds."
+
+
+def test_the_card_that_peft_writes_is_no_description(pico_model_folder: Path, tmp_path: Path) -> None:
+    train_adapter(pico_model_folder, tmp_path / "own", 0)
+    assert card_description((tmp_path / "own" / "README.md").read_text()) is None
+    assert "no model card that says what it does" in refusal(tmp_path / "own", tmp_path / "zoo")
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "这个适配器用于撰写法律声明和许可条款。",
+        "このアダプターは短い詩を書きます。",
+        "ตัวแปลงนี้เขียนบทกวีสั้นๆ",
+    ],
+)
+def test_descriptions_are_taken_in_every_script(prose: str) -> None:
+    assert card_description(f"\ufeff# 标题\r\n\r\n{prose}\r\n") == prose
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "license: mit\nn: " + "9" * 30_000,
+        "a: " + "[" * 60_000,
+        "a: &a [x]\n"
+        + "".join(
+            f"{two}: &{two} [{','.join([f'*{one}'] * 9)}]\n" for one, two in zip("abcdef", "bcdefg", strict=True)
+        ),
+        "license: [mit]",
+        "!!python/object/apply:os.system [ls]",
+        "\0: {",
+        "-" * 60_000,
+    ],
+)
+def test_no_card_hangs_or_ends_the_import(copy: Path, tmp_path: Path, head: str) -> None:
+    (copy / "README.md").write_text(f"---\n{head}\n---\nWrites short rhymes.\n")
+    zoo = import_adapters([copy], tmp_path / "zoo", NAMED).zoo
+    assert zoo.descriptions("copy") == ("Writes short rhymes.",)
+
+
+@pytest.mark.parametrize("card", ["<!--" * 20_000, "\n \n" * 20_000, "---\n" * 20_000, "a" * (1 << 20)])
+def test_no_card_is_searched_for_long(card: str) -> None:
+    assert card_description(card) is None
 
 
 @pytest.mark.parametrize(
