@@ -45,8 +45,9 @@ def local_path(path: str | Path) -> Path:
 def task_names(given: Sequence[str]) -> dict[str, str]:
     """For names in any script, file names that are all different, also where letters' case does not count.
 
-    A name that is no file name, or falls together with another, gets a hash of itself behind it, so that it stays the
-    same whatever other names there are; one that only has blanks between its words gets underscores for them.
+    A name that is no file name, or falls together with another, gets a hash of itself behind it; one that only has
+    blanks between its words gets underscores for them. So a name may change when another joins that falls together
+    with it, and in no other case.
     """
     short = {name: re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in given}
     alike = Counter(form.lower() for form in short.values())

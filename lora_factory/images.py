@@ -17,7 +17,7 @@ from lora_factory.safe_files import reading
 
 ImageLike = str | Path | bytes | Image.Image
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-MAX_PIXELS = 100_000_000  # 400 MB as RGBA; scanners and satellites stay below it
+MAX_PIXELS = 100_000_000  # 400 MB as RGBA
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
