@@ -103,7 +103,7 @@ def mean(cell: dict) -> float:
 def measure(zoo: AdapterZoo, settings: TrainArguments, tasks: list, base: Path, folder: Path) -> dict:
     """Train a generator and score what it writes for every task's first description."""
     start = time.perf_counter()
-    train_generator(zoo, folder, settings)
+    train_generator(zoo, folder, settings, overwrite=True)
     seconds = time.perf_counter() - start
     generator = CVAELoRAGenerator.from_pretrained(folder)
     model, tokenizer = load_base_model(base)

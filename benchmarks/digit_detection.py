@@ -76,7 +76,7 @@ def main() -> None:
     tasks = [digit_task(digit) for digit in range(10)]
     collect = replace(COLLECT, seeds=(options.seed,))
     zoo = collect_adapters(tasks, base, options.output / "zoo", collect, base_model_name=BASE_NAME)
-    generator = train_generator(zoo, options.output / "generator", replace(TRAIN, seed=options.seed))
+    generator = train_generator(zoo, options.output / "generator", replace(TRAIN, seed=options.seed), overwrite=True)
     model, tokenizer = load_base_model(base)
     inputs = model_inputs(model, load_processor(base))
     factory = AdapterFactory.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), inputs)

@@ -84,7 +84,7 @@ def main() -> None:
 
     zoo = collect_adapters(tasks, base, options.output / "zoo", collect, base_model_name=BASE_MODEL)
     train = paper_generator(zoo, epochs, text_encoder)
-    generator = train_generator(zoo, options.output / "generator", train)
+    generator = train_generator(zoo, options.output / "generator", train, overwrite=True)
 
     accelerator = Accelerator()
     model, tokenizer = load_base_model(base, dtype=collect.dtype, device=accelerator.device)

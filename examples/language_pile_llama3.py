@@ -76,7 +76,8 @@ def main() -> None:
     tasks = [subset_task(name, pieces) for name, pieces in texts.items()]
 
     zoo = collect_adapters(tasks, base, options.output / "zoo", collect, base_model_name=BASE_MODEL)
-    generator = train_generator(zoo, options.output / "generator", paper_generator(zoo, epochs, text_encoder))
+    train = paper_generator(zoo, epochs, text_encoder)
+    generator = train_generator(zoo, options.output / "generator", train, overwrite=True)
 
     accelerator = Accelerator()
     model, tokenizer = load_base_model(base, dtype=collect.dtype, device=accelerator.device)

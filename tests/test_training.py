@@ -156,7 +156,8 @@ def test_same_seed_same_weights(zoo: AdapterZoo, arguments: TrainArguments, tmp_
     for seed in (0, 0, 1):
         torch.rand(3)  # what others draw from the global generator is of no effect
         state = torch.random.get_rng_state()
-        states.append(train_generator(zoo, tmp_path / "generator", replace(short, seed=seed)).state_dict())
+        again = train_generator(zoo, tmp_path / "generator", replace(short, seed=seed), overwrite=True)
+        states.append(again.state_dict())
         assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
@@ -290,11 +291,11 @@ def test_wrong_inputs_leave_an_earlier_generator_alone(
     train_generator(zoo, folder, replace(arguments, steps=1))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(LoraFactoryError, match=r"the generator's loss is .*lower learning_rate"):
-        train_generator(zoo, folder, replace(arguments, steps=5, learning_rate=1e30, warmup_ratio=0.0))
+        train_generator(zoo, folder, replace(arguments, steps=5, learning_rate=1e30, warmup_ratio=0.0), overwrite=True)
     with pytest.raises(LoraFactoryError, match=r"no examples of the zoo's tasks \['sums'\]"):
-        train_generator(zoo, folder, arguments, tasks=tasks[:3])
+        train_generator(zoo, folder, arguments, tasks=tasks[:3], overwrite=True)
     with pytest.raises(LoraFactoryError, match="cannot load the text encoder"):
-        train_generator(zoo, folder, replace(arguments, text_encoder=str(tmp_path / "nowhere")))
+        train_generator(zoo, folder, replace(arguments, text_encoder=str(tmp_path / "nowhere")), overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["generator"]
 
