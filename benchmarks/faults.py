@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from domain_tasks import domain_tasks, shared_folder
+from filelock import SoftFileLease
 from rich.console import Console
 from rich.table import Table
 
@@ -161,10 +162,8 @@ def flip(path: Path) -> None:
 def wait_for_lease(process: multiprocessing.process.BaseProcess, folder: Path) -> None:
     """Until a process is at work, or has ended."""
     while process.is_alive():
-        for path in folder.glob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                if f'"pid": {process.pid},' in path.read_text():
-                    return
+        if any(SoftFileLease(path).pid == process.pid for path in folder.glob("*")):
+            return
         time.sleep(0.005)
 
 

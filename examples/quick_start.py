@@ -6,7 +6,7 @@ from lora_factory.corpus import build_corpus
 tasks, unseen = build_corpus("quick-start/tasks", seen=3)  # or load_tasks("tasks.yaml")
 settings = CollectArguments(steps=12, snapshots=4, batch_size=4, sequence_length=64, target_modules="q_proj,v_proj")
 zoo = collect_adapters(tasks, "HuggingFaceTB/SmolLM2-135M-Instruct", "quick-start/zoo", settings)
-generator = train_generator(zoo, "quick-start/generator")
+generator = train_generator(zoo, "quick-start/generator", overwrite=True)
 
 model = generator.generate_adapter("Typed stubs of Python functions and classes")  # a peft.PeftModel
 generator.save_adapter("Typed stubs of Python functions and classes", "quick-start/adapter", overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -114,13 +115,30 @@ def find_modules(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         LoraFactoryError: for an option or a key that is not plain LoRA, with the reason.
     """
     check_plain_lora(config)
-    modules = []
+    state_dict, modules = lora_weights(state_dict), []
     pairs = _pair_keys(state_dict)
     scalings = ranks_and_scalings(config, list(pairs))
     for (path, (key_a, key_b)), (_, scaling) in zip(pairs.items(), scalings, strict=True):
         shape_a, shape_b = tuple(state_dict[key_a].shape), tuple(state_dict[key_b].shape)
         modules.append(AdaptedModule(path, key_a, key_b, shape_a, shape_b, scaling))
     return tuple(sorted(modules, key=lambda module: natural_key(module.path)))
+
+
+def lora_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the base model's embeddings and head, which PEFT saves beside a LoRA on them.
+
+    A LoRA leaves these weights as they are, so that the base model has them already. They are needed where its
+    vocabulary was resized; then the adapter's own shapes do not fit another base model either.
+    """
+    adapted = {key.removesuffix(suffix) for key in state_dict for suffix, _ in _SUFFIXES if key.endswith(suffix)}
+    copies = [key for key in state_dict if key.rpartition(".base_layer.")[0] in adapted]
+    if copies:
+        warnings.warn(
+            f"{', '.join(copies)} of the adapter: left out, PEFT saves the base model's own embeddings beside a LoRA "
+            "on them; save with save_embedding_layers=False to keep the file small",
+            stacklevel=3,
+        )
+    return {key: tensor for key, tensor in state_dict.items() if key not in copies}
 
 
 def module_paths(state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,33 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
-from lora_factory.adapted_modules import check_plain_lora, exact_targets, module_paths
+from lora_factory.adapted_modules import check_plain_lora, exact_targets, lora_weights, module_paths, plain_json
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json, write_json
+from lora_factory.files import local_path, read_json, write_json
 from lora_factory.layout import AdapterLayout
+from lora_factory.live_models import (
+    base_of,
+    carries_adapters,
+    copy_without_adapters,
+    modules_by_path,
+    plain_model,
+    plain_name,
+    unmerge,
+    without_adapters,
+)
 from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
+from lora_factory.targets import last_names, linear_modules
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LOGGER = logging.getLogger(__name__)
-_PRECISIONS = {"torch.float32", "torch.float16", "torch.bfloat16"}
 
 
 def attach_adapter(
@@ -44,32 +54,51 @@ def attach_adapter(
 ) -> PeftModel:
     """Attach adapter weights to a base model, strictly.
 
+    A base model in a wrapper, such as ``torch.compile``'s or ``DataParallel``, is taken out of it. A ``PeftModel``
+    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts
+    adapters into the base model itself: a base model that carries some already is left as it is, and a copy of it
+    without them gets this one.
+
+    Returns:
+        A ``PeftModel`` in evaluation mode, with this adapter alone active.
+
     Raises:
-        LoraFactoryError: When a module of the layout is missing in the model or has another size.
+        LoraFactoryError: When a module of the layout is missing in the model or has another size, the slot of this
+            name is no plain LoRA, or ``adapter_name`` is no name for an adapter.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    _warn_of_another_base(base, layout)
-    modules = dict(base.named_modules())
-    for adapted in layout.modules:
-        weight = getattr(getattr(modules.get(adapted.path), "base_layer", modules.get(adapted.path)), "weight", None)
-        if weight is None:
-            raise LoraFactoryError(
-                f"the base model has no module {adapted.path!r}; this adapter is for {layout.base_model}: "
-                f"pass base_model={layout.base_model!r}"
-            )
-        expected = {adapted.shape_a[1], adapted.shape_b[0]}
-        if set(weight.shape[:2]) != expected:
-            raise LoraFactoryError(
-                f"{adapted.path} of the base model has shape {tuple(weight.shape)}, the adapter fits sizes "
-                f"{sorted(expected)}; it is for {layout.base_model}: pass base_model={layout.base_model!r}"
-            )
+    check_adapter_name(adapter_name)
+    model = plain_model(model)
+    _check_base(base_of(model), layout)
     if not isinstance(model, PeftModel):
-        model = wrap_base(model, layout.peft_config(), adapter_name)
+        base = copy_without_adapters(model) if carries_adapters(model) else model
+        model = wrap_base(base, layout.peft_config(), adapter_name)
     elif adapter_name not in model.peft_config:
-        model.add_adapter(adapter_name, layout.peft_config())
+        try:
+            model.add_adapter(adapter_name, layout.peft_config())
+        except ValueError as error:  # such as beside prompt tuning
+            raise LoraFactoryError(f"PEFT adds no LoRA to this PeftModel: {error}; pass its base model") from error
+    else:
+        check_plain_lora(plain_json(model.peft_config[adapter_name].to_dict()))
     AdapterSlot(model, layout, adapter_name).load(state_dict)
+    tuner: Any = model.base_model
+    tuner.enable_adapter_layers()
     model.set_adapter(adapter_name)
     return model.eval()
+
+
+def check_adapter_name(name: object) -> None:
+    """Check that PEFT can give an adapter a name: the names of PyTorch modules hold no dot.
+
+    Raises:
+        LoraFactoryError: When it cannot.
+    """
+    if not isinstance(name, str) or not name.strip() or "." in name:
+        raise LoraFactoryError(
+            f"adapter_name is {name!r}; PEFT takes a name without dots, for example "
+            f"{str(name).replace('.', '_').strip() or 'default'!r}"
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise LoraFactoryError(f"adapter_name is {name!r}, which PyTorch uses itself; choose another one")
 
 
 def save_adapter_config(layout: AdapterLayout, folder: Path) -> None:
@@ -90,19 +119,24 @@ def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "d
     """``peft.get_peft_model`` with a clear error, and without the warnings that are about its own calls.
 
     Raises:
-        LoraFactoryError: When none of the config's target modules is in the model.
+        LoraFactoryError: When none of the config's target modules is in the model, or one is no module.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
         public_name = config.base_model_name_or_path
+        advice = f"name some of its modules: target_modules={','.join(sorted(last_names(linear_modules(model))))!r}"
         try:
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         except ValueError as error:
             raise LoraFactoryError(
-                f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; "
-                "name some of its modules, or use all-linear"
+                f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; {advice}"
             ) from error
+    if config.target_parameters:
+        raise LoraFactoryError(
+            f"{sorted(config.target_parameters)} of this {type(model).__name__} are weights that PEFT adapts stacked, "
+            f"and no modules; {advice}"
+        )
     config.base_model_name_or_path = public_name  # PEFT puts the folder there that the base was loaded from
     return wrapped
 
@@ -124,17 +158,13 @@ def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout,
     Raises:
         LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weights = layout.unflatten(adapters)
+    modules, weights = modules_by_path(base_of(model)), layout.unflatten(adapters)
     handles = []
     try:
         for adapted in layout.modules:
-            try:
-                module = base.get_submodule(adapted.path)
-            except AttributeError:
-                raise LoraFactoryError(
-                    f"the base model has no module {adapted.path!r}; this adapter is for {layout.base_model}"
-                ) from None
+            module: Any = modules.get(adapted.path)
+            if module is None:
+                raise LoraFactoryError(_missing_module(base_of(model), layout, adapted.path))
             target = module.base_layer if isinstance(module, LoraLayer) else module
             pair = weights[adapted.key_a], weights[adapted.key_b] * adapted.scaling
             handles.append(target.register_forward_hook(partial(_add_lora, *pair)))
@@ -142,11 +172,6 @@ def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout,
     finally:
         for handle in handles:
             handle.remove()
-
-
-def without_adapters(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
-    """A context in which a model is its base model alone."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def _add_lora(factors_a: Tensor, factors_b: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
@@ -187,12 +212,13 @@ class AdapterSlot:
 
     def __init__(self, model: PeftModel, layout: AdapterLayout, adapter_name: str = "default") -> None:
         """Find the slot's parameters and check them against the layout."""
-        self.model = model
+        self.model = model = plain_model(model)
         self.layout = layout
         self._parameters = adapter_parameters(model, adapter_name)
         layout.check(self._parameters)
+        modules = modules_by_path(base_of(model))
         for module in layout.modules:
-            layer = model.get_base_model().get_submodule(module.path)
+            layer = modules[module.path]
             assert isinstance(layer, LoraLayer)  # its parameters were found above
             scaling = layer.scaling[adapter_name]
             if not math.isclose(scaling, module.scaling, rel_tol=1e-6):
@@ -203,7 +229,7 @@ class AdapterSlot:
 
     @torch.no_grad()
     def load(self, adapter: Tensor | Mapping[str, Tensor]) -> None:
-        """Overwrite the slot's weights; they keep their precision and device.
+        """Overwrite the slot's weights; they keep their precision and device. Merged adapters are unmerged first.
 
         Args:
             adapter: A vector of shape ``(D,)``, or a PEFT state dict.
@@ -213,7 +239,9 @@ class AdapterSlot:
         """
         if isinstance(adapter, Tensor):
             adapter = self.layout.unflatten(adapter)
+        adapter = lora_weights(adapter)
         self.layout.check(adapter)
+        unmerge(self.model)  # the base weights hold the adapter that is overwritten here
         for key, parameter in self._parameters.items():
             parameter.copy_(_placed_like(parameter, adapter[key]))
 
@@ -230,7 +258,9 @@ def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[
     """
     slot = re.compile(rf"(\.lora_(?:embedding_)?[AB])\.{re.escape(adapter_name)}(?=\.|$)")
     parameters: dict[str, Tensor] = {
-        slot.sub(r"\1", name): parameter for name, parameter in model.named_parameters() if slot.search(name)
+        plain_name(slot.sub(r"\1", name)): parameter
+        for name, parameter in model.named_parameters()
+        if slot.search(name)
     }
     if not parameters:
         raise LoraFactoryError(
@@ -258,14 +288,14 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
     Raises:
         LoraFactoryError: When a file is missing or truncated, or the adapter is not a plain LoRA.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         values = read_json_object(
             checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES
         )
         check_plain_lora(values)
         path = checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)
-        header = _header(path)
+        header = lora_weights(_header(path))
         values.pop("runtime_config", None)
         config = LoraConfig.from_peft_type(**exact_targets(values, module_paths(header)))
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
@@ -274,7 +304,11 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
             raise LoraFactoryError("adapter_config.json names no base model; pass base_model= (--base-model)")
         # Names, shapes and ranks are checked before a weight is read.
         layout = AdapterLayout.from_state_dict(header, config, base_model=name, base_revision=config.revision)
-        state_dict = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            state_dict = {key: file.get_tensor(key) for key in header}
+        if torch.float64 in {tensor.dtype for tensor in state_dict.values()}:
+            warnings.warn(f"the adapter in {folder} holds float64; it is read as float32", stacklevel=2)
+            state_dict = {k: v.float() if v.dtype == torch.float64 else v for k, v in state_dict.items()}
         layout.check(state_dict)
         _check_targets(config, layout)
     except LoraFactoryError as error:
@@ -284,22 +318,72 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
             f"{folder}: adapter_config.json or {ADAPTER_FILE} is damaged ({str(error)[:1000]}); "
             "write or download it again"
         ) from error
-    if odd := sorted({str(tensor.dtype) for tensor in state_dict.values()} - _PRECISIONS):
-        raise LoraFactoryError(f"the adapter in {folder} holds {odd}, expected one of {sorted(_PRECISIONS)}")
     return layout, state_dict
+
+
+def _check_base(base: nn.Module, layout: AdapterLayout) -> None:
+    """Refuse a base model without a layout's modules, or with modules of other sizes."""
+    _warn_of_another_base(base, layout)
+    modules = modules_by_path(base)
+    for adapted in layout.modules:
+        module = modules.get(adapted.path)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None:
+            raise LoraFactoryError(_missing_module(base, layout, adapted.path))
+        expected = {adapted.shape_a[1], adapted.shape_b[0]}
+        if set(weight.shape[:2]) != expected:
+            raise LoraFactoryError(
+                f"{adapted.path} of the base model has shape {tuple(weight.shape)}, the adapter fits sizes "
+                f"{sorted(expected)}; it is for {layout.base_model}: {_remedy(base, layout)}"
+            )
+
+
+def _missing_module(base: nn.Module, layout: AdapterLayout, path: str) -> str:
+    """What to say where a base model has not the module of an adapter."""
+    modules, expert = modules_by_path(base), re.search(r"(?:^|\.)experts\.\d+\.", path)
+    stacked = [
+        name
+        for name, module in modules.items()
+        if name.endswith("experts") and not any(child.isdecimal() for child, _ in module.named_children())
+    ]
+    if expert and stacked:
+        return (
+            f"the adapter is for single experts, such as {path!r}; in this base model the experts of a layer are one "
+            f"module, {stacked[0]!r}, with stacked weights, which are not supported here: load the adapter with "
+            "PEFT, which converts it: PeftModel.from_pretrained(base_model, folder)"
+        )
+    return f"the base model has no module {path!r}; this adapter is for {layout.base_model}: {_remedy(base, layout)}"
+
+
+def _remedy(base: nn.Module, layout: AdapterLayout) -> str:
+    """Which base model to give instead; a model of the name that the adapter gives must be another version of it."""
+    if getattr(getattr(base, "config", None), "name_or_path", None) != layout.base_model:
+        return f"pass base_model={layout.base_model!r}"
+    return (
+        f"the model that was given has this name too, but is another version of it or was changed; its class is "
+        f"{type(base).__name__}. Load it as it was when the adapter was trained"
+    )
 
 
 def _header(path: Path) -> dict[str, Tensor]:
     """Tensors on the meta device as the header of a safetensors file describes them; no weight is read."""
     with safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}
+    if odd := sorted({one.get_dtype() for one in slices.values()} - _DTYPES.keys()):
+        raise LoraFactoryError(f"it holds {', '.join(odd)}; expected one of {', '.join(_DTYPES)}")
+    return {
+        name: torch.empty(tuple(one.get_shape()), dtype=_DTYPES[one.get_dtype()], device="meta")
+        for name, one in slices.items()
+    }
 
 
 def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:
     """Say so when a model from the Hub is another one, or at another commit, than an adapter was made for."""
-    config: Any = model.config
-    name, commit = config.name_or_path, getattr(config, "_commit_hash", None)  # known where load_base_model loaded it
+    config: Any = getattr(model, "config", None)
+    name, commit = (
+        getattr(config, "name_or_path", ""),
+        getattr(config, "_commit_hash", None),
+    )  # known where load_base_model loaded it
     if not all(is_hub_id(one) and not Path(one).exists() for one in (name, layout.base_model)):
         return
     if name != layout.base_model or (commit and layout.base_revision and commit != layout.base_revision):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_factory.adapters import without_adapters
 from lora_factory.arguments import CollectArguments
 from lora_factory.base_loss import Base
 from lora_factory.encoders import HiddenStateEncoder, masked_mean
 from lora_factory.evaluation import frozen
 from lora_factory.image_data import as_example
-from lora_factory.model_inputs import CausalInputs
+from lora_factory.live_models import without_adapters
+from lora_factory.model_inputs import CausalInputs, positions
 from lora_factory.sequences import IGNORED
 
 BATCH = 8
@@ -35,7 +36,8 @@ def example_states(base: Base, examples: Sequence[Any]) -> Tensor:
     """
     if isinstance(base.inputs, CausalInputs):
         return HiddenStateEncoder(base.model, base.tokenizer).encode(examples)
-    rows = base.inputs.encode([*map(as_example, examples)], READ)
+    settings = replace(READ, sequence_length=min(READ.sequence_length, positions(base.model) or READ.sequence_length))
+    rows = base.inputs.encode([*map(as_example, examples)], settings)
     with frozen(base.model), without_adapters(base.model):
         return torch.cat([_read(base, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
 

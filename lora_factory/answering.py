@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,6 +17,8 @@ from transformers import (
 )
 
 from lora_factory.evaluation import pad_tokens
+from lora_factory.live_models import base_of
+from lora_factory.sequences import end_token
 
 
 def greedy_answers(
@@ -36,7 +37,7 @@ def greedy_answers(
         references: The right answers: one is complete when it has as many lines, or with the token that ends a text.
         max_new_tokens: Tokens of an answer at most.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     own, ends = base.generation_config, end_tokens(model, tokenizer)
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0
@@ -54,10 +55,10 @@ def greedy_answers(
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a text, by the model's own generation settings or the tokenizer."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     own = base.generation_config.eos_token_id
     given = own if isinstance(own, list) else [own]
-    return {token for token in (*given, tokenizer.eos_token_id) if token is not None}
+    return {token for token in (*given, end_token(tokenizer)) if token is not None}
 
 
 def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: set[int]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lora_factory.errors import LoraFactoryError
 
@@ -44,17 +48,20 @@ class CollectArguments:
     quantization: str = _option("", "load the base model in 4bit (NF4, as in QLoRA) or 8bit; needs bitsandbytes")
     parallel: str = _option("tasks", "processes take a run each (tasks), or train every run together (data)")
     state_every: int = _option(100, "steps between saves of a run's state, from which it continues; 0: no saves")
-    retries: int = _option(1, "how often a run that failed is tried again")
+    retries: int = _option(1, "how often a run that ran out of memory, or that the machine stopped, is tried again")
     gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
     compile: bool = _option(False, "compile the model with torch.compile")
     report_to: tuple[str, ...] = _option((), "comma-separated trackers: tensorboard, wandb, trackio")
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
+        _convert(self)
         _positive(self, "rank", "snapshots", "snapshot_every", "batch_size", "gradient_accumulation")
         _positive(self, "sequence_length", "learning_rate", "lora_alpha", "max_grad_norm", "validation_sequences")
         if not self.seeds:
             raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
+        if large := [seed for seed in self.seeds if not -(2**63) <= seed < 2**63]:
+            raise LoraFactoryError(f"seeds holds {large[0]}; a seed has 64 bits, so give a smaller number")
         if self.max_tokens < 0:
             raise LoraFactoryError(f"max_tokens={self.max_tokens} may not be below 0; 0 means all")
         if self.epochs < 0 or (self.epochs == 0 and self.steps < 1):
@@ -91,6 +98,7 @@ class ImportArguments:
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
+        _convert(self)
         if min(self.rank, self.snapshots) < 0:
             raise LoraFactoryError(f"rank={self.rank}, snapshots={self.snapshots}: neither may be below 0")
 
@@ -138,6 +146,7 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
+        _convert(self)
         _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
         _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
         _positive(self, "multitask_learning_rate", "specialist_learning_rate")
@@ -167,6 +176,7 @@ class CompareArguments:
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
+        _convert(self)
         _positive(self, "max_tokens", "max_examples", "examples")
         if not self.seeds or self.window < 4:
             raise LoraFactoryError(f"seeds={self.seeds}, window={self.window}: give a seed, and a window of 4 or more")
@@ -179,6 +189,101 @@ class DemoArguments:
     output_dir: str = _option("demo-output", "folder for zoo, generator, adapters and results")
     base_model: str = _option("", "Hub id or folder of another base model (default: SmolLM2-135M-Instruct)")
     fast: bool = _option(False, "a two-minute tour: fewer tasks and steps")
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        _convert(self)
+
+
+def converted(name: str, kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """A value as an option of this type keeps it, whoever wrote it: the command line, a file or a Python program.
+
+    Numbers of other libraries and numbers written as text become Python's; one value counts as a list of one; lists,
+    sets and text with commas become tuples, and comma-separated text where an option is text.
+
+    Args:
+        name: The option's, for the error.
+        kind: ``bool``, ``int``, ``float``, ``str`` or a tuple of one of them.
+        value: Anything.
+
+    Raises:
+        LoraFactoryError: When the value has no meaning of this type.
+    """
+    try:
+        if get_origin(kind) is tuple:
+            return tuple(converted(name, get_args(kind)[0], part) for part in _parts(value))
+        return _SCALARS[kind](value)
+    except LoraFactoryError:
+        raise
+    except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
+        raise LoraFactoryError(f"{name}={value!r:.100} {_EXPECTED[get_origin(kind) or kind]}") from None
+
+
+def _convert(arguments: Any) -> None:  # noqa: ANN401
+    """Give every field a value of its type."""
+    kinds = get_type_hints(type(arguments))
+    for one in fields(arguments):
+        object.__setattr__(arguments, one.name, converted(one.name, kinds[one.name], getattr(arguments, one.name)))
+
+
+def _parts(value: Any) -> Iterable[Any]:  # noqa: ANN401
+    """The values of a list, as people write one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if value is None or isinstance(value, Mapping | bytes):
+        raise TypeError
+    if isinstance(value, Set):
+        return sorted(value)
+    listed = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors
+    return listed if isinstance(listed, Iterable) else [listed]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """A number of numpy or torch as Python has it."""
+    return value.item() if hasattr(value, "item") and not isinstance(value, str) else value
+
+
+def _bool(value: Any) -> bool:  # noqa: ANN401
+    value = _plain(value)
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _int(value: Any) -> int:  # noqa: ANN401
+    value = _plain(value)
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) else operator.index(value)
+
+
+def _float(value: Any) -> float:  # noqa: ANN401
+    value = _plain(value)
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise TypeError
+    return number
+
+
+def _str(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, list | tuple | Set):
+        raise TypeError
+    if not all(isinstance(part, str) for part in value):
+        raise TypeError
+    return ",".join(sorted(value) if isinstance(value, Set) else value)
+
+
+_SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
+_EXPECTED = {
+    bool: "must be True or False",
+    int: "must be a whole number",
+    float: "must be a finite number",
+    str: "must be text",
+    tuple: "must be a value, or a list of values, of the right type",
+}
 
 
 def _positive(arguments: object, *names: str) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from lora_factory.adapters import adapters_in_batch
 from lora_factory.layout import AdapterLayout
+from lora_factory.live_models import plain_model
 from lora_factory.model_inputs import ModelInputs, model_inputs
 from lora_factory.sequences import IGNORED
 
@@ -41,6 +42,10 @@ class FrozenBase:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     layout: AdapterLayout
+
+    def __post_init__(self) -> None:
+        """Take the model out of its wrappers."""
+        object.__setattr__(self, "model", plain_model(self.model))
 
     @property
     def inputs(self) -> ModelInputs:

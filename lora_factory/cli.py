@@ -19,7 +19,7 @@ from lora_factory.arguments import (
     ImportArguments,
     TrainArguments,
 )
-from lora_factory.cli_options import add_options, add_required, command, read_options
+from lora_factory.cli_options import add_options, add_required, command, in_flags, read_options
 from lora_factory.cli_zoo import add_import, add_zoo, run_import
 from lora_factory.errors import LoraFactoryError
 
@@ -43,12 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except LoraFactoryError as error:
-        message = " ".join(str(error).split())
+        message = " ".join(in_flags(str(error), options).split())
         _console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        _console(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
+    except KeyboardInterrupt as error:
+        rest = "; the same command continues where it stopped" if _continues(options) else ""
+        words = str(error) or f"interrupted{rest}"
+        _console(stderr=True).print(words, markup=False, highlight=False, soft_wrap=True)
         return 130
+
+
+def _continues(options: argparse.Namespace) -> bool:
+    """Whether what a command has done so far is kept for the next time."""
+    if options.run is _train:  # stage 2 alone keeps its state
+        return bool(options.base_steps or options.specialist_steps)
+    return bool(options.continues or (options.run is _evaluate and options.generator))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
+    demo.set_defaults(continues=True)
     add_options(demo, DemoArguments)
 
     collect = command(commands, "collect", _collect, "fine-tune one LoRA a task and seed and keep its last snapshots")
@@ -67,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_required(collect, "--base-model", "Hub id or folder of the base model")
     add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
     collect.add_argument("--base-model-name", help="Hub id that adapters name as their base (default: --base-model)")
+    collect.set_defaults(continues=True)
     add_options(collect, CollectArguments)
 
     imported = command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
@@ -83,13 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--images", help="folder with a folder of images for every task, to be conditioned on images")
     train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
+    train.add_argument("--overwrite", action="store_true", help="replace a generator that is there already")
     add_options(train, TrainArguments)
 
     generate = command(commands, "generate", _generate, "write an adapter from a description")
     add_required(generate, "--generator", "folder or Hub id of a generator")
     generate.add_argument("--text", help="what the adapter is to do, in a sentence")
     generate.add_argument(
-        "--examples", help="text file of examples of the task, a blank line between them: beside --text or alone"
+        "--examples",
+        help="examples of the task: a text file with a blank line between them, or .jsonl, .json, .csv, .tsv or"
+        " .parquet with a column text, or prompt and completion; beside --text or alone",
     )
     generate.add_argument("--images", nargs="+", metavar="FILE", help="images of the task: beside --text or alone")
     generate.add_argument(
@@ -100,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
     add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
+    generate.add_argument("--overwrite", action="store_true", help="replace a generated adapter that is there already")
     generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
     generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
     generate.add_argument(
@@ -197,22 +212,29 @@ def _import(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     arguments = read_options(options, TrainArguments)
-    from pathlib import Path
-
+    from lora_factory.files import local_path
     from lora_factory.images import images_in
     from lora_factory.tasks import load_tasks
     from lora_factory.training import train_generator
     from lora_factory.zoo import AdapterZoo
 
     zoo, tasks = AdapterZoo(options.zoo), load_tasks(options.tasks) if options.tasks else None
-    images = {task: images_in(Path(options.images) / task) for task in zoo.tasks} if options.images else None
+    images = {task: images_in(local_path(options.images) / task) for task in zoo.tasks} if options.images else None
     train_generator(
-        zoo, options.output_dir, arguments=arguments, tasks=tasks, images=images, base_model=options.base_model
+        zoo,
+        options.output_dir,
+        arguments=arguments,
+        tasks=tasks,
+        images=images,
+        base_model=options.base_model,
+        overwrite=options.overwrite,
     )
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from lora_factory.files import read_paragraphs
+    from lora_factory.data_source import read_examples
+    from lora_factory.files import local_path, read_json
+    from lora_factory.generation import GENERATION_FILE
     from lora_factory.modeling import CVAELoRAGenerator
 
     if options.text is None and options.examples is None and options.images is None:
@@ -221,14 +243,23 @@ def _generate(options: argparse.Namespace) -> None:
     generator.save_adapter(
         options.text,
         options.output_dir,
-        examples=read_paragraphs(options.examples) if options.examples else None,
-        images=options.images,
+        examples=read_examples(options.examples) if options.examples else None,
+        images=[local_path(image) for image in options.images] if options.images else None,
         base_model=options.base_model,
+        overwrite=options.overwrite,
         seed=options.seed,
         temperature=options.temperature,
         refine_steps=options.refine_steps,
     )
-    _console().print(f"wrote {options.output_dir}", markup=False, highlight=False, soft_wrap=True)
+    made = read_json(local_path(options.output_dir) / GENERATION_FILE)
+    lines = [f"wrote {options.output_dir}"]
+    if made["nearest_tasks"]:
+        nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in made["nearest_tasks"])
+        lines.append(f"nearest tasks, by cosine distance: {nearest}")
+    if made["zoo_distance"] is not None:
+        lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
+    for line in lines:
+        _console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -244,13 +275,15 @@ def _compare(options: argparse.Namespace) -> None:
     arguments = read_options(options, CompareArguments)
     from lora_factory.comparison import compare
     from lora_factory.fold import Fold
+    from lora_factory.folders import COMPARISON_FILES, check_reports
     from lora_factory.image_tasks import language_tasks
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
-    from lora_factory.tasks import load_tasks
+    from lora_factory.tasks import check_tasks, load_tasks
     from lora_factory.training import training_history
     from lora_factory.zoo import AdapterZoo
 
+    check_reports(options.output, *COMPARISON_FILES)
     zoo = AdapterZoo(options.zoo)
     known = set(zoo.tasks)
     fold = Fold(
@@ -261,6 +294,7 @@ def _compare(options: argparse.Namespace) -> None:
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
         history=training_history(options.generator),
     )
+    check_tasks([*fold.seen, *fold.unseen])
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
     console = _console()
@@ -271,27 +305,27 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate_adapters(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from lora_factory.evaluation import evaluate_adapters
     from lora_factory.files import write_json
+    from lora_factory.folders import check_reports
     from lora_factory.image_tasks import language_tasks
-    from lora_factory.tasks import load_tasks
+    from lora_factory.tasks import check_tasks, load_tasks
     from lora_factory.zoo import AdapterZoo
 
+    tasks = language_tasks(load_tasks(options.tasks))
+    check_tasks(tasks)
     console = _console()
+    results = check_reports(options.output, "evaluation.json") / "evaluation.json"
     with console.status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
-            language_tasks(load_tasks(options.tasks)),
+            tasks,
             base_model=options.base_model,
             max_tokens=options.max_tokens,
             window=options.window,
             zoo=AdapterZoo(options.zoo) if options.zoo else None,
             progress=status.update,
         )
-    results = Path(options.output) / "evaluation.json"
-    results.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.arguments import (
+    CollectArguments,
+    CompareArguments,
+    DemoArguments,
+    ImportArguments,
+    TrainArguments,
+    converted,
+)
 
 Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -21,7 +29,7 @@ def command(
 ) -> argparse.ArgumentParser:
     """Add a sub-command that runs a function."""
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, continues=False)
     return parser
 
 
@@ -45,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None
         many = get_origin(kind) is tuple
         shown = ",".join(map(str, default)) if many else str(default)
         text = f"{text} (default: {shown})" if shown else text
-        parse = _tuple_parser(get_args(kind)[0]) if many else kind
+        parse = _parser(flag, kind)
         parser.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
 
 
@@ -54,9 +62,41 @@ def read_options(namespace: argparse.Namespace, options: type[Options]) -> Optio
     return options(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)})
 
 
-def _tuple_parser(kind: type) -> Callable[[str], tuple[object, ...]]:
-    def comma_separated(text: str) -> tuple[object, ...]:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+def in_flags(message: str, options: argparse.Namespace) -> str:
+    """An error of a Python function in the words of the command line.
 
-    comma_separated.__name__ = f"comma-separated {kind.__name__}"
-    return comma_separated
+    Python's ``overwrite=True``, ``steps=0``, ``tasks=`` and ``output_dir`` become ``--overwrite``, ``--steps 0``,
+    ``--tasks`` and ``--output-dir``, where the command has such a flag. What stands in a path or in quotes stays.
+
+    Args:
+        message: What the error says.
+        options: The command's parsed flags.
+    """
+    names = sorted((name for name in vars(options) if name not in ("run", "continues")), key=len, reverse=True)
+    before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
+
+    def assigned(match: re.Match[str]) -> str:
+        name, value = match["name"].replace("_", "-"), match["value"]
+        if value.startswith("("):  # a tuple is a list with commas
+            value = ",".join(part.strip() for part in value[1:-1].split(",") if part.strip())
+        return f"--no-{name}" if value == "False" else f"--{name}{'' if value in ('True', '') else ' ' + value}"
+
+    if not names:
+        return message
+    value = r"\([^)]*\)|'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
+    message = re.sub(rf"{before}(?P<name>{flag})=(?P<value>{value})", assigned, message)
+    words = "|".join(re.escape(name) for name in names if "_" in name)
+    if words:
+        message = re.sub(rf"{before}(?:{words})(?![\w=(/'\".)-])", lambda m: "--" + m[0].replace("_", "-"), message)
+    return message
+
+
+def _parser(flag: str, kind: Any) -> Callable[[str], object]:  # noqa: ANN401
+    """What turns a flag's text into a value, as the data class itself would."""
+
+    def parse(text: str) -> object:
+        return converted(flag, kind, text)
+
+    many = get_origin(kind) is tuple
+    parse.__name__ = f"comma-separated {get_args(kind)[0].__name__}" if many else kind.__name__
+    return parse

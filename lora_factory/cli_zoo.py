@@ -88,6 +88,8 @@ def add_zoo(parser: argparse.ArgumentParser, command: AddCommand) -> None:
         one.add_argument("--revision", help="branch to push to, or branch, tag or commit to pull (default: main)")
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--tag", action="append", default=[], help="one more tag for the card")
+    merge.set_defaults(continues=True)
+    pull.set_defaults(continues=True)
     for one in (merge, pull):
         one.add_argument("--output-dir", required=True, help="folder of the zoo, made when missing (required)")
 

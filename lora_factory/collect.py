@@ -14,11 +14,13 @@ from pathlib import Path
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection import Collection, PlannedRun
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import local_path
 from lora_factory.image_tasks import ImageTask
 from lora_factory.open_factory import open_factory
 from lora_factory.progress import make_accelerator
 from lora_factory.run_state import writing_into
-from lora_factory.tasks import Task, load_tasks
+from lora_factory.tasks import Task, check_tasks, load_tasks
 from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 
@@ -46,18 +48,26 @@ def collect_adapters(
         The zoo, with ``len(tasks) * len(arguments.seeds)`` more runs at most.
 
     Raises:
-        CollectionError: At the end, when runs failed as often as ``arguments.retries`` allows: a task without text,
-            a loss that is not finite, memory that ran out. It is a LoraFactoryError, and the other runs are stored.
+        CollectionError: At the end, when runs failed: a loss that is not finite, a run that ended worse than the base
+            model, or memory that ran out more often than ``arguments.retries`` allows. It is a LoraFactoryError, and
+            the other runs are stored.
         StorageError: When the folder cannot be written; it is a LoraFactoryError as well.
-        LoraFactoryError: When the base model cannot be loaded, or the zoo holds runs of other settings.
+        LoraFactoryError: When the data of a task cannot be used (nothing is trained then, and all such tasks are
+            named), the base model cannot be loaded, or the zoo holds runs of other settings.
     """
     arguments = arguments or CollectArguments()
+    if isinstance(tasks, Task | ImageTask):
+        tasks = [tasks]
     tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
-    accelerator = make_accelerator(arguments, Path(output_dir) / HIDDEN_FOLDER / "logs")
+    if not tasks:
+        raise LoraFactoryError("tasks is empty; give at least one task, or a task file that holds one")
+    output_dir = local_path(output_dir)
+    accelerator = make_accelerator(arguments, output_dir / HIDDEN_FOLDER / "logs")
     factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
+    check_tasks(tasks)
     if arguments.parallel == "data":
         factory.share_runs()
-    with writing_into(Path(output_dir)):
+    with writing_into(output_dir):
         zoo = AdapterZoo.create(output_dir, factory.layout)
         (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
     factory.keep_tokens(zoo.folder)

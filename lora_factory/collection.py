@@ -1,8 +1,9 @@
 """The work of a collection: which run is next, what becomes of one that fails, and when all is done.
 
-Processes take runs by leases on disk, whichever launch they belong to, so that a slow run holds up nobody's list and
-the runs of a dead process are taken over; nothing but the choice of a name for the launch needs the others to answer.
-A counter in the process group's store would do for one launch, but not for two, nor after a death.
+Processes take runs by leases on disk (filelock's), whichever launch they belong to, so that a slow run holds up
+nobody's list and the runs of a dead process are taken over; nothing but the choice of a name for the launch needs the
+others to answer. A counter in the process group's store would do for one launch, but not for two, nor after a death.
+A lease saves double work and no more: a run is the same whoever makes it, and lands by one rename.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,19 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
+from filelock import SoftFileLease, Timeout
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory, TrainingTask, comparable_settings, versions
-from lora_factory.failures import CollectionError, Failures
+from lora_factory.failures import CollectionError, Failures, may_pass
 from lora_factory.files import sha256_text
-from lora_factory.leases import Lease, Leases
 from lora_factory.progress import Progress
 from lora_factory.run_state import RunCheckpoint, writing_into
 from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 _LOOK_SECONDS = 0.5  # between two looks at what other processes have done
+_LEASE_SECONDS = 60.0  # without a sign of life, after which a process of another host counts as dead
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -81,7 +82,7 @@ class Collection:
         self.folder = zoo.folder / HIDDEN_FOLDER
         (launch,) = broadcast_object_list([secrets.token_hex(8)])
         self.failures = Failures(self.folder / "failures", launch)
-        self.leases = Leases(self.folder / "leases")
+        self.leases = {run.key: SoftFileLease(self._lease(run), lease_duration=_LEASE_SECONDS) for run in runs}
         self.left = []
         for run in runs:
             if self._is_finished(run):
@@ -105,15 +106,18 @@ class Collection:
                 if run is None:
                     time.sleep(_LOOK_SECONDS)
                 else:
-                    with lease or nullcontext():
+                    try:
                         self._attempt(run, lease)
+                    finally:
+                        if lease:
+                            lease.release()
         finally:
             self.progress.close()
         names = {run.key: str(run) for run in self.runs}
         if reasons := self.failures.reasons(names):
             raise CollectionError({names[key]: reason for key, reason in reasons.items()}, len(self.runs))
 
-    def _choose(self) -> tuple[PlannedRun | None, Lease | None] | None:
+    def _choose(self) -> tuple[PlannedRun | None, SoftFileLease | None] | None:
         """A run and its lease, two times None while other processes hold all that is left, or None at the end.
 
         Processes that share runs follow the main one, which alone holds leases.
@@ -127,17 +131,30 @@ class Collection:
             return choice
         return next((run for run in self.runs if run.key == key), None), None
 
-    def _claim(self) -> tuple[PlannedRun | None, Lease | None] | None:
+    def _claim(self) -> tuple[PlannedRun | None, SoftFileLease | None] | None:
         self._look()
         if not self.left:
             return None
         with writing_into(self.zoo.folder):
             for run in self.left:
-                if lease := self.leases.claim(run.key):
+                if self._acquire(run):
                     if not self.zoo.has_run(run.task.name, run.run):
-                        return run, lease
-                    lease.release()  # landed between the look and the claim
+                        return run, self.leases[run.key]
+                    self.leases[run.key].release()  # landed between the look and the claim
         return None, None
+
+    def _acquire(self, run: PlannedRun) -> bool:
+        """Take the lease of a run, unless a living process holds it."""
+        lease = self.leases[run.key]
+        self._lease(run).parent.mkdir(parents=True, exist_ok=True)
+        earlier = lease.pid
+        try:
+            lease.acquire(blocking=False)
+        except Timeout:
+            return False
+        if earlier is not None:
+            _LOGGER.warning("taking over %s from process %d, which is gone", run, earlier)
+        return True
 
     def _look(self) -> None:
         """Drop from what is left the runs that have landed and those that were given up, whoever did it."""
@@ -145,12 +162,12 @@ class Collection:
         for run in before:
             if self._is_finished(run):
                 self.progress.landed(self.zoo.record(run.task.name, run.run))
-            elif self.failures.count(run.key) > self.factory.arguments.retries:
+            elif self.failures.given_up(run.key, self.factory.arguments.retries):
                 self.progress.failed()
             else:
                 self.left.append(run)
 
-    def _attempt(self, run: PlannedRun, lease: Lease | None) -> None:
+    def _attempt(self, run: PlannedRun, lease: SoftFileLease | None) -> None:
         writes = not self.factory.shares_runs or self.accelerator.is_main_process
         if writes:
             self._sweep(run)
@@ -176,14 +193,16 @@ class Collection:
             with writing_into(self.zoo.folder):
                 reason = self.failures.add(run.key, error)
             count, allowed = self.failures.count(run.key), self.factory.arguments.retries + 1
+            if not may_pass(error):
+                allowed = count  # it would come again
             _LOGGER.warning("%s failed, attempt %d of %d: %s", run, count, allowed, reason)
         if self.factory.shares_runs and not isinstance(error, LoraFactoryError):
             raise error  # it may have struck one process alone, and the others wait for it
         error.__traceback__ = None  # its frames hold the tensors of the failed run
         clear_device_cache(garbage_collection=True)
 
-    def _on_step(self, lease: Lease | None, step: int, steps: int, loss: float) -> None:
-        if lease and lease.lost and not self.factory.shares_runs:  # the others would wait for one that stops
+    def _on_step(self, lease: SoftFileLease | None, step: int, steps: int, loss: float) -> None:
+        if lease and lease.compromise and not self.factory.shares_runs:  # the others would wait for one that stops
             raise LeaseLostError("the lease is lost")
         self.progress.step(step, steps, loss)
         if self.accelerator.is_main_process and time.monotonic() - self._looked > 10 * _LOOK_SECONDS:
@@ -199,11 +218,15 @@ class Collection:
     def _state(self, run: PlannedRun) -> Path:
         return self.folder / "state" / run.key
 
+    def _lease(self, run: PlannedRun) -> Path:
+        return self.folder / "leases" / run.key
+
     def _forget(self, run: PlannedRun) -> None:
         """Remove what is hidden about a run that has landed."""
         shutil.rmtree(self._state(run), ignore_errors=True)
         self.failures.remove(run.key)
-        self.leases.remove_dead(run.key)
+        if self._lease(run).exists() and not self.leases[run.key].is_locked and self._acquire(run):
+            self.leases[run.key].release()
 
     def _sweep(self, run: PlannedRun) -> None:
         """Remove what dead processes left half written of this run, whose lease is held."""
@@ -220,6 +243,8 @@ class Collection:
         if record.descriptions != task.descriptions:
             with writing_into(self.zoo.folder):
                 self.zoo.describe(record, task.descriptions)
+            if self.accelerator.is_main_process:
+                _LOGGER.warning("%s: its descriptions in the zoo are now those of the task file", planned)
         defaults = {field.name: field.default for field in fields(CollectArguments)}  # what an old run does not name
         wanted = {**comparable_settings(self.factory.arguments), "data_fingerprint": task.fingerprint()}
         found = {**defaults, **record.arguments, "data_fingerprint": record.data_fingerprint}

@@ -23,6 +23,7 @@ from lora_factory.evaluation import TextScore, score_examples
 from lora_factory.factory import LIBRARIES, AdapterFactory
 from lora_factory.files import write_json
 from lora_factory.fold import Fold
+from lora_factory.folders import COMPARISON_FILES, check_reports
 from lora_factory.metrics import task_accuracy
 from lora_factory.summaries import GENERATED
 from lora_factory.tasks import Task
@@ -51,7 +52,7 @@ def compare(
     Raises:
         LoraFactoryError: When a fold does not hold together, or an adapter does not fit the base model.
     """
-    arguments, output_dir = arguments or CompareArguments(), Path(output_dir)
+    arguments, output_dir = arguments or CompareArguments(), check_reports(output_dir, *COMPARISON_FILES)
     folds = [folds] if isinstance(folds, Fold) else list(folds)
     if not folds:
         raise LoraFactoryError("no fold to compare; pass at least one Fold")
@@ -86,6 +87,7 @@ def compare(
         "ablations": [],
         **first,
     }
+    check_reports(output_dir, "comparison.json")
     write_json(output_dir / "comparison.json", comparison)
     return comparison
 

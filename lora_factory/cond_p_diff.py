@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, read_json, write_json
+from lora_factory.files import atomic_folder, local_path, read_json, write_json
+from lora_factory.folders import FolderKind
 from lora_factory.networks import ConditionStandardiser
 from lora_factory.snapshots import SnapshotRows, in_parts, mean_snapshot
 
@@ -31,6 +32,9 @@ DIFFUSION_TIMES = 1000  # T
 INPUT_NOISE, LATENT_NOISE = 0.001, 0.1  # standard deviations of P-diff's auto-encoder (Wang et al. 2024)
 LATENT_BATCH = 4  # latents that the small denoiser sees for every snapshot that the auto-encoder sees
 CONFIG_FILE, WEIGHTS_FILE = "cond_p_diff.json", "model.safetensors"
+_FOLDER = FolderKind(
+    "a COND P-DIFF", r"cond_p_diff\.json|model\.safetensors", lambda folder: (folder / CONFIG_FILE).is_file()
+)
 
 
 class CondPDiff(nn.Module):
@@ -134,7 +138,7 @@ class CondPDiff(nn.Module):
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write sizes and weights to a folder that appears by one rename."""
-        with atomic_folder(folder, overwrite=overwrite) as temporary:
+        with atomic_folder(folder, _FOLDER, overwrite=overwrite) as temporary:
             write_json(temporary / CONFIG_FILE, {"format_version": FORMAT_VERSION, **self.sizes})
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -146,7 +150,7 @@ class CondPDiff(nn.Module):
         Raises:
             LoraFactoryError: When a file is missing or damaged, or comes from a later version.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         sizes = read_json(folder / CONFIG_FILE)
         fix = "save it again with CondPDiff.save"
         if not isinstance(sizes, dict) or sizes.pop("format_version", None) != FORMAT_VERSION:

@@ -18,6 +18,7 @@ from lora_factory.base_models import load_base_model, load_processor
 from lora_factory.data_source import Example
 from lora_factory.encoders import TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
+from lora_factory.given import as_examples, as_images, as_vectors
 from lora_factory.image_classification import is_image_classifier, load_image_classifier
 from lora_factory.image_data import ImageExample
 from lora_factory.image_encoders import ImageEncoder
@@ -38,7 +39,7 @@ class ConditionMixin:
         self: CVAELoRAGenerator, text: str | None = None, conditions: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Task vectors of shape ``(width,)`` by modality, checked against the config."""
-        vectors = dict(conditions or {})
+        vectors = as_vectors(conditions)
         if text is not None:
             vectors["text"] = self.text_encoder.encode([text])[0]
         check_conditions(vectors, self.config.modalities or {})
@@ -53,7 +54,8 @@ class ConditionMixin:
         """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
 
         Args:
-            examples: Texts, prompts with their completions, or images with both; from 4 to 32 is what training saw.
+            examples: Texts, prompts with their completions (as pairs or as ``{"prompt", "completion"}``), or images
+                with both; from 4 to 32 is what training saw.
             base_model: Model, folder or Hub id; by default the one that the generator's layout names.
             tokenizer: Tokenizer or processor of a live model; a folder or Hub id has its own.
 
@@ -65,6 +67,7 @@ class ConditionMixin:
                 without its tokenizer.
         """
         self._refuse_unheard("hidden", "examples", "train_generator(zoo, output_dir, tasks=tasks)")
+        examples = as_examples(examples)
         base = open_reader(self.layout, examples, base_model, tokenizer)
         return {"hidden": task_vector(example_states(base, examples))}
 
@@ -81,8 +84,7 @@ class ConditionMixin:
             LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
         """
         self._refuse_unheard("image", "images", "train_generator(zoo, output_dir, arguments, images=images)")
-        if not len(images):
-            raise LoraFactoryError('images=[] is empty; give one or more: generate_adapter(images=["a.png"])')
+        images = as_images(images)
         return {"image": task_vector(self.image_encoder.encode(images))}
 
     def nearest_tasks(  # type: ignore[misc]

@@ -30,6 +30,7 @@ from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.factory import AdapterFactory, settings_of
 from lora_factory.features import example_features
 from lora_factory.fold import Fold
+from lora_factory.layout import AdapterLayout
 from lora_factory.open_factory import open_factory
 from lora_factory.refine import best_of, refine
 from lora_factory.sequences import TokenSequence
@@ -141,14 +142,13 @@ class Contenders:
     @cached_property
     def _generators_factory(self) -> AdapterFactory:
         """The same for the generator, whose adapters may have a higher rank than the zoo's."""
-        config, settings = self.fold.generator.layout.lora_config, self.factory.arguments
-        wanted = replace(settings, rank=config["r"], lora_alpha=config["lora_alpha"])
-        return self.factory if wanted == settings else self._attached(wanted)
+        layout = self.fold.generator.layout
+        return self.factory if layout.modules == self.factory.layout.modules else self._attached(layout)
 
     @cached_property
     def factory(self) -> AdapterFactory:
         """The base model with one slot, set up as the zoo's runs were."""
-        return self._attached(self.settings)
+        return self._attached(self.fold.zoo.layout)
 
     @cached_property
     def _multitask_factory(self) -> AdapterFactory:
@@ -158,12 +158,14 @@ class Contenders:
         wanted = replace(settings, rank=rank or settings.rank, learning_rate=rate or settings.learning_rate)
         if wanted == settings:
             return self.factory
-        scaling = settings.lora_alpha / settings.rank
-        return self._attached(replace(wanted, lora_alpha=scaling * wanted.rank))
+        layout = self.fold.zoo.layout
+        return self._attached(layout.with_rank(rank) if rank else layout, wanted)
 
-    def _attached(self, settings: CollectArguments) -> AdapterFactory:
+    def _attached(self, layout: AdapterLayout, settings: CollectArguments | None = None) -> AdapterFactory:
         name, tasks = self.fold.zoo.layout.base_model, (*self.fold.seen, *self.fold.unseen)
-        factory = open_factory(self.base_model, settings, Accelerator(), tasks, base_model_name=name)
+        factory = open_factory(
+            self.base_model, settings or self.settings, Accelerator(), tasks, base_model_name=name, layout=layout
+        )
         factory.keep_tokens(self.fold.zoo.folder)
         return factory
 

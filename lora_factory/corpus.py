@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from lora_factory.data_source import SPLITS, Split
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, sha256_file, write_text
+from lora_factory.files import atomic_folder, local_path, sha256_file, write_text
+from lora_factory.folders import FolderKind, check_folder
 from lora_factory.image_tasks import language_tasks
 from lora_factory.tasks import Task, load_tasks, save_tasks
 from lora_factory.text_kinds import KINDS, UNSEEN_KIND, TextKind
@@ -53,11 +54,11 @@ def build_corpus(
         LoraFactoryError: The folder holds something else, too few kinds of text were found, or `exclude` names an
             unknown one.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = local_path(folder).absolute()
     if unknown := sorted(set(exclude) - {kind.name for kind in KINDS}):
         raise LoraFactoryError(f"exclude names {unknown[0]!r}; the kinds are {', '.join(kind.name for kind in KINDS)}")
     if not _is_whole(folder):
-        _refuse_foreign(folder)
+        check_folder(folder, _corpus(), overwrite=True)
         _write_corpus(folder)
     tasks = [task for task in language_tasks(load_tasks(folder / "tasks.yaml")) if task.name not in exclude]
     return tasks[:seen], language_tasks(load_tasks(folder / "unseen.yaml"))[0]
@@ -96,7 +97,7 @@ def _write_corpus(folder: Path) -> None:
             " lora-factory with its dependencies, or write a task file of your own for: lora-factory collect"
         )
     unseen = next((task for task in tasks if task.name == UNSEEN_KIND), tasks[-1])
-    with atomic_folder(folder, overwrite=True) as temporary:
+    with atomic_folder(folder, _corpus(), overwrite=True) as temporary:
         save_tasks([task for task in tasks if task is not unseen], temporary / "tasks.yaml")
         save_tasks([unseen], temporary / "unseen.yaml")
         files = sorted(file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file())
@@ -114,13 +115,11 @@ def _is_whole(folder: Path) -> bool:
     )
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _corpus() -> FolderKind:
     """A corpus that lacks something is replaced, a folder with anything else in it is not."""
-    ours = {_SUMS, "tasks.yaml", "unseen.yaml", *(kind.name for kind in KINDS)}
-    if folder.is_dir() and (foreign := sorted(file.name for file in folder.iterdir() if file.name not in ours)):
-        raise LoraFactoryError(
-            f"folder {folder} holds {foreign[0]!r}, which is no part of a corpus; name another folder"
-        )
+    kinds = "|".join(re.escape(kind.name) for kind in KINDS)
+    files = rf"{_SUMS}|tasks\.yaml|unseen\.yaml|({kinds})/({'|'.join(SPLITS)})\.jsonl"
+    return FolderKind("a corpus", files, lambda folder: (folder / UNSEEN_KIND).is_dir() or (folder / _SUMS).is_file())
 
 
 def _clean(text: str | None) -> str | None:

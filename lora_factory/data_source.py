@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,22 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
+import numpy
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.files import local_path, read_paragraphs
+from lora_factory.local_rows import as_text, format_of, read_rows, separator_hint
 
 Split = Literal["train", "validation", "test"]
 Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
-_FORMAT_OF_ENDING = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+_OWN_FORMATS = ("json", "csv", "text")  # read by `read_rows`: the readers of `datasets` guess types and change cells
+_MAX_NAME_BYTES = 255  # of a file or folder, on all file systems in common use
 
 
 class Example(NamedTuple):
@@ -41,9 +40,9 @@ class DataSource:
     """Where a task's examples come from and which columns hold their text.
 
     Attributes:
-        path: A data set's id on the Hub, a local folder of data files, a local file (.json, .jsonl, .csv, .tsv,
-            .parquet or .txt), or "json", "csv", "parquet" or "text" with `data_files`. Each line of a text file is an
-            example.
+        path: A data set's id on the Hub, a local folder of data files or one that `Dataset.save_to_disk` wrote, a
+            local file (.json, .jsonl, .ndjson, .csv, .tsv or .txt, all also with .gz behind, or .parquet), or "json",
+            "csv", "parquet" or "text" with `data_files`. Each line of a text file is an example.
         name: The data set's configuration on the Hub.
         data_files: File names or patterns, per split of the source. A bare name stands for a list of one, and
             without a split it means "train".
@@ -71,12 +70,16 @@ class DataSource:
 
     def __post_init__(self) -> None:
         """Check every value at birth and fill in the default text column."""
+        object.__setattr__(self, "path", os.fspath(self.path) if isinstance(self.path, os.PathLike) else self.path)
+        if isinstance(self.max_rows, numpy.integer):
+            object.__setattr__(self, "max_rows", int(self.max_rows))
         for key in ("path", "name", "text_column", "prompt_column", "completion_column", "revision"):
             value = getattr(self, key)
             if not (isinstance(value, str) and value.strip()) and not (value is None and key != "path"):
                 raise LoraFactoryError(
                     f"{key}={value!r} of a data source must be a text that is not empty; put it in quotes"
                 )
+        _check_path(self.path)
         if (self.prompt_column is None) != (self.completion_column is None):
             raise LoraFactoryError("prompt_column and completion_column go together: give both, or text_column alone")
         if self.text_column is None and self.prompt_column is None:
@@ -108,7 +111,7 @@ class DataSource:
     @property
     def format(self) -> str | None:
         """The format of local files, None for a local folder and for the Hub."""
-        return self.path if self.path in LOCAL_FORMATS else _FORMAT_OF_ENDING.get(Path(self.path).suffix.lower())
+        return self.path if self.path in LOCAL_FORMATS else format_of(self.path)
 
     @property
     def hub_id(self) -> str | None:
@@ -149,12 +152,47 @@ def load_examples(source: DataSource, task: str) -> dict[Split, list[Example]]:
         LoraFactoryError: The data cannot be found or read, there is no split to learn from, a column is missing, or a
             split has no text.
     """
-    splits: dict[Split, list[Example]] = {}
-    for split, rows in load_splits(source, task).items():
-        with _teaching_errors(source, task):
-            first = _first_rows(rows, source)
-        splits[split] = _read_rows(first, source, f"{task}/{split}")
-    return splits
+    found = _own_files(source, task)
+    if found is None:
+        splits: dict[Split, list[Example]] = {}
+        for split, rows in load_splits(source, task).items():
+            with _teaching_errors(source, task):
+                first = _first_rows(rows, source)
+            splits[split] = _read_rows(first, source, f"{task}/{split}")
+        return splits
+    form, files = found
+    return {
+        split: _examples_of(_rows_of(names, form, source, task), source, f"{task}/{split}")
+        for split, names in _choose_splits(files, source, task).items()
+    }
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read a file of examples of one task.
+
+    Rows of JSON Lines, JSON, CSV, TSV and Parquet files hold a column `text`, or `prompt` and `completion`. A text
+    file holds an example in each paragraph, since a blank line, unlike a line's end, may not stand in an example.
+
+    Args:
+        path: The file; all formats but Parquet may be packed with gzip, and then end in ``.gz`` as well.
+
+    Raises:
+        LoraFactoryError: The file cannot be read, is empty, or has other columns.
+    """
+    file = local_path(path)
+    form = format_of(file.name)
+    if form is None or form == "text":
+        return [Example("", text) for text in read_paragraphs(file)]
+    source = DataSource(str(file))
+    (name,) = source.local_files()["train"]
+    if form == "parquet":
+        with _teaching_errors(source, "examples"):
+            columns = datasets.Dataset.from_parquet(glob.escape(name), keep_in_memory=True).column_names
+    else:
+        columns = list(next(read_rows(name, form), {}))
+    if "text" not in columns and {"prompt", "completion"} <= set(columns):
+        source = replace(source, text_column=None, prompt_column="prompt", completion_column="completion")
+    return load_examples(source, "examples")["train"]
 
 
 def with_text(examples: Iterable[Example]) -> list[Example]:
@@ -164,11 +202,33 @@ def with_text(examples: Iterable[Example]) -> list[Example]:
 
 def _files_of_splits(given: Any) -> dict[str, list[str]]:  # noqa: ANN401
     by_split = given if isinstance(given, Mapping) else {"train": given}
-    files = {split: [names] if isinstance(names, str) else names for split, names in by_split.items()}
+    files = {
+        split: [os.fspath(names)] if isinstance(names, str | os.PathLike) else names
+        for split, names in by_split.items()
+    }
+    for names in files.values():
+        if isinstance(names, Sequence):
+            for name in names:
+                _check_path(name)
     for split, names in files.items():
-        if not isinstance(split, str) or not isinstance(names, Sequence) or not names or not _are_texts(names):
+        if not isinstance(split, str) or not isinstance(names, Sequence) or not names or not _are_names(names):
             raise LoraFactoryError(f"data_files={given!r} must name files, for example {{train: [a.jsonl, b.jsonl]}}")
-    return {split: list(names) for split, names in files.items()}
+    return {split: [os.fspath(name) for name in names] for split, names in files.items()}
+
+
+def _check_path(path: object) -> None:
+    """Refuse what no file system takes, before anything looks for it."""
+    if isinstance(path, str | os.PathLike):
+        text = os.fspath(path)
+        if "\0" in text or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in Path(text).parts):
+            raise LoraFactoryError(
+                f"path {text[:80]!r} holds a NUL character, or a name of more than {_MAX_NAME_BYTES} bytes; give a"
+                " file, a folder or a Hub id"
+            )
+
+
+def _are_names(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str | os.PathLike) and os.fspath(value) for value in values)
 
 
 def _are_texts(values: Iterable[object]) -> bool:
@@ -197,10 +257,14 @@ def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
     """The source's rows for each of our splits that it has."""
     if source.format is not None:
         available = _load_local(source, source.local_files(), task)
-    elif Path(source.path).is_dir():
+    elif (folder := local_path(source.path)).is_dir():
         with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
-            how = {"streaming": True} if source.streaming else {"keep_in_memory": True}
-            available = datasets.load_dataset(source.path, cache_dir=cache, **how)
+            how = {"streaming": True} if source.streaming and not _has_signs(folder) else {"keep_in_memory": True}
+            if _was_saved(folder):
+                saved = datasets.load_from_disk(str(folder))
+                available = saved if isinstance(saved, Mapping) else {"train": saved}
+            else:
+                available = datasets.load_dataset(_without_signs(folder, cache), cache_dir=cache, **how)
     elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         raise LoraFactoryError(
             f"task {task!r}: no data folder {source.path}; give an existing one, a data file or a Hub id"
@@ -216,16 +280,66 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
     options: dict[str, Any] = {"streaming": True} if source.streaming else {"keep_in_memory": True}
     escaped: Any = {split: [glob.escape(name) for name in names] for split, names in files.items()}
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
-        if source.format == "json":
-            return datasets.DatasetDict.from_json(escaped, cache_dir=cache, **options)
         if source.format == "parquet":
             return datasets.DatasetDict.from_parquet(escaped, cache_dir=cache, **options)
-        if source.format == "text":
-            return datasets.DatasetDict.from_text(escaped, cache_dir=cache, **options)
-        is_tab = all(name.lower().endswith(".tsv") for names in files.values() for name in names)
-        # Without keep_default_na, texts such as "None" and "NA" would be lost.
-        options |= {"sep": "\t" if is_tab else ",", "keep_default_na": False}
-        return datasets.DatasetDict.from_csv(escaped, cache_dir=cache, **options)
+        form = str(source.format)
+        return {
+            split: datasets.Dataset.from_list([row for name in names for row in read_rows(name, form, as_texts=False)])
+            for split, names in files.items()
+        }
+
+
+def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]] | None:
+    """The format and the files of local data that `read_rows` reads; None for what `datasets` reads."""
+    if source.format is not None:
+        return (source.format, source.local_files()) if source.format in _OWN_FORMATS else None
+    folder = local_path(source.path)
+    if not folder.is_dir() or _was_saved(folder):
+        return None
+    with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
+        builder = datasets.load_dataset_builder(_without_signs(folder, cache), cache_dir=cache)
+        form = next(
+            (
+                part.__module__.rpartition(".")[2]
+                for part in type(builder).__mro__[:2]
+                if part.__module__.startswith("datasets.packaged_modules.")
+            ),
+            "",
+        )
+        files = {
+            str(split): [str(Path(name).resolve()) for name in names]
+            for split, names in (builder.config.data_files or {}).items()
+        }
+    return (form, files) if form in _OWN_FORMATS else None
+
+
+def _was_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _has_signs(folder: Path) -> bool:
+    return glob.escape(str(folder.resolve())) != str(folder.resolve())
+
+
+def _without_signs(folder: Path, cache: str) -> str:
+    """The folder, or one of links to its files where its path has brackets, which `datasets` takes for a pattern."""
+    if not _has_signs(folder):
+        return str(folder)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            link = Path(cache) / "data" / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+    return str(Path(cache) / "data")
+
+
+def _rows_of(names: Sequence[str], form: str, source: DataSource, task: str) -> list[dict[str, Any]]:
+    """The first rows of the files, no more than the source's budget."""
+    every = itertools.chain.from_iterable(read_rows(name, form) for name in names)
+    try:
+        return list(itertools.islice(every, source.max_rows))
+    except LoraFactoryError as error:
+        raise LoraFactoryError(f"task {task!r}: cannot load data from {source.path} ({error})") from error
 
 
 def _load_from_hub(source: DataSource, task: str) -> dict[Split, Rows]:
@@ -275,28 +389,41 @@ def _first_rows(rows: Rows, source: DataSource) -> datasets.Dataset:
 
 def _read_rows(rows: datasets.Dataset, source: DataSource, where: str) -> list[Example]:
     """The examples with text among the rows; `where` is "<task>/<split>" for error messages."""
+    _check_columns(rows.column_names, source, where)
+    columns = {column: _column_of_text(rows, column, where) for column in source.columns}
+    return _examples_of(
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], source, where
+    )
+
+
+def _check_columns(names: Sequence[str], source: DataSource, where: str) -> None:
     for column in source.columns:
-        if column not in rows.column_names:
+        if column not in names:
+            hint = separator_hint(names) if source.format in (None, "csv") else ""
             raise LoraFactoryError(
-                f"{where}: no column {column!r} in {source.path}; it has {', '.join(rows.column_names)}"
+                f"{where}: no column {column!r} in {source.path}; it has {', '.join(map(str, names))}{hint}"
             )
-    columns = [_column_of_text(rows, column, where) for column in source.columns]
-    examples = with_text(Example("" if source.text_column else row[0], row[-1]) for row in zip(*columns, strict=True))
+
+
+def _examples_of(rows: Sequence[Mapping[str, Any]], source: DataSource, where: str) -> list[Example]:
+    """The examples with text among the rows."""
+    if rows:
+        _check_columns(list(dict.fromkeys(name for row in rows for name in row)), source, where)
+    texts = ([as_text(row.get(column), where, column) for column in source.columns] for row in rows)
+    examples = with_text(Example("" if source.text_column else row[0], row[-1]) for row in texts)
     if not examples:
         raise LoraFactoryError(f"{where}: no row has text in column {source.columns[-1]!r}; write at least one")
     return examples
 
 
-def _column_of_text(rows: datasets.Dataset, column: str, where: str) -> list[str]:
+def _column_of_text(rows: datasets.Dataset, column: str, where: str) -> list[Any]:
     feature, values = rows.features[column], list(rows[column])
     if isinstance(feature, datasets.ClassLabel):
-        return [feature.int2str(value) for value in values]
-    for value in values:
-        if not isinstance(value, str | int | float | None):
-            raise LoraFactoryError(
-                f"{where}: column {column!r} holds {type(value).__name__}, not text; name a text column"
-            )
-    return ["" if value is None else str(value) for value in values]
+        return [None if value is None else feature.int2str(value) for value in values]
+    if getattr(feature, "dtype", None) in ("float16", "float32"):  # as short as they are exact: 0.1, not 0.10000000149
+        kind = numpy.dtype(feature.dtype).type
+        return [None if value is None or value != value else str(kind(value)) for value in values]
+    return values
 
 
 @contextmanager

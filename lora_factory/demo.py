@@ -32,7 +32,8 @@ from lora_factory.collect import collect_adapters
 from lora_factory.corpus import build_corpus
 from lora_factory.evaluation import TextScore, headroom, score_examples
 from lora_factory.factory import LIBRARIES
-from lora_factory.files import write_json
+from lora_factory.files import local_path, write_json
+from lora_factory.folders import GENERATOR, check_folder, check_reports
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.tasks import Task
 from lora_factory.training import train_generator
@@ -112,7 +113,9 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     size = FAST if arguments.fast else FULL
-    folder = Path(arguments.output_dir) / ("fast" if arguments.fast else "full")
+    folder = local_path(arguments.output_dir) / ("fast" if arguments.fast else "full")
+    check_reports(folder, "cells.jsonl", "results.json")
+    check_folder(folder / "generator", GENERATOR, overwrite=True)
     start = time.perf_counter()
     base_model = arguments.base_model or str(embedded_base_model())
     run = DemoRun(folder, base_model, arguments.base_model or EMBEDDED_BASE_MODEL, size)
@@ -146,7 +149,7 @@ def _trained_generator(run: DemoRun, zoo: AdapterZoo) -> CVAELoRAGenerator:
         recorded = json.loads((folder / "training.json").read_text(encoding="utf-8"))["arguments"]
         if generator.config.zoo_fingerprint == zoo.fingerprint() and recorded == asdict(run.size.train):
             return generator
-    train_generator(zoo, folder, run.size.train)
+    train_generator(zoo, folder, run.size.train, overwrite=True)
     return CVAELoRAGenerator.from_pretrained(folder)  # the same bits as a later run will load
 
 

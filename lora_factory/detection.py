@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -16,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_factory.boxes import Box, text_to_boxes
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen
+from lora_factory.files import task_names
 from lora_factory.image_data import DETECTION_PROMPT, ImageExample
 from lora_factory.image_sources import CocoSource, read_coco
+from lora_factory.live_models import base_of
 from lora_factory.metrics import Metric
 from lora_factory.model_inputs import ImageInputs
 from lora_factory.tasks import Task
@@ -127,9 +128,10 @@ def detection_tasks(
     if not known:
         raise LoraFactoryError(f"no image of {files['train']} shows a category; annotate some")
     path = images if isinstance(images, Mapping) else str(images)
+    names = task_names(list(known))
     return [
         Task(
-            re.sub(r"[^A-Za-z0-9._-]+", "_", category),
+            names[category],
             tuple(text.replace("{}", category) for text in descriptions),
             CocoSource(path, files, category, prompt),
             license,
@@ -160,7 +162,7 @@ def detect(
     Returns:
         For every image its detections, in the order in which they were written.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     found = []
     with frozen(model):
         for start in range(0, len(examples), batch_size):

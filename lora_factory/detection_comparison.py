@@ -18,6 +18,7 @@ from lora_factory.detection import Detection, detect, score_detections
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import LIBRARIES, AdapterFactory
 from lora_factory.files import write_json, write_text
+from lora_factory.folders import check_reports
 from lora_factory.image_data import ImageExample
 from lora_factory.model_inputs import ImageInputs
 from lora_factory.plots import draw_detections
@@ -60,6 +61,7 @@ def compare_detection(
     """
     if not isinstance(factory.inputs, ImageInputs):
         raise LoraFactoryError("the base model reads texts alone; attach the factory with inputs=model_inputs(…)")
+    folder = check_reports(output_dir, "detection.json", "detection.md")
     cells, found = [], {}
     for method, task in tqdm([(method, task) for method in methods for task in tasks], desc="detect", unit="cell"):
         examples, weights = task.examples("test"), methods[method][task.name]
@@ -83,9 +85,9 @@ def compare_detection(
             for number, example in enumerate(task.examples("test")[:pictures])
         ],
     }
-    write_json(Path(output_dir, "detection.json"), result)
+    write_json(folder / "detection.json", result)
     table = detection_table(result)
-    write_text(Path(output_dir, "detection.md"), f"# {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n")
+    write_text(folder / "detection.md", f"# {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n")
     return result
 
 
@@ -99,7 +101,7 @@ def write_detection_report(result: Mapping[str, Any], folder: str | Path) -> Pat
     Raises:
         LoraFactoryError: If the extra ``report`` is not installed.
     """
-    path = Path(folder, "detection.html")
+    path = check_reports(folder, "detection.html") / "detection.html"
     page = render_page(
         base_model=result["base_model"],
         findings=[],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +21,9 @@ from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import frozen, pad_tokens
 from lora_factory.files import weights_identifier
+from lora_factory.live_models import base_of, plain_model, unmerge, without_adapters
+from lora_factory.model_inputs import positions
+from lora_factory.sequences import text_tokens
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TEXT_TOKENS = 256  # what MiniLM and most sentence encoders were trained with
@@ -102,17 +105,17 @@ class HiddenStateEncoder:
         batch_size: int = 16,
     ) -> None:
         """Keep the model; nothing is computed but its fingerprint."""
-        self.model = model
+        self.model = plain_model(model)
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length = min(max_length, positions(model) or max_length)
         self.batch_size = batch_size
-        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        base = cast(PreTrainedModel, base_of(model))
         self._backbone = base.base_model  # without the head: logits are not needed
         self._head = base.get_output_embeddings()
         self.width = 3 * base.config.get_text_config().hidden_size
-        self.identifier = (
-            f"hidden-states-and-errors:{base.config.model_type}:{_weights_fingerprint(base)}:{max_length}"
-        )
+        with without_adapters(self.model):  # a merged adapter is in the base model's own weights
+            fingerprint = _weights_fingerprint(base)
+        self.identifier = f"hidden-states-and-errors-2:{base.config.model_type}:{fingerprint}:{max_length}"
 
     def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
         """Read examples with the model.
@@ -136,18 +139,20 @@ class HiddenStateEncoder:
         if not texts:
             return torch.empty(0, self.width)
         weights = {} if adapter is None else self._backbone_weights(adapter)
-        with frozen(self.model), self._base_alone() if adapter is None else nullcontext():
+        with frozen(self.model), without_adapters(self.model) if adapter is None else nullcontext():
             batches = [
                 self._read(texts[start : start + self.batch_size], weights)
                 for start in range(0, len(texts), self.batch_size)
             ]
         return torch.cat(batches)
 
-    def _base_alone(self) -> AbstractContextManager[None]:
-        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
-
     def _read(self, texts: Sequence[str], weights: dict[str, Tensor]) -> Tensor:
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length).input_ids
+        rows = [text_tokens(self.tokenizer, text, begins=True)[: self.max_length] for text in texts]
+        if not all(rows):
+            raise LoraFactoryError(
+                f"the tokenizer has no token for the example {texts[rows.index([])][:60]!r}; "
+                "write it in characters that it knows"
+            )
         inputs = pad_tokens(rows, next(self._backbone.parameters()).device)
         outputs = torch.func.functional_call(self._backbone, weights, kwargs={**inputs, "use_cache": False})
         hidden, mask = outputs.last_hidden_state.float(), inputs["attention_mask"]
@@ -161,6 +166,7 @@ class HiddenStateEncoder:
             raise LoraFactoryError(
                 "adapter= needs a model with a LoRA slot; pass get_peft_model(base_model, layout.peft_config())"
             )
+        unmerge(self.model)
         slots = adapter_parameters(self.model)
         wrong = [key for key in slots if key not in adapter or adapter[key].shape != slots[key].shape]
         wrong += [key for key in adapter if key not in slots]
@@ -233,9 +239,12 @@ class _SentenceEncoder:
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that the mask keeps: ``(batch, tokens, width)`` to ``(batch, width)``."""
+    """Mean over the tokens that the mask keeps, else 0: ``(batch, tokens, width)`` to ``(batch, width)``.
+
+    It keeps none where nothing is predicted: a text of one token, read by a model that has no start token.
+    """
     weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
 def _refuse_empty(texts: Sequence[str]) -> None:

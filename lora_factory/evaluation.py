@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import AdapterSlot, attach_adapter, load_adapter
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json
+from lora_factory.files import local_path, read_json
 from lora_factory.generation import GENERATION_FILE
-from lora_factory.sequences import render_chat
+from lora_factory.model_inputs import positions
+from lora_factory.sequences import render_chat, text_tokens
 from lora_factory.zoo import RECORD_FILE, ZOO_FILE, AdapterZoo
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def score_examples(
         model: A causal language model; scored in eval mode and left in the mode it was in.
         tokenizer: The model's tokenizer.
         examples: Prompt and completion each; a plain text has an empty prompt.
-        window: Tokens a forward pass and text.
-        stride: Tokens from one window's start to the next one's; below ``window``.
+        window: Tokens a forward pass and text; as many as the model has positions for, where these are fewer.
+        stride: Tokens from one window's start to the next one's; below ``window``, and shortened with it.
         batch_size: Windows a forward pass.
         max_tokens: Stop after this many scored tokens, in the order of the examples; default: score all.
         chat_template: Put prompts and completions into the tokenizer's chat template, as a collection that is told to
@@ -109,6 +110,8 @@ def score_examples(
         raise LoraFactoryError(f"stride={stride}, window={window}: stride must be at least 1 and below window")
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise LoraFactoryError(f"batch_size={batch_size}, max_tokens={max_tokens}: both must be at least 1")
+    if (limit := positions(model) or window) < window:
+        window, stride = limit, max(1, stride * limit // window)
     windows: list[Window] = []
     tokens = characters = 0
     for example in examples:
@@ -268,7 +271,7 @@ def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> 
     """Whether the chat template was used, by the records of a zoo, of its runs, and of generated adapters."""
     records = {str(zoo.folder): zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks[:1]} if zoo else {}
     given = {name: record.arguments.get("chat_template") for name, record in records.items()}
-    for folder in (Path(name).resolve() for name in adapters):
+    for folder in (local_path(name).resolve() for name in adapters):
         if (folder / RECORD_FILE).is_file() and (folder.parent.parent / ZOO_FILE).is_file():
             record = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
             given[str(folder)] = record.arguments.get("chat_template")
@@ -285,8 +288,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | 
     """Tokenise the prompt (with the special tokens that start a text) and the completion, cut to the token budget."""
     if chat_template:
         example = render_chat(tokenizer, example)
-    context = tokenizer(example.prompt, add_special_tokens=not chat_template, verbose=False).input_ids
-    completion = tokenizer(example.completion, add_special_tokens=False, verbose=False).input_ids
+    context = text_tokens(tokenizer, example.prompt, begins=not chat_template)
+    completion = text_tokens(tokenizer, example.completion, begins=False)
     tokens = context + completion
     first = min(max(1, len(context)), len(tokens))
     scored = tokens[first:][:budget]

@@ -24,10 +24,11 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Split
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_inputs import CausalInputs, ModelInputs, Seq2SeqInputs, model_inputs
+from lora_factory.model_inputs import CausalInputs, ModelInputs, Seq2SeqInputs, check_lengths, model_inputs
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint, RunState
 from lora_factory.sequences import TokenSequence, scored_tokens, shuffled_batches
+from lora_factory.targets import find_targets
 from lora_factory.token_cache import TokenCache
 from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
@@ -87,6 +88,7 @@ class AdapterFactory:
         base_model_name: str,
         accelerator: Accelerator,
         inputs: ModelInputs | None = None,
+        layout: AdapterLayout | None = None,
     ) -> AdapterFactory:
         """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
 
@@ -97,14 +99,23 @@ class AdapterFactory:
             base_model_name: What adapters name as their base.
             accelerator: The device, and who says what.
             inputs: How the model reads examples; default: as texts.
+            layout: The modules, ranks and scalings of the LoRA; default: those that ``arguments`` name.
+
+        Raises:
+            LoraFactoryError: When the model lacks a module that ``arguments`` or ``layout`` name, or has it in another
+                size.
         """
-        targets = arguments.target_modules
-        lora_config = LoraConfig(
-            r=arguments.rank,
-            lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-            task_type=_task_type(model) if inputs is None else None,
-        )
+        task_type = _task_type(model) if inputs is None else None
+        if layout is None:
+            lora_config = LoraConfig(
+                r=arguments.rank,
+                lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+                target_modules=find_targets(model, arguments.target_modules),
+                task_type=task_type,
+            )
+        else:
+            lora_config = layout.training_config()
+            lora_config.task_type = task_type
         revision = getattr(model.config, "_commit_hash", None)  # absent on a local folder
         if arguments.quantization:
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -115,9 +126,10 @@ class AdapterFactory:
             torch.manual_seed(0)
             peft_model = wrap_base(model, lora_config)
         state_dict = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-        layout = AdapterLayout.from_state_dict(
+        layout = layout or AdapterLayout.from_state_dict(
             state_dict, lora_config, base_model=base_model_name, base_revision=revision
         )
+        layout.check(state_dict)
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
         slot, inputs = AdapterSlot(peft_model, layout), inputs or model_inputs(model, tokenizer)
         if arguments.compile:
@@ -161,7 +173,9 @@ class AdapterFactory:
 
     def encode(self, examples: Sequence[Any]) -> list[TokenSequence]:
         """Examples as ``inputs`` encodes them; texts are read from the disk where ``keep_tokens`` has kept them."""
-        return list((self.tokens or self.inputs).encode(examples, self.arguments))
+        rows = list((self.tokens or self.inputs).encode(examples, self.arguments))
+        check_lengths(self.model, rows)
+        return rows
 
     def train(
         self,
@@ -183,6 +197,9 @@ class AdapterFactory:
 
         Returns:
             The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
+
+        Raises:
+            LoraFactoryError: When the loss is not finite, or the run ends with no good adapter, see ``_check_run``.
         """
         train = self.encode(task.examples("train"))
         total, every = self.schedule(len(train))
@@ -191,6 +208,7 @@ class AdapterFactory:
         snapshots, losses, tokens = self.fit(
             batches, validation, kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
         )
+        self._check_run(label, snapshots[-1], losses[-1], validation[0], train)
         return self._record(task, seed, tuple(kept), losses, tokens), snapshots
 
     def fit(
@@ -253,6 +271,40 @@ class AdapterFactory:
                         state, self._weights(), optimizer, schedule, self.accelerator, shared=self.shares_runs
                     )
         return torch.stack(state.snapshots), tuple(state.losses), state.tokens
+
+    def _check_run(
+        self,
+        label: str,
+        final: torch.Tensor,
+        loss: float,
+        validation: list[TokenSequence],
+        train: list[TokenSequence],
+    ) -> None:
+        """Refuse a run that diverged: it is in the slot still.
+
+        Its weights must be finite in half precision, in which adapters are served. Where its validation loss is above
+        the base model's, its loss on as many of its training sequences must not be: a run that has overfitted a small
+        task, or has taken few steps, reads its own training text no worse than before; one that diverged reads both
+        worse.
+        """
+        advice = f"lower learning_rate (now {self.arguments.learning_rate})"
+        largest = float(final.abs().max())
+        if not (math.isfinite(loss) and largest <= torch.finfo(torch.float16).max):
+            raise LoraFactoryError(
+                f"{label}: it ended with a validation loss of {loss:.4g} and weights up to {largest:.3g}, which half "
+                f"precision cannot hold; {advice}"
+            )
+        some = train[: len(validation)]
+        trained = self.loss(some)
+        self.slot.load(self.initial)
+        base = self.loss(validation)
+        if not loss > base:
+            return
+        if trained > (before := self.loss(some)):
+            raise LoraFactoryError(
+                f"{label}: it ended worse than the base model: validation loss {loss:.4f}, the base model's "
+                f"{base:.4f}; training loss {trained:.4f}, the base model's {before:.4f}; {advice}"
+            )
 
     @property
     def tokens_a_step(self) -> int:

@@ -13,6 +13,15 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.files import read_json, write_json
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether a run that failed may succeed when it is tried again: what the machine did, not what it was given.
+
+    Memory, devices and disks fail with a RuntimeError, MemoryError or OSError; a wrong setting, damaged data or a loss
+    that is not finite comes again with the same seed.
+    """
+    return isinstance(error, RuntimeError | MemoryError | OSError)
+
+
 class CollectionError(LoraFactoryError):
     """Some runs of a collection failed; the others are in the zoo.
 
@@ -54,6 +63,7 @@ class Failures:
         kind = "" if isinstance(error, LoraFactoryError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())[:2000]
         attempt: dict[str, Any] = {"launch": self.launch, "time": datetime.now(UTC).isoformat(), "reason": reason}
+        attempt["final"] = not may_pass(error)
         attempt |= {"host": socket.gethostname(), "pid": os.getpid()}
         write_json(self._path(name), {"attempts": [*self._attempts(name), attempt]})
         return reason
@@ -61,6 +71,12 @@ class Failures:
     def count(self, name: str) -> int:
         """How many attempts at a run failed in this launch."""
         return sum(attempt.get("launch") == self.launch for attempt in self._attempts(name))
+
+    def given_up(self, name: str, retries: int) -> bool:
+        """Whether this launch tries a run no more: it failed too often, or in a way that would come again."""
+        return self.count(name) > retries or any(
+            attempt.get("launch") == self.launch and attempt.get("final") for attempt in self._attempts(name)
+        )
 
     def reasons(self, names: Iterable[str]) -> dict[str, str]:
         """The last reason of those runs that failed in this launch."""

@@ -7,19 +7,24 @@ things, and deleting them is always safe.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.folders import FolderKind, check_folder, storage_errors
 from lora_factory.safe_files import read_json as read_json
 
+_EMPTY = FolderKind("nothing", r"(?!)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -35,6 +40,32 @@ def local_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise LoraFactoryError(f"{str(path)!r}: {error}; write the path of the home folder instead of ~") from error
+
+
+def task_names(given: Sequence[str]) -> dict[str, str]:
+    """For names in any script, file names that are all different, also where letters' case does not count.
+
+    A name that is no file name, or falls together with another, gets a hash of itself behind it, so that it stays the
+    same whatever other names there are; one that only has blanks between its words gets underscores for them.
+    """
+    short = {name: re.sub(r"[^A-Za-z0-9._-]+", "_", name) for name in given}
+    alike = Counter(form.lower() for form in short.values())
+
+    def final(name: str) -> str:
+        form = short[name]
+        if _NAME.fullmatch(form) and ".." not in form and alike[form.lower()] == 1 and name.isascii():
+            return form
+        if (
+            form == name
+            and _NAME.fullmatch(form)
+            and ".." not in form
+            and name == min(other for other in given if short[other].lower() == form.lower() and short[other] == other)
+        ):
+            return form  # it is the one name that needs no change
+        stem = re.sub(r"\.{2,}", ".", form).strip("._-")[:80] or "category"
+        return f"{stem}-{sha256_text(name.encode('utf-8', 'replace').decode())[:8]}"
+
+    return {name: final(name) for name in given}
 
 
 def cache_folder() -> Path:
@@ -61,14 +92,19 @@ def safe_name(name: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced."""
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _fsync(path.parent)
+    """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced.
+
+    Raises:
+        StorageError: When the file cannot be written.
+    """
+    path = local_path(path).absolute()
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _fsync(path.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:  # noqa: ANN401
@@ -98,42 +134,78 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path,
+    kind: FolderKind | None = None,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` when the block ends well and is removed when it fails.
 
     Args:
         path: the folder to be; its parents are made.
-        overwrite: whether a folder that is already there is replaced, as a whole, instead of refused.
+        kind: what this package writes there; by default nothing but an empty folder is replaced.
+        overwrite: whether a folder of this kind that is already there is replaced, as a whole, instead of refused.
+        inputs: what the same call reads; see `check_folder`.
 
     Yields:
         The empty temporary folder, named ".tmp-...", to be filled.
 
     Raises:
-        LoraFactoryError: if `path` is there and is not to be replaced, or is no folder.
+        LoraFactoryError: if `check_folder` refuses, before the block or after it.
+        StorageError: if the folder cannot be written.
     """
-    path = Path(path).absolute()
-    _refuse_existing(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        _refuse_existing(path, overwrite)
-        _put_in_place(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(path.parent)
+    kind, named, inputs = kind or _EMPTY, local_path(path), list(inputs)
+    path = check_folder(named, kind, overwrite=overwrite, inputs=inputs)
+    with storage_errors(named):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_sibling(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    share_file(Path(folder, name))
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            check_folder(named, kind, overwrite=overwrite, inputs=inputs)
+            _put_in_place(temporary, path, kind)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _fsync(path.parent)
 
 
-def remove_folder(path: str | Path) -> None:
-    """Remove a folder so that it is there as a whole or not at all, whenever the process ends."""
-    aside = _temporary_sibling(Path(path).absolute())
-    Path(path).rename(aside)
-    shutil.rmtree(aside)
+def share_file(path: Path) -> None:
+    """Let those read and write a file whom its folder lets in; safetensors writes files for their owner alone."""
+    if not path.is_symlink():
+        with contextlib.suppress(OSError):  # not every file system knows modes
+            path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def remove_folder(path: str | Path, kind: FolderKind) -> None:
+    """Remove a folder of this package, so that it is there as a whole or not at all whenever the process ends.
+
+    Raises:
+        LoraFactoryError: if it holds anything else.
+        StorageError: if it cannot be removed.
+    """
+    real = check_folder(path, kind, overwrite=True)
+    with storage_errors(real, "remove"):
+        aside = _temporary_sibling(real)
+        real.rename(aside)
+        shutil.rmtree(aside)
+
+
+def recorded_name(name: str | Path) -> str:
+    """The name of a model as adapters and generators record it.
+
+    A folder here is recorded by its absolute path, which nobody takes for an id of the Hub.
+    """
+    if not str(name):
+        return ""
+    path = local_path(name)
+    return os.path.abspath(path) if path.is_dir() else str(name)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -161,16 +233,7 @@ def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name[:100]}-{secrets.token_hex(6)}")
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not path.name:
-        raise LoraFactoryError(f"{path} cannot be replaced; name a folder in it")
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise LoraFactoryError(f"{path} is there and is not a folder; choose another path or remove it")
-    if path.exists() and not overwrite:
-        raise LoraFactoryError(f"{path} is already there; choose another path, remove it or pass overwrite=True")
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
+def _put_in_place(temporary: Path, path: Path, kind: FolderKind) -> None:
     """Rename `temporary` to `path`; what was there is renamed aside first and comes back if that fails."""
     if not path.exists():
         temporary.rename(path)
@@ -178,8 +241,10 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     aside = _temporary_sibling(path)
     path.rename(aside)
     try:
+        if foreign := kind.foreign(aside):  # it came between the check and the renaming
+            raise LoraFactoryError(f"{path / foreign} has just been written by somebody else; nothing is replaced")
         temporary.rename(path)
-    except OSError:
+    except BaseException:
         aside.rename(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
@@ -203,8 +268,10 @@ def read_paragraphs(path: str | Path) -> list[str]:
         LoraFactoryError: When the file cannot be read, is no UTF-8 text, or is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        opened = gzip.open if str(path).lower().endswith(".gz") else open
+        with opened(local_path(path), "rt", encoding="utf-8-sig") as file:
+            text = str(file.read())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise LoraFactoryError(f"cannot read {path}: {error}; name a text file") from error
     paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
     if not paragraphs:

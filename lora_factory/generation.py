@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory import __version__
-from lora_factory.adapters import ADAPTER_FILE, save_adapter_config
+from lora_factory.adapters import ADAPTER_FILE, check_adapter_name, save_adapter_config
 from lora_factory.arguments import REFINE_STEPS
 from lora_factory.base_loss import FrozenBase
 from lora_factory.data_source import Example
 from lora_factory.files import sha256_file, write_json
+from lora_factory.given import as_examples, as_images, as_temperature, as_text, as_vectors, as_whole_number
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 from lora_factory.refine import refine_state_dict
@@ -73,7 +75,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Order:
-    """What a user asks of a generator; the fields are the arguments of ``generate_adapter``."""
+    """What a user asks of a generator; the fields are the arguments of ``generate_adapter``.
+
+    Whatever a user may hand in for them is brought into one form: numpy integers, iterators, pairs, dictionaries.
+
+    Raises:
+        LoraFactoryError: When a value is of another kind, or out of its range.
+    """
 
     text: str | None
     examples: Sequence[Example | ImageExample | str] | None = None
@@ -82,6 +90,22 @@ class Order:
     seed: int = 0
     temperature: float = 0.0
     refine_steps: int = REFINE_STEPS
+    adapter_name: str = "default"
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        check_adapter_name(self.adapter_name)
+        given = {
+            "text": as_text(self.text),
+            "examples": None if self.examples is None else as_examples(self.examples),
+            "images": None if self.images is None else as_images(self.images),
+            "conditions": as_vectors(self.conditions),
+            "seed": as_whole_number(self.seed, "seed", 2**64 - 1),  # what torch.Generator takes
+            "temperature": as_temperature(self.temperature),
+            "refine_steps": as_whole_number(self.refine_steps, "refine_steps"),
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
 
 
 def fulfil(
@@ -103,6 +127,7 @@ def fulfil(
     Raises:
         LoraFactoryError: When there is nothing to condition on, or something cannot be read.
     """
+    warn_of_a_stranger(generator, order.text)
     given = dict(order.conditions or {})
     if order.images is not None:
         given |= generator.encode_images(order.images)
@@ -110,13 +135,25 @@ def fulfil(
         heard = "hidden" in (generator.config.modalities or {})
         if heard or not (order.text or given) or not order.refine_steps:
             given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
-    state_dict = generator.generate_state_dict(
-        order.text, conditions=given, seed=order.seed, temperature=order.temperature
-    )
+    state_dict = write_weights(generator, replace(order, conditions=given))
     if order.examples is not None and base is not None:
         in_chat = generator.config.chat_template
         state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)
     return state_dict, given
+
+
+@torch.no_grad()
+def write_weights(generator: CVAELoRAGenerator, order: Order) -> dict[str, Tensor]:
+    """The adapter of an order's text and task vectors, as the network writes it: float32 on the CPU."""
+    vectors = generator.conditions(order.text, order.conditions)
+    rows = {name: vector[None].to(generator.bias) for name, vector in vectors.items()}
+    training = generator.training
+    generator.eval()
+    vector = generator.generate_vector(rows, seed=order.seed, temperature=order.temperature)[0]
+    generator.train(training)
+    state_dict = generator.layout.unflatten(vector.float().cpu())
+    generator.layout.check(state_dict)
+    return state_dict
 
 
 def write_adapter(
@@ -159,14 +196,35 @@ def write_adapter(
 
 def zoo_distance(generator: CVAELoRAGenerator, modalities: list[str]) -> float | None:
     """The median over training tasks of the cosine distance from the nearest other one; None for fewer than two."""
-    rows = [functional.normalize(generator.get_buffer(f"{name}_task_vectors").float(), dim=-1) for name in modalities]
-    similarity = torch.stack([row @ row.T for row in rows]).mean(0)
-    if len(similarity) < 2:
-        return None
-    similarity.fill_diagonal_(-1)
-    return round(1 - median(similarity.max(0).values.tolist()), 4)
+    distances = _neighbour_distances(generator, modalities)
+    return round(median(distances), 4) if distances else None
+
+
+def warn_of_a_stranger(generator: CVAELoRAGenerator, text: str | None) -> None:
+    """Warn of a text that is farther from its nearest task than any task of the zoo is from its own nearest one."""
+    if text is None or len(generator.config.tasks or []) < 2:
+        return
+    vectors = generator.conditions(text)
+    nearest, farthest = generator.nearest_tasks(vectors, 1)[0], max(_neighbour_distances(generator, ["text"]))
+    if (distance := 1 - nearest["similarity"]) > farthest + 1e-4:  # similarities are rounded to four places
+        warnings.warn(
+            f"the text {text[:80]!r} is far from every task that the generator knows: {distance:.2f} (cosine "
+            f"distance) from the nearest one, {nearest['task']}, while no two nearest tasks are more than "
+            f"{farthest:.2f} apart; expect little of this adapter",
+            stacklevel=4,
+        )
 
 
 def package_versions() -> dict[str, str]:
     """The versions of this package and of those that its files depend on."""
     return {"lora-factory": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def _neighbour_distances(generator: CVAELoRAGenerator, modalities: Sequence[str]) -> list[float]:
+    """The cosine distance of every training task from its nearest other one; none for fewer than two."""
+    rows = [functional.normalize(generator.get_buffer(f"{name}_task_vectors").float(), dim=-1) for name in modalities]
+    similarity = torch.stack([row @ row.T for row in rows]).mean(0)
+    if len(similarity) < 2:
+        return []
+    similarity.fill_diagonal_(-1)
+    return [1 - value for value in similarity.max(0).values.tolist()]

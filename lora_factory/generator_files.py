@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import httpx2
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 from safetensors import safe_open
 from torch import nn
@@ -33,6 +35,13 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MAX_KINDS = 1024  # each has heads of its own; DeepSeek-V3 with LoRA on every expert has 780
 MAX_MODALITIES, MAX_TASKS = 16, 1 << 16
+TRAINING_FILE = "training.json"
+# What else a folder may be that is given as a generator's, by a file of it; and what takes it.
+_OTHERS = {
+    "zoo.json": "a zoo, not a generator; train a generator on it with lora-factory train --zoo, or train_generator",
+    "adapter_config.json": "an adapter, not a generator; load it with peft, or score it with lora-factory evaluate "
+    "--adapter",
+}
 MAX_TOKENS = 4_000_000  # of one adapter; Llama-3 70B with rank 64 on every linear layer has 72,000
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SET_BY_AUTO_MODEL = (
@@ -83,7 +92,9 @@ class GeneratorSource:
             )
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         dropped = {*HUB_OPTIONS, *SET_BY_AUTO_MODEL}
-        return cls(name, **hub), {key: value for key, value in options.items() if key not in dropped}
+        return cls(os.path.expanduser(name), **hub), {
+            key: value for key, value in options.items() if key not in dropped
+        }
 
     @property
     def is_folder(self) -> bool:
@@ -150,6 +161,7 @@ def read_generator(
     Returns:
         The configuration, and the weights.
     """
+    check_is_generator(source)
     config = read_config(source.file(CONFIG_FILE, MAX_CONFIG_BYTES))
     if source.is_downloaded:
         check_public_names(config, source.name)
@@ -157,6 +169,34 @@ def read_generator(
         expected = build(config).state_dict()
     limit = _HEADER_BYTES + sum(8 * tensor.numel() + 1000 for tensor in expected.values())
     return config, read_weights(source.file(WEIGHTS_FILE, limit), expected)
+
+
+def check_is_generator(source: GeneratorSource) -> None:
+    """Check that a name is not that of a file, a zoo or an adapter here.
+
+    Raises:
+        LoraFactoryError: Says what it is, and what takes it.
+    """
+    path = Path(source.name)
+    if path.is_file():
+        raise LoraFactoryError(f"{source.name!r} is a file; name the generator's folder")
+    if source.is_folder and not (path / CONFIG_FILE).exists():
+        for name, what in _OTHERS.items():
+            if (path / name).exists():
+                raise LoraFactoryError(f"{source.name!r} is {what}")
+
+
+def read_training_record(source: GeneratorSource) -> dict[str, Any] | None:
+    """What a generator's ``training.json`` holds; None, with a warning where it is there and cannot be read."""
+    if source.is_folder and not os.path.lexists(Path(source.name, TRAINING_FILE)):
+        return None
+    try:
+        return read_json_object(source.file(TRAINING_FILE, MAX_CONFIG_BYTES))
+    except EntryNotFoundError:  # also when it is not in the cache and nobody can be asked
+        return None
+    except (LoraFactoryError, OSError, httpx2.HTTPError) as error:
+        warnings.warn(f"{TRAINING_FILE} is left out, a push goes without it: {error}", stacklevel=3)
+        return None
 
 
 def read_config(path: Path) -> CVAELoRAConfig:

@@ -42,7 +42,11 @@ def explain(error: BaseException, repo_id: str) -> str:
         return f"{repo_id} is gated; ask for access on its page on the Hub, and {LOG_IN}"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such revision; name a branch, tag or commit of it"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return f"{_first_line(error)} {explain(error.__cause__, repo_id)}"  # the client says what failed, and not why
     if isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error.__cause__, HfHubHTTPError):
+            return explain(error.__cause__, repo_id)
         return f"it is not in the cache and the Hub cannot be reached ({error.__cause__ or error}); check the network"
     if isinstance(error, EntryNotFoundError):
         return f"{repo_id} lacks a file ({_first_line(error)})"
@@ -51,9 +55,13 @@ def explain(error: BaseException, repo_id: str) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         hint = _BY_STATUS.get(status, "the Hub has a problem; try again later" if status >= 500 else "")
+        if status == 403 and error.response.request.method in ("GET", "HEAD"):
+            hint = f"you may not read it; ask its owner for access, and {LOG_IN}"
         return f"the Hub answers {status} ({error.server_message or _first_line(error)}); {hint}".rstrip("; ")
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return f"the connection to the Hub failed ({_first_line(error) or type(error).__name__}); check the network"
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        return f"the Hub gave an answer that is not understood ({type(error).__name__}: {error}); try again later"
     return " ".join(str(error).split())[:1000] or type(error).__name__
 
 

@@ -27,6 +27,7 @@ from lora_factory.factory import AdapterFactory
 from lora_factory.image_encoders import image_channels
 from lora_factory.image_tasks import LabelledImage
 from lora_factory.images import ImageLike, read_image
+from lora_factory.layout import AdapterLayout
 from lora_factory.sequences import IGNORED, TokenSequence
 
 MAX_KEPT_BYTES = 1 << 28  # of preprocessed images, which most tasks read many times
@@ -133,12 +134,13 @@ def classifier_factory(
     base_model_name: str,
     accelerator: Accelerator,
     revision: str | None = None,
+    layout: AdapterLayout | None = None,
 ) -> AdapterFactory:
     """An image classifier with one LoRA slot, to be trained on one `ImageTask` after another."""
     model, inputs = load_image_classifier(
         base_model, revision=revision, dtype=arguments.dtype, device=accelerator.device
     )
-    return AdapterFactory.attach(model, None, arguments, base_model_name, accelerator, inputs)
+    return AdapterFactory.attach(model, None, arguments, base_model_name, accelerator, inputs, layout)
 
 
 def image_accuracy(

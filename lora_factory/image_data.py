@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from lora_factory.boxes import Box, boxes_to_text, clipped
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.images import read_image
+from lora_factory.images import opened_image, read_image
 
 DETECTION_PROMPT = "<OD>"  # Florence-2's own name for object detection
 
@@ -70,13 +70,8 @@ class StoredImage:
     @contextmanager
     def _file(self) -> Iterator[Image.Image]:
         content = self._bytes()
-        try:
-            with Image.open(io.BytesIO(content)) as file:
-                yield file
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise LoraFactoryError(
-                f"{self.name} is no image that can be read ({error}); replace the file, or remove it from the data"
-            ) from error
+        with opened_image(content, self.name, "replace the image, or remove it from the data") as file:
+            yield file
 
     def _bytes(self) -> bytes:
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 
 import datasets
@@ -16,6 +17,9 @@ from lora_factory.boxes import Box
 from lora_factory.data_source import SPLITS, DataSource, Split, load_splits
 from lora_factory.errors import LoraFactoryError
 from lora_factory.image_data import DETECTION_PROMPT, ImageExample, StoredImage
+from lora_factory.safe_files import read_json_object, reading
+
+MAX_SIDE = 1_000_000  # pixels; wider than any image that is read
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,11 +87,7 @@ class CocoSource:
         examples = []
         for number, boxes in coco.boxes[self.category].items():
             name, size = coco.images[number]
-            if not (folder / name).is_file():
-                raise LoraFactoryError(
-                    f"task {task!r}: no image {folder / name}, which {file} names; check the folder"
-                )
-            image = StoredImage.of(folder / name)
+            image = StoredImage.of(_inside(folder, name, task, file))
             examples.append(ImageExample.of_boxes(image, self.category, boxes, size=size, prompt=self.prompt))
         return _with_boxes(examples, f"task {task!r}: {file} has no image with a {self.category!r}")
 
@@ -229,32 +229,83 @@ def read_coco(path: str | Path) -> Coco:
         LoraFactoryError: No such file, or it is not in COCO's format.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    with reading(path, "give the JSON file of a COCO data set"):
+        found = path.is_file()
+    if not found:
         raise LoraFactoryError(f"no annotation file {path}; give the JSON file of a COCO data set")
     return _read_coco(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=2)
 def _read_coco(path: Path, modified: int) -> Coco:
+    content = read_json_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        categories = _by_id(content["categories"], "category")
+        names = {key: _text(category["name"], "name") for key, category in categories.items()}
+        if doubled := [name for name, count in Counter(names.values()).items() if count > 1]:
+            raise ValueError(f"two categories are called {doubled[0]!r}")
         images = {
-            image["id"]: (str(image["file_name"]), (image["width"], image["height"]) if image.get("width") else None)
-            for image in content["images"]
+            key: (_text(image["file_name"], "file_name"), _size(image))
+            for key, image in _by_id(content["images"], "image").items()
         }
         boxes: dict[str, dict[int, list[Box]]] = {name: {} for name in names.values()}
         for entry in content["annotations"]:
             if not entry.get("iscrowd"):
                 images[entry["image_id"]]  # a KeyError where the file names no such image
-                box = _corners(entry["bbox"], "xywh")
+                box = _corners(_numbers(entry["bbox"]), "xywh")
                 boxes[names[entry["category_id"]]].setdefault(entry["image_id"], []).append(box)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise LoraFactoryError(
-            f"{path} is no COCO annotation file ({type(error).__name__}: {error}); it must hold images, annotations"
-            " with bbox, and categories that refer to each other"
+            f"{path} is no COCO annotation file ({type(error).__name__}: {str(error)[:300]}); it must hold images,"
+            " annotations with bbox, and categories that refer to each other"
         ) from error
     return Coco(images, boxes)
+
+
+def _by_id(entries: list[dict[str, Any]], what: str) -> dict[Any, dict[str, Any]]:
+    found = {entry["id"]: entry for entry in entries}
+    if len(found) < len(entries):
+        doubled = next(key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1)
+        raise ValueError(f"the {what} id {doubled!r} stands twice")
+    return found
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise TypeError(f"{what} is {str(value)[:60]!r}, not a text")
+    value.encode()  # a ValueError for half of a surrogate pair
+    return value
+
+
+def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = image.get("width"), image.get("height")
+    if not width or not height:
+        return None
+    if not all(
+        type(length) in (int, float) and 0 < length <= MAX_SIDE and length == int(length) for length in (width, height)
+    ):
+        raise ValueError(f"an image of {str(width)[:30]} x {str(height)[:30]} pixels")
+    return int(width), int(height)
+
+
+def _numbers(box: Any) -> list[float]:  # noqa: ANN401
+    if not isinstance(box, list) or not all(type(value) in (int, float) and math.isfinite(value) for value in box):
+        raise ValueError(f"the box {str(box)[:80]} must be four finite numbers")
+    return [float(value) if abs(value) > MAX_SIDE else value for value in box]
+
+
+def _inside(folder: Path, name: str, task: str, file: str) -> Path:
+    """The image file of a name that stands in an annotation file, which may not lead out of the folder."""
+    pure = PurePath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or PureWindowsPath(name).drive:
+        raise LoraFactoryError(f"task {task!r}: {file} names the image {name[:200]!r}, which leads out of {folder}")
+    with reading(folder / name[:200], f"check the folder of images that {file} belongs to"):
+        path = folder / name
+        if not path.is_file():
+            raise LoraFactoryError(f"task {task!r}: no image {path}, which {file} names; check the folder")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise LoraFactoryError(f"task {task!r}: {path} is a link to {path.resolve()}, outside of {folder}")
+    return path
 
 
 def _corners(box: Sequence[float], form: str) -> Box:

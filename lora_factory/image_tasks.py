@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from PIL import Image
+
 from lora_factory.data_source import SPLITS, DataSource, Split, load_splits
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name
-from lora_factory.images import ImageLike, image_fingerprint, images_in
+from lora_factory.images import ImageLike, check_image, image_fingerprint, images_in
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -224,6 +226,20 @@ class ImageClasses:
     @property
     def _rows(self) -> DataSource:
         return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
+
+
+def check_images(task: ImageTask) -> None:
+    """Look at the head of every image file of a task.
+
+    Raises:
+        LoraFactoryError: When a file is missing, no image or too large.
+    """
+    for split in SPLITS:
+        for image, _ in task.examples(split):
+            if isinstance(image, bytes):
+                check_image(image, f"image of {len(image)} bytes of task {task.name!r}")
+            elif not isinstance(image, Image.Image):
+                check_image(image, str(image))
 
 
 def language_tasks(tasks: Sequence[TaskKind | ImageTask]) -> list[TaskKind]:

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 from PIL import Image, ImageOps
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import sha256_file
+from lora_factory.files import local_path, sha256_file
+from lora_factory.safe_files import reading
 
 ImageLike = str | Path | bytes | Image.Image
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000  # 400 MB as RGBA; scanners and satellites stay below it
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@contextlib.contextmanager
+def opened_image(source: str | Path | bytes, name: str, remedy: str) -> Iterator[Image.Image]:
+    """Open an image file of a known format and size; it is not decoded yet.
+
+    Args:
+        source: A file or a file's content.
+        name: Names the image in errors.
+        remedy: What the user can do about a damaged one.
+
+    Raises:
+        LoraFactoryError: The file is missing, of another format, or damaged, or it holds more than `MAX_PIXELS`; also
+            when the block raises, which decodes the image.
+    """
+    Image.init()  # without it, Pillow knows some of these formats only after it has met one
+    with reading(name, remedy):
+        # Without formats=, a file of PostScript starts Ghostscript, whatever its name is.
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise LoraFactoryError(
+                    f"{name} has {file.width} x {file.height} pixels, at most {MAX_PIXELS:,} are read; make it smaller"
+                )
+            yield file
+
+
+def check_image(source: str | Path | bytes, name: str) -> None:
+    """Raise a `LoraFactoryError` unless the image can be opened; it is not decoded."""
+    with opened_image(source, name, "give a whole image file"):
+        pass
 
 
 def read_image(image: ImageLike, channels: int = 3) -> Image.Image:
@@ -29,23 +64,35 @@ def read_image(image: ImageLike, channels: int = 3) -> Image.Image:
         LoraFactoryError: When the file is missing, cut short or no image.
     """
     if not isinstance(image, Image.Image):
+        name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
         try:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
+            with opened_image(image, f"image {name}", "give a whole image file") as file:
                 file.load()
                 image = file
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
-            raise LoraFactoryError(f"cannot read the image {name}: {error}; give a whole image file") from error
+        except LoraFactoryError as error:
+            raise LoraFactoryError(f"cannot read the image {name}: {error}") from error
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # convert() would cut off what is above 255
-        values = numpy.asarray(image, dtype=numpy.float64)
-        deep = image.mode.startswith("I;16") or values.max() > 255
-        image = Image.fromarray((values / 257 if deep else values).clip(0, 255).round().astype(numpy.uint8))
+        image = _in_8_bits(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
     image.info.clear()
     return image
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits in 8; strip by strip, since all of it as numbers would be 8 times the file."""
+    highest = image.getextrema()[1]
+    deep = image.mode.startswith("I;16") or (isinstance(highest, int | float) and highest > 255)
+    result = Image.new("L", image.size)
+    rows = max(1, (1 << 22) // max(1, image.width))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        values = numpy.nan_to_num(numpy.asarray(strip, dtype=numpy.float64))
+        values = (values / 257 if deep else values).clip(0, 255).round().astype(numpy.uint8)
+        result.paste(Image.fromarray(values), (0, top))
+    return result
 
 
 def images_in(folder: str | Path) -> list[Path]:
@@ -54,7 +101,7 @@ def images_in(folder: str | Path) -> list[Path]:
     Raises:
         LoraFactoryError: When there is none.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS and file.is_file()]
     if not images:

@@ -19,7 +19,7 @@ from lora_factory.arguments import ImportArguments
 from lora_factory.canonical import canonical_layout, canonicalise
 from lora_factory.card_reading import CARD_FILE, card_description, card_license, read_card
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import local_path, safe_name, sha256_file
+from lora_factory.files import local_path, recorded_name, safe_name, sha256_file
 from lora_factory.hub import download_files
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
@@ -118,6 +118,8 @@ def import_adapters(
         LoraFactoryError: When no source can be imported; names the reasons.
     """
     arguments = arguments or ImportArguments()
+    if arguments.base_model:
+        arguments = replace(arguments, base_model=recorded_name(arguments.base_model))
     refused: dict[str, str] = {}
     candidates: list[_Candidate] = []
     for entry in _entries(sources):
@@ -127,7 +129,7 @@ def import_adapters(
             refused[entry.source] = str(error)
     imported: dict[str, str] = {}
     if candidates:
-        zoo, canonical = _open_zoo(Path(output_dir), candidates, arguments)
+        zoo, canonical = _open_zoo(local_path(output_dir), candidates, arguments)
         for candidate in candidates:
             try:
                 _take_in(zoo, candidate, arguments, canonical)

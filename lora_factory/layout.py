@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from lora_factory.adapted_modules import (
     check_plain_lora,
     exact_targets,
     find_modules,
+    lora_weights,
     module_paths,
     natural_key,
     own_patterns,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FORMAT_VERSION = 1
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,9 @@ class AdapterLayout:
         """
         base_names = ("base_model_name_or_path", "revision")
         config = {name: value for name, value in plain_json(lora_config.to_dict()).items() if name not in base_names}
-        config = own_patterns(config, module_paths(state_dict))
-        return cls(base_model, base_revision, find_modules(state_dict, config), config)
+        weights = lora_weights(state_dict)
+        config = own_patterns(config, module_paths(weights))
+        return cls(base_model, base_revision, find_modules(weights, config), config)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterLayout:
@@ -233,7 +237,8 @@ class AdapterLayout:
         """Check that a state dict is an adapter of this layout.
 
         Raises:
-            LoraFactoryError: for missing or unknown keys, other shapes, integers, NaN or infinity; names the first.
+            LoraFactoryError: for missing or unknown keys, other shapes, integers, 8-bit floats, NaN or infinity; names
+                the first.
         """
         self._check(state_dict, ())
 
@@ -309,6 +314,28 @@ class AdapterLayout:
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
         return config
 
+    def training_config(self) -> LoraConfig:
+        """Return a PEFT configuration that puts a trainable LoRA on just these modules, with their ranks and scalings.
+
+        It names every module by its whole path, so that neither patterns nor names that occur elsewhere in the base
+        model add or drop one.
+        """
+        from peft import LoraConfig
+
+        config = self.lora_config
+        rslora = bool(config.get("use_rslora"))
+        alphas = {m.path: m.scaling * (math.sqrt(m.rank) if rslora else m.rank) for m in self.modules}
+        return LoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            target_modules=[module.path for module in self.modules],
+            rank_pattern={re.escape(m.path): m.rank for m in self.modules if m.rank != config["r"]},
+            alpha_pattern={re.escape(p): a for p, a in alphas.items() if not math.isclose(a, config["lora_alpha"])},
+            use_rslora=rslora,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            task_type=config.get("task_type"),
+        )
+
     @cached_property
     def _segments(self) -> tuple[_Segment, ...]:
         """Both factors of all modules, in the order of the vector."""
@@ -354,7 +381,9 @@ class AdapterLayout:
         keys = [segment.key for segment in self._segments]
         bad = [key for key in keys if not _is_finite(state_dict[key])]
         if bad:
-            raise LoraFactoryError(f"{len(bad)} of {len(keys)} tensors hold NaN, infinity or integers: {_few(bad)}")
+            raise LoraFactoryError(
+                f"{len(bad)} of {len(keys)} tensors hold NaN, infinity, integers or 8-bit floats: {_few(bad)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -398,7 +427,7 @@ class _Segment:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; their extremes tell, in a pass that is many times as fast as one by one."""
-    return tensor.is_floating_point() and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
+    return tensor.dtype in PRECISIONS and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
 
 
 def _few(names: Collection[str]) -> str:

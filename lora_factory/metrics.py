@@ -19,7 +19,8 @@ from lora_factory.answering import end_tokens, greedy_answers, read_answer
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import TextScore, Window, frozen, negative_log_likelihoods
-from lora_factory.sequences import render_chat
+from lora_factory.model_inputs import positions
+from lora_factory.sequences import render_chat, text_tokens
 from lora_factory.tasks import Task
 
 Prediction = TypeVar("Prediction")
@@ -214,6 +215,7 @@ def completion_accuracy(
         LoraFactoryError: When there is no example, one has no prompt, or a size is out of range.
     """
     _check(examples, batch_size)
+    window = min(window, positions(model) or window)
     if chat_template:
         ends = end_tokens(model, tokenizer)
         examples = [_in_chat(tokenizer, example, ends) for example in examples]
@@ -266,6 +268,7 @@ def choice_accuracy(
             two choices are the same.
     """
     _check(examples, batch_size)
+    window = min(window, positions(model) or window)
     questions = _questions(examples, choices)
     texts = [
         _choice_window(tokenizer, example, choice, window, chat_template)
@@ -307,7 +310,7 @@ def _check(examples: Sequence[Example], batch_size: int) -> None:
 
 
 def _answer_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    tokens = text_tokens(tokenizer, text, begins=False)
     if not tokens:
         raise LoraFactoryError(f"the tokenizer has no token for the answer {text!r}; write it in characters it knows")
     return tokens
@@ -325,7 +328,7 @@ def _prompt_tokens(
     """As many of the prompt's last tokens as the window has room for before the tokens of an answer."""
     if not answer < window:
         raise LoraFactoryError(f"window={window} has no room for a prompt and {answer} tokens of answer; enlarge it")
-    tokens = tokenizer(example.prompt, add_special_tokens=not chat_template, verbose=False).input_ids
+    tokens = text_tokens(tokenizer, example.prompt, begins=not chat_template)
     tokens = tokens[answer - window :]
     if not tokens:
         raise LoraFactoryError(f"the tokenizer has no token for the prompt {example.prompt[:60]!r}")

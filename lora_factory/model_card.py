@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,17 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]  # it is public, not re-exported
 from jinja2 import Environment, StrictUndefined
 
+from lora_factory.base_kinds import CAUSAL, BaseKind, base_kind
 from lora_factory.generation import Generation, package_versions
-from lora_factory.safe_files import is_hub_id
+from lora_factory.printable import printable
+from lora_factory.safe_files import MAX_CONFIG_BYTES, check_size, is_hub_id, reading
 
 if TYPE_CHECKING:
     from lora_factory.modeling import CVAELoRAGenerator
 
 # All that a card's head may hold, in this order; what comes from outside is checked before it gets there.
 YAML_FIELDS = (
-    *("license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "datasets", "tags"),
+    *("license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "datasets", "tags", "viewer"),
     "model-index",
 )
 LICENSES = frozenset(
@@ -54,12 +57,14 @@ class Origins:
         base_revision: Its commit, if known.
         base_license: Its licence, if known.
         tasks: The training tasks, as in a generator's config.
+        kind: What kind of model the base is.
     """
 
     base_model: str
     base_revision: str | None
     base_license: str | None = None
     tasks: Sequence[Mapping[str, Any]] = ()
+    kind: BaseKind = CAUSAL
 
     @property
     def license(self) -> str:
@@ -108,7 +113,7 @@ class GeneratorCard:
     def text(self) -> str:
         """Markdown with a YAML head."""
         tags = ["lora", "lora-factory", "adapter-generation", *self.tags]
-        results = eval_results(self.comparison, self.origins.tasks) if self.comparison else []
+        results = eval_results(self.comparison, self.origins) if self.comparison else []
         index = eval_results_to_model_index(self.title, results) if results else None
         head = self.origins.head(library_name="lora-factory", tags=tags, **{"model-index": index})
         return render("generator.md", head, card=self, results=_results(self.comparison) if self.comparison else None)
@@ -136,7 +141,7 @@ class AdapterCard:
     def text(self) -> str:
         """Markdown with a YAML head."""
         tags = ["lora", "lora-factory", "generated-adapter", *self.tags]
-        head = self.origins.head(library_name="peft", pipeline_tag="text-generation", tags=tags)
+        head = self.origins.head(library_name="peft", pipeline_tag=self.origins.kind.pipeline_tag, tags=tags)
         if (one := self.generations.get("")) is not None:
             return render("adapter.md", head, card=self, it=one)
         return render("adapters.md", head, card=self)
@@ -161,7 +166,8 @@ class ZooCard:
     @property
     def text(self) -> str:
         """Markdown with a YAML head."""
-        head = {"license": self.origins.license, "tags": ["lora", "lora-factory", "adapter-zoo", *self.tags]}
+        tags = ["lora", "lora-factory", "adapter-zoo", *self.tags]
+        head = {"license": self.origins.license, "tags": tags, "viewer": False}
         return render("zoo.md", head, card=self)
 
 
@@ -169,7 +175,7 @@ def generator_card(
     generator: CVAELoRAGenerator,
     title: str,
     *,
-    base_license: str | None = None,
+    origins: Origins | None = None,
     comparison: Mapping[str, Any] | None = None,
     plot: str | None = None,
     tags: Sequence[str] = (),
@@ -179,7 +185,7 @@ def generator_card(
     Args:
         generator: A trained generator.
         title: Its name: folder or Hub id.
-        base_license: Licence of the base model, if known.
+        origins: What is known of its base model and tasks; default: what this machine knows.
         comparison: What ``comparison.compare`` returned for it.
         plot: File name of the headroom plot beside the card.
         tags: More tags.
@@ -200,7 +206,7 @@ def generator_card(
     }
     return GeneratorCard(
         title=title,
-        origins=origins_of(generator, base_license),
+        origins=origins or origins_of(generator),
         facts=facts,
         versions=package_versions(),
         comparison=comparison,
@@ -209,28 +215,37 @@ def generator_card(
     ).text
 
 
-def origins_of(generator: CVAELoRAGenerator, base_license: str | None = None) -> Origins:
-    """Base model and training tasks of a generator."""
+def origins_of(
+    generator: CVAELoRAGenerator, base_license: str | None = None, base_config: Mapping[str, Any] | None = None
+) -> Origins:
+    """Base model and training tasks of a generator.
+
+    Args:
+        generator: The generator.
+        base_license: Licence of the base model, if known.
+        base_config: Its configuration, if known; see `base_kind`.
+    """
     layout = generator.layout
     return Origins(
         base_model=layout.base_model,
         base_revision=layout.base_revision,
         base_license=base_license,
         tasks=generator.config.tasks or [],
+        kind=base_kind(layout, base_config),
     )
 
 
-def eval_results(comparison: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+def eval_results(comparison: Mapping[str, Any], origins: Origins) -> list[EvalResult]:
     """A comparison's mean perplexities over seeds and folds: generated, original and control, a task each."""
-    datasets = {task["name"]: task["dataset"] for task in tasks if is_hub_id(task.get("dataset") or "")}
+    datasets = {task["name"]: task["dataset"] for task in origins.tasks if is_hub_id(task.get("dataset") or "")}
     found: dict[tuple[str, str], list[float]] = {}
     for cell in comparison["cells"]:
         if cell["method"] in _RESULTS_OF and cell.get("perplexity") is not None:
             found.setdefault((cell["task"], cell["method"]), []).append(cell["perplexity"])
     return [
         EvalResult(
-            task_type="text-generation",
-            dataset_name=task,
+            task_type=origins.kind.pipeline_tag or "other",
+            dataset_name=printable(task),
             dataset_type=datasets.get(task, "unknown"),
             dataset_split="test",
             metric_type="perplexity",
@@ -259,12 +274,43 @@ def keep_handwritten(card: str, old: str) -> str:
     merged = {**old_head, **head, "tags": list(dict.fromkeys(str(tag) for tag in tags if isinstance(tag, str | int)))}
     if old_head.get("license", "unknown") != "unknown":
         merged["license"] = old_head["license"]
-    ours = our_headings()
-    sections = _sections(old_body)
-    kept = [text for heading, text in sections[1:] if heading not in ours]
-    if MARK not in old_body:
-        kept.insert(0, sections[0][1])
+    kept = _handwritten(old_body)
     return _join(merged, "\n".join(part.strip("\n") + "\n" for part in (body, *kept) if part.strip()))
+
+
+def has_handwriting(card: str) -> bool:
+    """Whether people have added something to the text of a card."""
+    return any(part.strip() for part in _handwritten(split_card(card)[1]))
+
+
+def _handwritten(body: str) -> list[str]:
+    """What of a card's text is not ours, a section each."""
+    ours = our_headings()
+    sections = _sections(body)
+    kept = [text for heading, text in sections[1:] if heading not in ours]
+    return kept if MARK in body else [sections[0][1], *kept]
+
+
+def handwritten(folder: Path) -> str | None:
+    """The card of a folder that is to be replaced; None when it has none.
+
+    Raises:
+        LoraFactoryError: When what people have added to it could not be carried over into a new card.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    with reading(path, "mend its head or move it away, so that nothing in it is lost"):
+        check_size(str(path), path.stat().st_size, MAX_CONFIG_BYTES)
+        text = path.read_text(encoding="utf-8")
+        keep_handwritten(text, text)
+    return text
+
+
+def with_handwritten(card: str, folder: Path) -> str:
+    """A new card with what people have added to the one in a folder that is to be replaced."""
+    old = handwritten(folder)
+    return card if old is None else keep_handwritten(card, old)
 
 
 def split_card(card: str) -> tuple[dict[str, Any], str]:
@@ -298,16 +344,15 @@ def render(template: str, head: Mapping[str, Any], **values: Any) -> str:  # noq
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"md": inline, "python": _python}
     return _join(
-        {name: head[name] for name in YAML_FIELDS if head.get(name)}
-        | {"tags": list(dict.fromkeys(" ".join(tag.split()) for tag in head["tags"]))},
+        {name: head[name] for name in YAML_FIELDS if head.get(name) or head.get(name) is False}
+        | {"tags": list(dict.fromkeys(map(printable, head["tags"])))},
         environment.from_string(source).render(mark=MARK, **values).strip("\n") + "\n",
     )
 
 
 def inline(text: object) -> str:
     """Text from outside on one line, with what Markdown, HTML or a table would act on made harmless."""
-    flat = " ".join("".join(it if it.isprintable() else " " for it in str(text)).split())
-    flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    flat = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~#!$])", r"\\\1", flat)
 
 

@@ -15,7 +15,15 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.image_data import ImageExample
-from lora_factory.sequences import IGNORED, TokenSequence, collate, encode_sequences
+from lora_factory.sequences import (
+    IGNORED,
+    TokenSequence,
+    closed,
+    collate,
+    encode_sequences,
+    special_tokens,
+    text_tokens,
+)
 
 
 class ModelInputs(Protocol):
@@ -65,8 +73,14 @@ class Seq2SeqInputs:
         length = arguments.sequence_length
         rows = []
         for example in _only(Example, examples):
-            source = self.tokenizer(example.prompt).input_ids[-length:] or [self.tokenizer.eos_token_id]
-            rows.append(_answered(source, answer_tokens(self.tokenizer, example.completion, length)))
+            source = source_tokens(self.tokenizer, example.prompt, length)
+            answer = answer_tokens(self.tokenizer, example.completion, length)
+            if not source or not answer:
+                raise LoraFactoryError(
+                    f"the tokenizer has no token for the {'answer' if source else 'prompt'} of the example "
+                    f"{(example.prompt, example.completion)!r:.120}; write it in characters that it knows"
+                )
+            rows.append(_answered(source, answer))
         return rows
 
     def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
@@ -100,7 +114,7 @@ class ImageInputs:
         """One row an example; images are not opened, and an over-long answer loses its end."""
         rows = []
         for example in _only(ImageExample, examples):
-            prompt = self.tokenizer(example.prompt).input_ids or [0]
+            prompt = text_tokens(self.tokenizer, example.prompt, begins=True) or [0]
             answer = answer_tokens(
                 self.tokenizer, example.completion, arguments.sequence_length, special=self.is_encoder_decoder
             )
@@ -123,16 +137,33 @@ class ImageInputs:
     def questions(self, examples: Sequence[ImageExample], device: torch.device) -> dict[str, Tensor]:
         """Images and prompts alone, as generation wants them: padded on the left for a decoder alone."""
         images, prompts = [example.open() for example in examples], [example.prompt for example in examples]
+        options = {}
         if self.processor.chat_template:
             prompts = [self._as_chat(prompt) for prompt in prompts]
+            start = self.tokenizer.bos_token
+            if start is not None and prompts[0].startswith(start):  # the template begins a text itself
+                options["add_special_tokens"] = False
         inputs = self.processor(
             text=prompts,
             images=[[image] for image in images] if self.processor.chat_template else images,
             padding=True,
             padding_side="right" if self.is_encoder_decoder else "left",
             return_tensors="pt",
+            **options,
         )
-        return {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        tensors = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        return tensors if self.is_encoder_decoder else self._open(tensors)
+
+    def _open(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prompts that an answer can follow: without the special tokens that the tokenizer puts behind a text."""
+        behind = special_tokens(self.tokenizer)[1]
+        ids = inputs["input_ids"]
+        last = ids[:, ids.shape[1] - len(behind) :]
+        if not behind or not (last == torch.tensor(behind, device=ids.device)).all():
+            return inputs
+        return {
+            name: value[:, : -len(behind)] if value.shape == ids.shape else value for name, value in inputs.items()
+        }
 
     def _as_chat(self, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -161,11 +192,51 @@ def model_inputs(model: PreTrainedModel | PeftModel, reader: PreTrainedTokenizer
     return Seq2SeqInputs(reader) if model.config.is_encoder_decoder else CausalInputs(reader)
 
 
+def source_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> list[int]:
+    """The ids of a prompt as an encoder reads it, framed as the tokenizer does; too long a one loses its beginning."""
+    before, behind = special_tokens(tokenizer)
+    room = max(1, length - len(before) - len(behind))
+    source = [*before, *text_tokens(tokenizer, prompt, begins=False)[-room:], *behind]
+    return source or [token for token in (tokenizer.eos_token_id,) if token is not None]
+
+
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, length: int, *, special: bool = True) -> list[int]:
-    """The ids of an answer, closed by the end token and cut to ``length``; ``special``: begun as texts are."""
-    tokens = tokenizer(text_target=answer, add_special_tokens=special).input_ids
-    end = tokenizer.eos_token_id
-    return (tokens if end is None or tokens[-1:] == [end] else [*tokens, end])[:length]
+    """The ids of an answer, closed by one end token and cut to ``length``; ``special``: framed as texts are."""
+    tokens = text_tokens(tokenizer, answer, begins=special, target=True)
+    behind = special_tokens(tokenizer, target=True)[1] if special else []
+    if tokenizer.eos_token_id in behind:  # some put a language behind the end token
+        return [*(tokens[:-1] if tokens[-1:] == behind[:1] else tokens), *behind][:length]
+    return closed(tokenizer, [*tokens, *behind])[:length]
+
+
+def positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """How many tokens a model has positions for, by its configuration; None where it does not say."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    for name, module in base.named_modules():
+        # RoBERTa and its kind count from behind the padding token.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return limit - int(module.padding_idx) - 1
+    return limit
+
+
+def check_lengths(model: PreTrainedModel | PeftModel, rows: Sequence[TokenSequence]) -> None:
+    """Refuse rows of more tokens than a model has positions for.
+
+    Raises:
+        LoraFactoryError: When a row's text, prompt or answer is too long.
+    """
+    if (limit := positions(model)) is None:
+        return
+    apart = bool(model.config.is_encoder_decoder)  # prompt and answer have positions of their own
+    longest = max((max(map(len, _split(row))) if apart else len(row.tokens) for row in rows), default=0)
+    if longest > limit:
+        raise LoraFactoryError(
+            f"a sequence of {longest} tokens is longer than the {limit} positions of the base model; "
+            f"pass sequence_length={limit} (--sequence-length {limit}) or less"
+        )
 
 
 def _only(kind: type, examples: Sequence[Any]) -> Sequence[Any]:

@@ -19,14 +19,15 @@ from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.familiarity import familiarity
-from lora_factory.files import atomic_folder, write_text
+from lora_factory.files import atomic_folder, local_path, write_text
+from lora_factory.folders import ADAPTER, check_folder
 from lora_factory.generation import Order, fulfil, write_adapter
-from lora_factory.generator_files import GeneratorSource, read_generator
+from lora_factory.generator_files import GeneratorSource, read_generator, read_training_record
 from lora_factory.hub_errors import explain
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_card import AdapterCard, origins_of
+from lora_factory.model_card import AdapterCard, handwritten, origins_of, with_handwritten
 from lora_factory.networks import (
     ConditionStandardiser,
     ConvCVAE,
@@ -55,6 +56,7 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     base_model_prefix = "generator"
     main_input_name = "adapters"
     token_scale: torch.Tensor
+    training_record: dict[str, Any] | None = None  # what training.json holds, if the generator has one
 
     def __init__(self, config: CVAELoRAConfig) -> None:
         super().__init__(config)
@@ -96,7 +98,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
     ) -> Any:  # noqa: ANN401
         """Load a generator from a folder or the Hub, strictly: every weight must be there, with its shape, and finite.
 
-        Two files are read, ``config.json`` and ``model.safetensors``; both are bounded and checked first.
+        ``config.json``, ``model.safetensors`` and, if it is there, ``training.json`` are read; all are bounded and
+        checked first.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -117,11 +120,13 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
                 )
         except Exception as error:  # these are somebody else's files: whatever a parser raises, they cannot be loaded
             remedy = "" if isinstance(error, OSError) else "; download it, or train it with train_generator, again"
+            missing = "" if source.is_folder else "there is no folder of that name here, and "
             raise LoraFactoryError(
-                f"cannot load a generator from {source.name!r}: {explain(error, source.name)}{remedy}"
+                f"cannot load a generator from {source.name!r}: {missing}{explain(error, source.name)}{remedy}"
             ) from error
         model, info = loaded
         model.config.name_or_path, model.config._commit_hash = source.name, source.commit
+        model.training_record = read_training_record(source)
         return (model, info) if wants_info else model
 
     def forward(
@@ -264,14 +269,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         Raises:
             LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
         """
-        rows = {name: vector[None].to(self.bias) for name, vector in self.conditions(text, conditions).items()}
-        training = self.training
-        self.eval()
-        vector = self.generate_vector(rows, seed=seed, temperature=temperature)[0]
-        self.train(training)
-        state_dict = self.layout.unflatten(vector.float().cpu())
-        self.layout.check(state_dict)
-        return state_dict
+        order = Order(text, conditions=conditions, seed=seed, temperature=temperature)
+        return fulfil(self, order)[0]
 
     def generate_adapter(
         self,
@@ -293,7 +292,9 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         Args:
             text: What the adapter is for.
             base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
-                A ``PeftModel`` gets one more adapter (or has the one of this name overwritten).
+                A ``PeftModel`` gets one more adapter (or has the one of this name overwritten). A live base model is
+                changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
+                the model which was returned first stays as it is.
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
                 :meth:`encode_examples` makes it, and what the written adapter is refined on.
             images: A few images of the task, likewise; see :meth:`encode_images`.
@@ -313,8 +314,8 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             LoraFactoryError: When the text is empty, an image cannot be read, or the base model has not the modules or
                 sizes of the layout.
         """
-        order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
-        base = None if examples is None else open_reader(self.layout, examples, base_model, tokenizer)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name)
+        base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
         state_dict = fulfil(self, order, base)[0]
         model = open_base(self.layout, base_model) if base is None else base.model
         attached = attach_adapter(model, self.layout, state_dict, adapter_name)
@@ -350,20 +351,29 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             base_model: As there.
             seed: As there.
             temperature: As there.
-            overwrite: Whether an existing folder is replaced.
+            overwrite: Whether a generated adapter that is there already is replaced. Nothing else ever is, be it an
+                adapter that was trained; what people have added to its card stays.
             tokenizer: As there.
             refine_steps: As there.
 
         Returns:
             The folder.
+
+        Raises:
+            LoraFactoryError: As :meth:`generate_adapter`, and when the folder is not to be replaced.
+            StorageError: When it cannot be written; it is a LoraFactoryError.
         """
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
-        base = None if examples is None else open_reader(self.layout, examples, base_model, tokenizer)
-        with atomic_folder(Path(save_directory), overwrite=overwrite) as folder:
+        read = (self.config.name_or_path, self.layout.base_model, base_model, *(order.images or ()))
+        inputs = [one for one in read if isinstance(one, str | Path)]
+        output = check_folder(save_directory, ADAPTER, overwrite=overwrite, inputs=inputs)
+        handwritten(output)
+        base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
+        with atomic_folder(output, ADAPTER, overwrite=overwrite, inputs=inputs) as folder:
             generation = write_adapter(self, folder, order, base)
-            card = AdapterCard(title=Path(save_directory).name, origins=origins_of(self), generations={"": generation})
-            write_text(folder / "README.md", card.text)
-        return Path(save_directory)
+            card = AdapterCard(title=output.name, origins=origins_of(self), generations={"": generation})
+            write_text(folder / "README.md", with_handwritten(card.text, output))
+        return local_path(save_directory)
 
     @torch.no_grad()
     def fit_statistics(

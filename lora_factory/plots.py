@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.printable import printable
 from lora_factory.summaries import Interval, MethodSummary, format_number
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def draw_detections(methods: Sequence[str], pictures: Sequence[Mapping[str, Any]
         figure = Figure((1.8 * len(methods), 1.9 * len(pictures)), layout="constrained", facecolor="none")
         panels = figure.subplots(len(pictures), len(methods), squeeze=False)
         for row, picture in zip(panels, pictures, strict=True):
-            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])))
+            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])), formats=("JPEG",))
             row[0].set_ylabel(_short(picture["task"]), color=_INK, fontsize=9)
             for axes, method in zip(row, methods, strict=True):
                 axes.imshow(image)
@@ -342,7 +343,7 @@ def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def _short(text: str, length: int = 28) -> str:
     """Printable text of at most this many characters."""
-    text = "".join(character if character.isprintable() else " " for character in text).strip()
+    text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -13,14 +12,18 @@ from torch import Tensor
 
 from lora_factory import __version__
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json, safe_name, write_json, write_text
+from lora_factory.files import local_path, safe_name, share_file, write_json, write_text
+from lora_factory.folders import check_saving
 from lora_factory.generation import Generation, Order, write_adapter
-from lora_factory.generator_files import is_public_name
-from lora_factory.hub import CARD_FILE, PushOptions, Writer, collect_repositories, license_of, push
+from lora_factory.generator_files import TRAINING_FILE, WEIGHTS_FILE, is_public_name
+from lora_factory.hub import CARD_FILE, PushOptions, Writer, about_model, collect_repositories, push
 from lora_factory.model_card import AdapterCard, Origins, ZooCard, generator_card, origins_of
-from lora_factory.safe_files import is_hub_id
+from lora_factory.run_record import FORMAT_VERSION
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
+from lora_factory.zoo_tools import run_files
 
 if TYPE_CHECKING:
+    from lora_factory.layout import AdapterLayout
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.zoo import AdapterZoo
 
@@ -72,17 +75,22 @@ class HubMixin:
         repo_id: str | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Save the generator, as in transformers; with ``push_to_hub`` it is then pushed, as `push_to_hub` does it.
+        """Save the generator, as in transformers, and its ``training.json``; with ``push_to_hub`` push it then.
 
         Args:
             save_directory: The folder.
             *args: As in transformers.
-            push_to_hub: Push as well, with a card.
+            push_to_hub: Push as well, with a card, as `push_to_hub` does it.
             repo_id: Where to; default: the folder's name in the user's own namespace.
             **kwargs: As in transformers, and with ``push_to_hub`` its options.
         """
         options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
+        save_directory = check_saving(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
+            share_file(weights)
+        if self.training_record is not None:
+            write_json(Path(save_directory, TRAINING_FILE), self.training_record)
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, **options)
 
@@ -148,7 +156,7 @@ class HubMixin:
         Raises:
             LoraFactoryError: As for `push_adapter`; adapters pushed before the failing one stay.
         """
-        check_base_model(self)
+        check_base_model(self.layout)
         names = [safe_name(name) for name in texts]
         if not names:
             raise LoraFactoryError('texts is empty; name at least one adapter: {"legal": "Legal notices"}')
@@ -173,7 +181,7 @@ def generator_writer(
     Raises:
         LoraFactoryError: When the comparison cannot be read, or is one of another base model.
     """
-    check_base_model(generator)
+    check_base_model(generator.layout)
     for field in ("text_encoder", "image_encoder"):
         encoder = getattr(generator.config, field)
         if encoder is not None and not is_public_name(encoder):
@@ -181,7 +189,10 @@ def generator_writer(
                 f"the generator's {field.replace('_', ' ')} {encoder!r} is no model of the Hub, so others cannot load "
                 f"it; push the encoder and set generator.config.{field} to its Hub id"
             )
-    results = read_json(comparison) if isinstance(comparison, str | Path) else comparison
+    results: Any = comparison
+    if isinstance(comparison, str | Path):
+        path = local_path(comparison).absolute()
+        results = read_json_object(checked_file(path.parent, path.name, MAX_CONFIG_BYTES))
     if results is not None:
         known = isinstance(results, Mapping) and {"cells", "methods"} <= results.keys()
         if not known or results.get("base_model") != generator.layout.base_model:
@@ -189,18 +200,15 @@ def generator_writer(
                 f"the comparison is not one of adapters for {generator.layout.base_model}; "
                 "pass the comparison.json that lora-factory evaluate --generator wrote"
             )
-    base_license = license_of(generator.layout.base_model, token)
+    origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
     def write(folder: Path, title: str) -> None:
         generator.save_pretrained(folder)
-        training = Path(generator.config.name_or_path or "no folder", "training.json")
-        if training.is_file():
-            shutil.copyfile(training, folder / training.name)
         plot = None
         if results is not None:
             write_json(folder / COMPARISON_FILE, results)
             plot = _write_plot(results, folder / PLOT_FILE)
-        card = generator_card(generator, title, base_license=base_license, comparison=results, plot=plot, tags=tags)
+        card = generator_card(generator, title, origins=origins, comparison=results, plot=plot, tags=tags)
         write_text(folder / CARD_FILE, card)
 
     return write
@@ -217,11 +225,13 @@ def adapter_writer(
     token: str | bool | None = None,
 ) -> Writer:
     """What writes all files of a generated adapter's repository; see `HubMixin.push_adapter`."""
-    check_base_model(generator)
-    origins = origins_of(generator, license_of(generator.layout.base_model, token))
+    check_base_model(generator.layout)
+    origins = origins_of(generator, *about_model(generator.layout.base_model, token))
+
+    order = Order(text, conditions=conditions, seed=seed, temperature=temperature)
 
     def write(folder: Path, title: str) -> None:
-        made = write_adapter(generator, folder, Order(text, conditions=conditions, seed=seed, temperature=temperature))
+        made = write_adapter(generator, folder, order)
         card = AdapterCard(title=title, origins=origins, generations={"": made}, tags=tags)
         write_text(folder / CARD_FILE, card.text)
 
@@ -238,14 +248,16 @@ def adapters_writer(
     token: str | bool | None = None,
 ) -> Writer:
     """What writes a repository with a folder for each of several adapters; see `HubMixin.push_adapters`."""
-    check_base_model(generator)
-    origins = origins_of(generator, license_of(generator.layout.base_model, token))
+    check_base_model(generator.layout)
+    origins = origins_of(generator, *about_model(generator.layout.base_model, token))
+
+    orders = {name: Order(text, seed=seed, temperature=temperature) for name, text in texts.items()}
 
     def write(folder: Path, title: str) -> None:
         made: dict[str, Generation] = {}
-        for name, text in texts.items():
+        for name, order in orders.items():
             (folder / name).mkdir()
-            made[name] = write_adapter(generator, folder / name, Order(text, seed=seed, temperature=temperature))
+            made[name] = write_adapter(generator, folder / name, order)
             one = AdapterCard(title=title, subfolder=name, origins=origins, generations={"": made[name]}, tags=tags)
             write_text(folder / name / CARD_FILE, one.text)
         card = AdapterCard(title=title, origins=origins, generations=made, tags=tags)
@@ -260,6 +272,7 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
     Raises:
         LoraFactoryError: When a file of the zoo is damaged.
     """
+    check_base_model(zoo.layout)
     if problems := zoo.verify():
         raise LoraFactoryError(f"{len(problems)} files of the zoo are damaged, nothing is pushed: {problems[0]}")
     layout = zoo.layout
@@ -272,7 +285,7 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
     origins = Origins(
         base_model=layout.base_model,
         base_revision=layout.base_revision,
-        base_license=license_of(layout.base_model, token),
+        base_license=about_model(layout.base_model, token)[0],
         tasks=tasks,
     )
     facts = {
@@ -283,13 +296,18 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
         "written with": f"lora-factory {__version__}",
     }
 
-    def write(folder: Path, title: str) -> None:
-        for run in (run for runs in records.values() for run in runs):
-            (folder / run.task / run.run).mkdir(parents=True)
-            for name in (*run.sha256, "run.json"):  # links: a zoo may be larger than the disk's free space
-                (folder / run.task / run.run / name).symlink_to((zoo.folder / run.task / run.run / name).resolve())
-        shutil.copyfile(zoo.folder / "zoo.json", folder / "zoo.json")
+    limits = {name: limit for runs in records.values() for run in runs for name, limit in run_files(zoo, run).items()}
+    for name, limit in limits.items():
+        checked_file(zoo.folder, name, limit)
+
+    def write(folder: Path, title: str) -> set[str]:
+        for name, limit in limits.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # A link, since a zoo may be larger than the disk's free space; what it leads to is a file of the zoo.
+            (folder / name).symlink_to(checked_file(zoo.folder, name, limit).resolve())
+        write_json(folder / "zoo.json", {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
         write_text(folder / CARD_FILE, ZooCard(title=title, origins=origins, facts=facts, tags=tags).text)
+        return set(limits)
 
     return write
 
@@ -300,17 +318,17 @@ def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **optio
     return push(write, repo_id, default_message="Push zoo", repo_type="dataset", **options)
 
 
-def check_base_model(generator: CVAELoRAGenerator) -> None:
-    """Check that others can load the base model that a generator's adapters name.
+def check_base_model(layout: AdapterLayout) -> None:
+    """Check that others can load the base model that adapters of a layout name.
 
     Raises:
         LoraFactoryError: When its name is no Hub id.
     """
-    name = generator.layout.base_model
+    name = layout.base_model
     if not is_hub_id(name):
         raise LoraFactoryError(
             f"the adapters name {name!r} as their base model, which others cannot load; collect them with "
-            "--base-model-name and the Hub id of the base model"
+            "base_model_name= (--base-model-name) and the public Hub id of the base model"
         )
 
 

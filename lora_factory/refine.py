@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_factory.adapters import without_adapters
 from lora_factory.arguments import REFINE_STEPS, CollectArguments
 from lora_factory.base_loss import Base, query_loss
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
+from lora_factory.given import as_examples
 from lora_factory.image_data import ImageExample, as_example
+from lora_factory.live_models import without_adapters
+from lora_factory.model_inputs import positions
 from lora_factory.sequences import TokenSequence
 
 LEARNING_RATE = 1e-3
@@ -95,7 +98,9 @@ def refine_state_dict(
 ) -> dict[str, Tensor]:
     """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
     settings = CollectArguments(chat_template=chat_template)
-    sequences = base.inputs.encode([*map(as_example, examples)], settings)
+    if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
+        settings = replace(settings, sequence_length=limit)
+    sequences = base.inputs.encode([*map(as_example, as_examples(examples))], settings)
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
 

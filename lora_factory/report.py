@@ -16,9 +16,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_factory.files import write_text
+from lora_factory.folders import check_reports
 from lora_factory.plots import draw_detections, draw_plots
+from lora_factory.printable import printable
 from lora_factory.summaries import Finding, findings, steering_margins, summarise
-from lora_factory.tables import Table, comparison_tables, detection_table, plain
+from lora_factory.tables import Table, comparison_tables, detection_table
 
 __all__ = [
     "html_page",
@@ -40,10 +42,10 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
     Args:
         comparison: What ``comparison.compare`` returns.
     """
-    blocks = [f"# Comparison on {_markdown(plain(comparison['base_model']))}"]
+    blocks = [f"# Comparison on {_markdown(printable(comparison['base_model']))}"]
     blocks.append(
         "\n".join(
-            f"- {'**Warning:** ' if finding.warning else ''}{_markdown(plain(finding.text))}"
+            f"- {'**Warning:** ' if finding.warning else ''}{_markdown(printable(finding.text))}"
             for finding in findings(comparison)
         )
     )
@@ -58,7 +60,9 @@ def terminal_tables(comparison: Mapping[str, Any]) -> list[RichTable]:
     Args:
         comparison: What ``comparison.compare`` returns.
     """
-    words = "\n".join(f"{'! ' if finding.warning else ''}{plain(finding.text)}" for finding in findings(comparison))
+    words = "\n".join(
+        f"{'! ' if finding.warning else ''}{printable(finding.text)}" for finding in findings(comparison)
+    )
     tables = [part for table in comparison_tables(comparison) for part in _narrow(table)]
     return [_rich_table(table, words if index == 0 else "") for index, table in enumerate(tables)]
 
@@ -76,13 +80,13 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     detection = comparison.get("detection")
     pictures = draw_detections(detection["methods"], detection["pictures"]) if detection else []
     return render_page(
-        base_model=plain(comparison["base_model"]),
-        findings=[Finding(plain(finding.text), finding.warning) for finding in findings(comparison)],
+        base_model=printable(comparison["base_model"]),
+        findings=[Finding(printable(finding.text), finding.warning) for finding in findings(comparison)],
         tables=[*comparison_tables(comparison), *([detection_table(detection)] if detection else [])],
         plots=[*draw_plots(comparison, summarise(comparison)), *pictures],
         seeds=", ".join(map(str, comparison["seeds"])),
-        folds=[", ".join(map(plain, fold)) for fold in comparison["folds"]],
-        versions=", ".join(f"{plain(name)} {plain(it)}" for name, it in comparison["created_with"].items()),
+        folds=[", ".join(map(printable, fold)) for fold in comparison["folds"]],
+        versions=", ".join(f"{printable(name)} {printable(it)}" for name, it in comparison["created_with"].items()),
         settings=json.dumps(comparison["settings"], indent=2, ensure_ascii=False, default=str),
     )
 
@@ -107,8 +111,9 @@ def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:
     Raises:
         LoraFactoryError: If the extra ``report`` is not installed; ``tables.md`` is written all the same.
     """
-    write_text(Path(folder, "tables.md"), markdown_tables(comparison))
-    path = Path(folder, "report.html")
+    folder = check_reports(folder, "tables.md", "report.html")
+    write_text(folder / "tables.md", markdown_tables(comparison))
+    path = folder / "report.html"
     write_text(path, html_page(comparison))
     return path
 

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import atomic_folder, read_json, sha256_file, write_json
+from lora_factory.folders import STATE
 from lora_factory.training_state import optimizer_tensors, restore_optimizer
 
 _STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
@@ -118,7 +119,7 @@ class RunCheckpoint:
         tensors = {"weights": weights, "random": random, **optimizer_tensors(optimizer)}
         if state.snapshots:
             tensors["snapshots"] = torch.stack(state.snapshots)
-        with writing_into(self.folder.parent), atomic_folder(self.folder, overwrite=True) as folder:
+        with writing_into(self.folder.parent), atomic_folder(self.folder, STATE, overwrite=True) as folder:
             tensors_file = folder / _TENSORS_FILE
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, tensors_file)
             values = {"key": self.key, "step": state.step, "tokens": state.tokens, "losses": state.losses}
@@ -147,9 +148,10 @@ def writing_into(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error
         raise StorageError(
-            f"cannot write into {folder}: {error}; make room there or allow writing, then run the same command: it "
+            f"cannot write into {folder}: {cause}; make room there or allow writing, then run the same command: it "
             "continues where it stopped"
         ) from error
 

@@ -91,13 +91,57 @@ def encode_example(
     """
     if chat_template:
         example = render_chat(tokenizer, example)
-    prompt = tokenizer(example.prompt, add_special_tokens=not chat_template).input_ids if example.prompt else []
-    completion = tokenizer(example.completion, add_special_tokens=not prompt).input_ids
-    if tokenizer.eos_token_id is not None and not chat_template:
-        completion = [*completion, tokenizer.eos_token_id]
+    prompt = text_tokens(tokenizer, example.prompt, begins=not chat_template) if example.prompt else []
+    completion = text_tokens(tokenizer, example.completion, begins=not prompt)
+    if not chat_template:
+        completion = closed(tokenizer, completion)
     if prompt:
         prompt = prompt[-max(1, length - len(completion)) :]
     return TokenSequence(prompt + completion, [IGNORED] * len(prompt) + completion)
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool, target: bool = False) -> list[int]:
+    """The tokens of a text; never those that the tokenizer puts behind one, since another text may follow.
+
+    Args:
+        tokenizer: Any; whether it puts special tokens before a text, behind it, both or none is found out here.
+        text: What is read; special tokens that are written out in it stay.
+        begins: Whether the special tokens that start a text come first.
+        target: Whether the text is an answer of an encoder-decoder, which some tokenizers frame in another way.
+    """
+    tokens = _tokens(tokenizer, text, target=target, add_special_tokens=False)
+    return [*special_tokens(tokenizer, target=target)[0], *tokens] if begins else tokens
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before a text, and those that it puts behind it."""
+    bare = _tokens(tokenizer, "a", target=target, add_special_tokens=False)
+    framed = _tokens(tokenizer, "a", target=target, add_special_tokens=True)
+    spare = len(framed) - len(bare)
+    if not bare:  # the tokenizer does not know the letter: the first end token ends the beginning
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+        start = next((index for index, token in enumerate(framed) if token in ends), spare)
+        return framed[:start], framed[start:]
+    start = next((index for index in range(spare + 1) if framed[index : index + len(bare)] == bare), 0)
+    return framed[:start], framed[start + len(bare) :]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a text: the tokenizer's own, else the first that it puts behind a text, such as [SEP]."""
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    return next(iter(special_tokens(tokenizer)[1]), None)
+
+
+def closed(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """The tokens of an answer with exactly one end token behind them, where the tokenizer has one."""
+    end = end_token(tokenizer)
+    return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, target: bool, add_special_tokens: bool) -> list[int]:
+    words = {"text_target" if target else "text": text}
+    return list(tokenizer(**words, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:

@@ -10,6 +10,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lora_factory.printable import printable
 from lora_factory.summaries import (
     GROUPS,
     NEEDED_MARGIN,
@@ -93,12 +94,7 @@ def detection_table(result: Mapping[str, Any]) -> Table:
     images = ", ".join(f"{task} {count}" for task, count in result["images"].items())
     note = f"COCO's average precision at an overlap of 0.5 and 0.75 on test images ({images})."
     title = f"Detection on {result['base_model']}"
-    return Table(title, note, tuple(columns), tuple(map(tuple, rows)), frozenset(best))
-
-
-def plain(text: object) -> str:
-    """Text from outside on one line, without what a terminal would act on or a reader could not see."""
-    return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())
+    return _printable(Table(title, note, tuple(columns), tuple(map(tuple, rows)), frozenset(best)))
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
@@ -112,16 +108,18 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
         _diagnostics_table(comparison.get("diagnostics", [])),
         _failure_table(comparison),
     ]
-    return [
-        replace(
-            table,
-            columns=tuple(Column(plain(name), plain(group), wordy) for name, group, wordy in table.columns),
-            rows=tuple(tuple(map(plain, row)) for row in table.rows),
-            title=plain(table.title),
-        )
-        for table in tables
-        if table.rows
-    ]
+    return [_printable(table) for table in tables if table.rows]
+
+
+def _printable(table: Table) -> Table:
+    """The table as people may see it, whatever the names in it hold."""
+    return replace(
+        table,
+        columns=tuple(Column(printable(name), printable(group), wordy) for name, group, wordy in table.columns),
+        rows=tuple(tuple(map(printable, row)) for row in table.rows),
+        title=printable(table.title),
+        note=printable(table.note),
+    )
 
 
 def _headroom_table(summaries: Sequence[MethodSummary]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import yaml
 from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example, Split, load_examples, with_text
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
+from lora_factory.folders import check_task_file
 from lora_factory.image_data import ImageExample, as_example
 from lora_factory.image_sources import CocoSource, ImageRows
-from lora_factory.image_tasks import ImageClasses, ImageTask
+from lora_factory.image_tasks import ImageClasses, ImageTask, check_images
+from lora_factory.safe_files import MAX_CONFIG_BYTES, check_size, reading
 
-__all__ = ["METRICS", "SPLITS", "DataSource", "Example", "Split", "Task", "load_tasks", "save_tasks"]
+__all__ = ["METRICS", "SPLITS", "DataSource", "Example", "Split", "Task", "check_tasks", "load_tasks", "save_tasks"]
 
 METRICS = ("exact_match", "multiple_choice")
 SOURCES: dict[str, type[DataSource | CocoSource | ImageRows | ImageClasses]] = {
@@ -30,6 +32,7 @@ SOURCES: dict[str, type[DataSource | CocoSource | ImageRows | ImageClasses]] = {
 }
 MAX_CHOICES_FOUND = 20
 _KEYS = ("name", "descriptions", "data", "license", "metric", "choices")
+_MAX_VALUES = 1_000_000  # 10 000 tasks of 100 lines
 _TASK_FILE_ENDINGS = (".yaml", ".yml", ".json")
 _TASK_FILE_EXAMPLE = """\
 tasks:
@@ -224,12 +227,13 @@ def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
         path: The file to write, .yaml, .yml or .json.
 
     Raises:
-        LoraFactoryError: Another file ending.
+        LoraFactoryError: Another file ending, or a file that is there and was not written by this function.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in _TASK_FILE_ENDINGS:
         raise LoraFactoryError(f"task file {path} must end in {', '.join(_TASK_FILE_ENDINGS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = [path.parent / task.name / f"{split}.jsonl" for task in tasks if task.data is None for split in SPLITS]
+    check_task_file(path, examples)
     content = {"tasks": [_task_to_dict(task, path.parent) for task in tasks]}
     if path.suffix.lower() == ".json":
         write_json(path, content)
@@ -238,11 +242,15 @@ def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
 
 
 def _read_task_file(path: Path) -> list[Task | ImageTask]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix.lower() == ".json" and text.strip() else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise LoraFactoryError(f"task file {path} is not valid YAML or JSON: {error}") from error
+    with reading(path, "write a task file of YAML or JSON in UTF-8"):
+        check_size(f"task file {path}", path.stat().st_size, MAX_CONFIG_BYTES)
+        text = path.read_text(encoding="utf-8-sig")
+        try:
+            is_json = path.suffix.lower() == ".json" and text.strip()
+            content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _TaskLoader)
+            _check_length(content, str(path))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise LoraFactoryError(f"task file {path} is not valid YAML or JSON: {error}") from error
     if not content:
         raise LoraFactoryError(
             f"task file {path} is empty; write at least one task, for example:\n{_TASK_FILE_EXAMPLE}"
@@ -254,6 +262,67 @@ def _read_task_file(path: Path) -> list[Task | ImageTask]:
             f"task file {path} lists no tasks; write at least one, for example:\n{_TASK_FILE_EXAMPLE}"
         )
     return [task for number, entry in enumerate(content["tasks"], 1) for task in _tasks_of(entry, path, number)]
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """YAML of plain values, in which no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice, of which PyYAML keeps the last without a word."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {doubled[0]!r} stands twice")
+    return dict(pairs)
+
+
+def _check_length(content: object, path: str) -> None:
+    """Refuse aliases that blow a small file up, before anything walks through or prints what it holds."""
+    left, count = [content], 0
+    while left:
+        value = left.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise LoraFactoryError(f"task file {path} holds more than {_MAX_VALUES:,} values; write several files")
+        left += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def check_tasks(tasks: Iterable[Task | ImageTask]) -> None:
+    """Read the data of all tasks, so that a fault in the last is found before the first run trains.
+
+    Files, columns and splits of every task are read and kept; an image file must exist and name its size.
+
+    Raises:
+        LoraFactoryError: Names every task whose data cannot be used, each with its reason.
+    """
+    faults = {}
+    for task in tasks:
+        try:
+            if isinstance(task, Task):
+                for split in SPLITS:
+                    for example in task.examples(split):
+                        if isinstance(example, ImageExample):
+                            _ = example.image.size
+            else:
+                check_images(task)
+        except LoraFactoryError as error:
+            faults[task.name] = str(error)
+    if len(faults) == 1:
+        raise LoraFactoryError(f"task {next(iter(faults))!r} cannot be used: {next(iter(faults.values()))}")
+    if faults:
+        reasons = "\n".join(f"- {name}: {reason}" for name, reason in faults.items())
+        raise LoraFactoryError(f"the data of {len(faults)} tasks cannot be used:\n{reasons}")
 
 
 def _tasks_of(entry: object, path: Path, number: int) -> Sequence[Task | ImageTask]:
@@ -362,7 +431,6 @@ def _checked_choices(given: object, metric: str | None, task: str) -> tuple[str,
 
 
 def _write_examples(path: Path, examples: Sequence[Example], data: DataSource) -> None:
-    path.parent.mkdir(exist_ok=True)
     rows = ({"text": e.completion} if data.text_column else e._asdict() for e in examples)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,18 +19,28 @@ from lora_factory.encoders import TextEncoder
 from lora_factory.errors import LoraFactoryError
 from lora_factory.factory import AdapterFactory, settings_of
 from lora_factory.features import example_features
-from lora_factory.files import atomic_folder, read_json, sha256_text, write_json, write_text
+from lora_factory.files import (
+    atomic_folder,
+    local_path,
+    read_json,
+    recorded_name,
+    remove_folder,
+    sha256_text,
+    write_json,
+    write_text,
+)
+from lora_factory.folders import GENERATOR, WORKING, check_folder
 from lora_factory.image_encoders import ImageEncoder, image_vectors
 from lora_factory.image_tasks import ImageTask, language_tasks
 from lora_factory.images import ImageLike
 from lora_factory.layout import AdapterLayout
-from lora_factory.model_card import generator_card
+from lora_factory.model_card import generator_card, handwritten, with_handwritten
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.open_factory import open_factory
 from lora_factory.reconstruction import calibrate_spread, fit
 from lora_factory.snapshots import open_snapshots
 from lora_factory.specialists import specialise
-from lora_factory.tasks import Task
+from lora_factory.tasks import Task, check_tasks
 from lora_factory.tensor_cache import TensorCache
 from lora_factory.through_base import TaskData, start_from, train_through_base
 from lora_factory.training_state import TrainingCheckpoint
@@ -47,12 +56,13 @@ def train_generator(
     images: Mapping[str, Sequence[ImageLike]] | None = None,
     base_model: str | Path | None = None,
     bias_adapter: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> CVAELoRAGenerator:
     """Train a generator on the adapters of a zoo and save it.
 
     Args:
         zoo: A zoo or its folder, with two tasks or more.
-        output_dir: Folder of the generator, replaced when it is there; it appears complete or not at all.
+        output_dir: Folder of the generator; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
         tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts;
             or to the images of an `ImageTask`.
@@ -60,12 +70,14 @@ def train_generator(
         base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
         bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
             hand already; trained here by default.
+        overwrite: Whether a generator that is there already is replaced. Nothing else ever is.
 
     Returns:
         The trained generator, on the CPU, in evaluation mode.
 
     Raises:
-        LoraFactoryError: When the zoo has fewer than two tasks, or the loss is not finite.
+        LoraFactoryError: When the zoo has fewer than two tasks, the loss is not finite, or the folder is not to be
+            replaced; see `lora_factory.folders.check_folder`.
     """
     arguments = arguments or TrainArguments()
     zoo = zoo if isinstance(zoo, AdapterZoo) else AdapterZoo(zoo)
@@ -83,6 +95,13 @@ def train_generator(
         raise LoraFactoryError(f"{asked}: stage 2 does not read images; pass 0, or leave images out")
     if asked and tasks is None:
         raise LoraFactoryError(f"{asked} needs the tasks' examples; pass tasks=, the task file of the zoo")
+    inputs = [zoo.folder, base_model, zoo.layout.base_model, arguments.text_encoder, arguments.image_encoder]
+    inputs += [image for row in (images or {}).values() for image in row if isinstance(image, str | Path)]
+    output = check_folder(output_dir, GENERATOR, overwrite=overwrite, inputs=inputs)
+    handwritten(output)
+    working = output.with_name(f"{output.name}.training")
+    if asked:
+        check_folder(working, WORKING, overwrite=True, inputs=inputs)
     accelerator = Accelerator()
     encoder = TextEncoder(arguments.text_encoder)
     layout = zoo.layout
@@ -93,6 +112,7 @@ def train_generator(
     factory = None
     if tasks is not None:
         tasks = _known(zoo, language_tasks(tasks))
+        check_tasks(tasks)
         checkpointing = arguments.base_checkpointing
         factory = zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
         features["hidden"] = example_features(factory, tasks)
@@ -103,7 +123,6 @@ def train_generator(
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths, layout)
     statistics = generator.fit_statistics(weights, features)
-    working = Path(f"{output_dir}.training")
     if asked and factory is not None and tasks is not None:
         facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
         start = None if bias_adapter is None else hashlib.sha256(bias_adapter.cpu().numpy().tobytes()).hexdigest()
@@ -114,9 +133,10 @@ def train_generator(
     generator = generator.cpu().eval()
     calibrate_spread(generator, statistics.within, features)
     if accelerator.is_main_process:
-        save_generator(generator, output_dir, {"arguments": asdict(arguments), "history": history})
-        if asked:
-            shutil.rmtree(working, ignore_errors=True)
+        training = {"arguments": asdict(arguments), "history": history}
+        save_generator(generator, output_dir, training, overwrite=overwrite, inputs=inputs)
+        if asked and working.exists():
+            remove_folder(working, WORKING)
     accelerator.wait_for_everyone()
     return generator
 
@@ -136,8 +156,8 @@ def build_generator(
     config = CVAELoRAConfig(
         layout=(layout or zoo.layout).to_dict(),
         modalities=modalities,
-        text_encoder=arguments.text_encoder,
-        image_encoder=arguments.image_encoder if "image" in modalities else None,
+        text_encoder=recorded_name(arguments.text_encoder),
+        image_encoder=recorded_name(arguments.image_encoder or "") if "image" in modalities else None,
         tasks=tasks,
         zoo_fingerprint=zoo.fingerprint(),
         chat_template=settings_of(zoo).chat_template,
@@ -149,18 +169,29 @@ def build_generator(
         return CVAELoRAGenerator(config)
 
 
-def save_generator(generator: CVAELoRAGenerator, output_dir: str | Path, training: Mapping[str, object]) -> None:
-    """Write the generator's folder in one rename: config, weights, ``training.json`` and card."""
-    with atomic_folder(Path(output_dir), overwrite=True) as folder:
+def save_generator(
+    generator: CVAELoRAGenerator,
+    output_dir: str | Path,
+    training: Mapping[str, object],
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path | None] = (),
+) -> None:
+    """Write the generator's folder in one rename: config, weights, ``training.json`` and card.
+
+    Sections that somebody has added to the card of a generator that is replaced stay in the new card.
+    """
+    output = check_folder(output_dir, GENERATOR, overwrite=overwrite, inputs=inputs)
+    with atomic_folder(output, GENERATOR, overwrite=overwrite, inputs=inputs) as folder:
         generator.save_pretrained(folder)
         write_json(folder / "training.json", training)
-        write_text(folder / "README.md", generator_card(generator, Path(output_dir).name))
-    generator.config.name_or_path = str(output_dir)  # where a push finds training.json
+        write_text(folder / "README.md", with_handwritten(generator_card(generator, output.name), output))
+    generator.config.name_or_path, generator.training_record = str(output), dict(training)
 
 
 def training_history(folder: str | Path) -> list[dict[str, float]]:
     """The training losses that a generator's folder has in ``training.json``; none where there is no such file."""
-    path = Path(folder) / "training.json"
+    path = local_path(folder) / "training.json"
     return list(read_json(path)["history"]) if path.is_file() else []
 
 
@@ -184,7 +215,9 @@ def zoo_factory(
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
     source = base_model or name
-    factory = open_factory(source, settings, accelerator, tasks, base_model_name=name, revision=revision)
+    factory = open_factory(
+        source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout
+    )
     factory.keep_tokens(zoo.folder)
     return factory
 

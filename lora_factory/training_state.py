@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_factory.files import atomic_folder, read_json, write_json
+from lora_factory.folders import STATE
 
 STATE_FILE, WEIGHTS_FILE = "state.json", "state.safetensors"
 
@@ -112,7 +113,7 @@ class TrainingCheckpoint:
         tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in (state.best_weights or {}).items()}
         tensors |= optimizer_tensors(optimizer)
-        with atomic_folder(self.folder, overwrite=True) as folder:
+        with atomic_folder(self.folder, STATE, overwrite=True) as folder:
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_factory.adapted_modules import natural_key
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, safe_name, sha256_file, write_json, write_text
+from lora_factory.files import atomic_folder, local_path, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
 from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
@@ -55,7 +55,7 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
         """
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         path = self.folder / ZOO_FILE
         if not path.exists():
             raise LoraFactoryError(
@@ -78,7 +78,7 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if the folder holds a zoo of another layout, or is a file.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         if folder.exists() and not folder.is_dir():
             raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
         path = folder / ZOO_FILE

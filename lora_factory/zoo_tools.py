@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, remove_folder, sha256_file, write_json
+from lora_factory.files import atomic_folder, local_path, remove_folder, sha256_file, write_json
+from lora_factory.folders import FolderKind, check_folder, run_kind
 from lora_factory.hub import download_files
 from lora_factory.run_record import RunRecord
 from lora_factory.safe_files import MAX_CONFIG_BYTES
@@ -65,8 +66,10 @@ def prune(
             continue
         problems = zoo.problems(task, run) if damaged else []
         if problems or not damaged:
+            kind = _kind_of(zoo, task, run)
+            check_folder(zoo.folder / task / run, kind, overwrite=True)
             if not dry_run:
-                remove_folder(zoo.folder / task / run)
+                remove_folder(zoo.folder / task / run, kind)
                 with contextlib.suppress(OSError):  # it has other runs
                     (zoo.folder / task).rmdir()
             done.append(f"{task}/{run}: removed" + (f", since {problems[0]}" if problems else ""))
@@ -84,7 +87,7 @@ def merge(sources: Iterable[AdapterZoo], output_dir: str | Path) -> AdapterZoo:
         LoraFactoryError: When layouts or commits differ, two zoos have different runs of one name, or a run is
             damaged; except for the last, nothing is written then.
     """
-    sources, folder = list(sources), Path(output_dir)
+    sources, folder = list(sources), local_path(output_dir)
     if not sources:
         raise LoraFactoryError("there is nothing to merge; name at least one zoo")
     layout = sources[0].layout
@@ -126,13 +129,10 @@ def download_zoo(repo_id: str, *, revision: str | None = None, token: str | bool
         return MAX_CONFIG_BYTES * (name == ZOO_FILE or (len(parts) == 3 and parts[2] == RECORD_FILE))
 
     folder = download_files(repo_id, small, repo_type="dataset", revision=revision, token=token)
-    zoo, limits = AdapterZoo(folder), {}
+    zoo, limits = AdapterZoo(folder), dict[str, int]()
     for task in zoo.tasks:
         for run in zoo.runs(task):
-            record = zoo.record(task, run)
-            weights = _HEADER_BYTES + _NUMBER_BYTES * zoo.layout.size * len(record.snapshot_steps)
-            for name in record.sha256:
-                limits[f"{task}/{run}/{name}"] = weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
+            limits |= run_files(zoo, zoo.record(task, run))
     if limits:
         download_files(
             repo_id, lambda name: limits.get(name, 0), repo_type="dataset", revision=folder.name, token=token
@@ -142,6 +142,23 @@ def download_zoo(repo_id: str, *, revision: str | None = None, token: str | bool
     return zoo
 
 
+def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
+    """The files of a run, below the zoo's folder, with the most bytes that each may have."""
+    weights = _HEADER_BYTES + _NUMBER_BYTES * zoo.layout.size * len(record.snapshot_steps)
+    return {
+        f"{record.task}/{record.run}/{name}": weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
+        for name in (*record.sha256, RECORD_FILE)
+    }
+
+
+def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:
+    """What belongs to a run: the files of its record, or all plain files beside a damaged record."""
+    try:
+        return run_kind([*zoo.record(task, run).sha256, RECORD_FILE])
+    except LoraFactoryError:
+        return FolderKind("a run", r"[^/]+")
+
+
 def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
     """Write a run anew with its last snapshots alone; numbers stay bit for bit."""
     if problems := zoo.problems(record.task, record.run):
@@ -149,7 +166,7 @@ def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
     run = zoo.folder / record.task / record.run
     with safe_open(run / CHECKPOINTS_FILE, framework="pt") as file:
         last = {key: file.get_slice(key)[-count:].contiguous() for key in file.keys()}
-    with atomic_folder(run, overwrite=True) as folder:
+    with atomic_folder(run, run_kind([*record.sha256, RECORD_FILE]), overwrite=True) as folder:
         for name in set(record.sha256) - {CHECKPOINTS_FILE}:
             shutil.copyfile(run / name, folder / name)
         save_file(last, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})

@@ -114,12 +114,12 @@ def test_flags_become_the_arguments() -> None:
     [
         (
             ["train", "--zoo", "z", "--output-dir", "g", "--decoder", "x"],
-            "decoder='x': choose 'token' or 'conv1d'",
+            "--decoder 'x': choose 'token' or 'conv1d'",
         ),
-        (["train", "--zoo", "z", "--output-dir", "g", "--steps", "0"], "steps=0 must be above 0"),
+        (["train", "--zoo", "z", "--output-dir", "g", "--steps", "0"], "--steps 0 must be above 0"),
         (
             ["collect", "--tasks", "t", "--base-model", "b", "--output-dir", "z", "--seeds", ""],
-            "seeds is empty; give at least one, for example seeds=(0,)",
+            "seeds is empty; give at least one, for example --seeds 0",
         ),
     ],
 )

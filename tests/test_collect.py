@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAINING_TEXT
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from conftest import TRAINING_TEXT, VOCABULARY, save_model
+from transformers import (
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from lora_factory import cli
 from lora_factory.arguments import CollectArguments
@@ -187,12 +194,90 @@ def test_an_existing_zoo_refuses_other_settings(
     assert modification_times(tmp_path) == before
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_loss_that_is_not_finite_leaves_no_run(pico_model_folder: Path, tmp_path: Path) -> None:
-    arguments = replace(SMALL, steps=10, learning_rate=1e30)
-    with pytest.raises(LoraFactoryError, match=r"prose.*loss is.*lower learning_rate"):
+def test_a_loss_that_is_not_finite_leaves_no_run(
+    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = AdapterFactory._forward, []
+
+    def broken(factory: AdapterFactory, batch: list[object]) -> torch.Tensor:
+        calls.append(1)
+        loss = forward(factory, batch)
+        return loss * math.nan if len(calls) == 2 else loss
+
+    monkeypatch.setattr(AdapterFactory, "_forward", broken)
+    with pytest.raises(LoraFactoryError, match=r"prose.*loss is nan at step 2.*lower learning_rate"):
+        collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", replace(SMALL, steps=10, retries=3))
+    assert len(calls) == 2, "the same seed would give the same loss, so that nothing is tried again"
+    assert [path.name for path in (tmp_path / "zoo").iterdir() if path.name[0] != "."] == ["zoo.json"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "reason"),
+    [
+        (1e30, "which half precision cannot hold; lower learning_rate"),
+        (30.0, "worse than the base model.*lower learn"),
+    ],
+)
+def test_a_run_that_diverged_leaves_no_run(pico_model_folder: Path, tmp_path: Path, rate: float, reason: str) -> None:
+    # Whatever a processor makes of such weights, no finite loss is taken for a good one.
+    arguments = replace(SMALL, steps=10, learning_rate=rate)
+    with pytest.raises(LoraFactoryError, match=rf"prose.*({reason}|loss is)"):
         collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", arguments)
     assert [path.name for path in (tmp_path / "zoo").iterdir() if path.name[0] != "."] == ["zoo.json"]
+
+
+def test_a_run_that_overfits_or_barely_moves_is_kept(pico_model_folder: Path, tmp_path: Path) -> None:
+    task = Task.from_examples("prose", ["Write."], ["a a a a a a a a a a a a"] * 4, [TRAINING_TEXT[1]], ["x y"])
+    arguments = replace(SMALL, steps=30, snapshots=30, learning_rate=3e-2)
+    losses = collect_adapters([task], pico_model_folder, tmp_path / "zoo", arguments).record("prose", "seed-0")
+    assert losses.validation_losses[-1] > losses.validation_losses[0], "worse on other text, better on its own"
+    collect_adapters(
+        tasks("prose"), pico_model_folder, tmp_path / "still", replace(SMALL, steps=1, snapshots=1, warmup_ratio=0.9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("q_proj,v_porj", r"'v_porj' does not fit this LlamaForCausalLM.*nearest: v_proj.*q_proj.*or all-linear"),
+        ("q_proj,act_fn", r"act_fn"),
+        (" , ", "names no module"),
+    ],
+)
+def test_a_target_module_beside_right_ones_is_checked(
+    pico_model_folder: Path, tmp_path: Path, given: str, words: str
+) -> None:
+    with pytest.raises(LoraFactoryError, match=words):
+        collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", replace(SMALL, target_modules=given))
+    assert not (tmp_path / "zoo").exists()
+
+
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 4}
+OTHERS = {
+    "experts": (MixtralForCausalLM, MixtralConfig(**SIZES, **HEADS), "gate", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "mamba": (MambaForCausalLM, MambaConfig(**SIZES, state_size=4), "out_proj", {"in_proj", "x_proj", "dt_proj"}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_all_linear_and_its_advice_work_where_peft_adapts_some_modules(
+    kind: str, tmp_path: Path, pico_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    cls, config, refused, modules = OTHERS[kind]
+    save_model(lambda: cls(config), pico_tokenizer, tmp_path / "base")
+    arguments = replace(SMALL, steps=1, snapshots=1, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="stay as they are, since PEFT cannot adapt them"):
+        zoo = collect_adapters(tasks("prose"), tmp_path / "base", tmp_path / "zoo", arguments)
+    assert {module.path.rpartition(".")[2] for module in zoo.layout.modules} == modules
+    with pytest.raises(LoraFactoryError, match=refused) as caught:
+        collect_adapters(
+            tasks("prose"), tmp_path / "base", tmp_path / "no", replace(arguments, target_modules=refused)
+        )
+    advised = str(caught.value).rpartition("name some of ")[2].partition(", or all-linear")[0]
+    arguments = replace(arguments, target_modules=advised)
+    followed = collect_adapters(tasks("prose"), tmp_path / "base", tmp_path / "zoo-2", arguments)
+    assert followed.layout.modules == zoo.layout.modules
 
 
 def test_wrong_inputs_are_one_clear_error_and_leave_nothing(pico_model_folder: Path, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import attach, random_adapter
+from filelock import SoftFileLease
 from peft import get_peft_model_state_dict
 from test_collect import SMALL, modification_times, tasks, text_task
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -30,7 +32,6 @@ from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory
 from lora_factory.failures import CollectionError
 from lora_factory.files import read_json, write_json
-from lora_factory.leases import Leases
 from lora_factory.tasks import Task, save_tasks
 from lora_factory.zoo import AdapterZoo
 
@@ -115,15 +116,37 @@ def test_two_processes_that_share_runs_train_as_one(
     assert contents(tmp_path / "alone") == contents(tmp_path / "one"), "one process has all of a batch"
 
 
-def test_a_task_that_fails_stops_no_other(pico_model_folder: Path, tmp_path: Path) -> None:
-    broken = Task("broken", ("Nothing.",), DataSource(str(tmp_path / "no-such-file.jsonl"), text_column="text"))
-    work = [*tasks("prose"), broken, *tasks("code")]
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+    """Make the training of one task fail."""
+    train = AdapterFactory.train
+
+    def fail(factory: AdapterFactory, task: Task, *arguments: Any, **options: Any) -> Any:
+        if task.name == name:
+            raise LoraFactoryError(reason)
+        return train(factory, task, *arguments, **options)
+
+    monkeypatch.setattr(AdapterFactory, "train", fail)
+
+
+def test_data_is_checked_before_the_first_run(pico_model_folder: Path, tmp_path: Path) -> None:
+    broken = [Task(name, ("Nothing.",), DataSource(str(tmp_path / f"no-{name}.jsonl"))) for name in ("b1", "b2")]
+    with pytest.raises(LoraFactoryError, match=r"the data of 2 tasks (.|\n)*b1: .*no-b1.jsonl(.|\n)*b2: .*no-b2"):
+        collect_adapters([*tasks("prose"), *broken], pico_model_folder, tmp_path / "zoo", SMALL)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_task_that_fails_stops_no_other(
+    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = [*tasks("prose"), text_task("broken"), *tasks("code")]
+    failing(monkeypatch, "broken", "no-such-file")
     with pytest.raises(CollectionError, match=r"1 of 3 runs failed, first broken/seed-0: .*no-such-file") as caught:
         collect_adapters(work, pico_model_folder, tmp_path / "zoo", replace(SMALL, retries=2))
     assert isinstance(caught.value, LoraFactoryError) and set(caught.value.reasons) == {"broken/seed-0"}
     assert AdapterZoo(tmp_path / "zoo").tasks == ["code", "prose"]
     attempts = read_json(tmp_path / "zoo" / ".collection" / "failures" / "broken@seed-0.json")["attempts"]
-    assert len(attempts) == 3 and all("no-such-file" in attempt["reason"] for attempt in attempts)
+    assert len(attempts) == 1 and "no-such-file" in attempts[0]["reason"], "it would come again, so it is not retried"
+    monkeypatch.undo()
     before = modification_times(tmp_path / "zoo" / "prose")
     mended = [*tasks("prose"), text_task("broken"), *tasks("code")]
     zoo = collect_adapters(mended, pico_model_folder, tmp_path / "zoo", SMALL)
@@ -162,11 +185,16 @@ def test_the_command_says_what_failed(
     (tmp_path / "tasks" / "bad.json").write_text(save.format("bad", tmp_path / "nowhere.txt"))
     words = ["collect", "--tasks", str(tmp_path / "tasks"), "--base-model", str(pico_model_folder), "--steps", "2"]
     words += ["--snapshots", "1", "--retries", "0", "--sequence-length", "16", "--output-dir", str(tmp_path / "zoo")]
-    assert cli.main(words) == 1
-    output = " ".join(capsys.readouterr().out.split())
-    assert "bad/seed-0" in output and "nowhere.txt" in output.replace(" ", "")
-    assert "1 of 2 runs in" in output and "1 failed; mend the cause" in output
+    assert cli.main(words) == 2
+    assert "task 'bad' cannot be used: no data file" in capsys.readouterr().err
+    assert not (tmp_path / "zoo").exists()
     (tmp_path / "nowhere.txt").write_text(examples.read_text())
+    with monkeypatch.context() as patch:
+        failing(patch, "bad", "it is too hard")
+        assert cli.main(words) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "bad/seed-0" in output and "it is too hard" in output
+    assert "1 of 2 runs in" in output and "1 failed; mend the cause" in output
     assert cli.main(words) == 0
     assert "2 of 2 runs in" in " ".join(capsys.readouterr().out.split())
 
@@ -196,14 +224,15 @@ def test_a_full_disk_ends_the_collection_and_the_next_one_goes_on(
 def test_what_another_launch_works_on_is_waited_for(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Leases(tmp_path / "zoo" / ".collection" / "leases").claim("prose@seed-0")
-    assert other is not None
+    (tmp_path / "zoo" / ".collection" / "leases").mkdir(parents=True)
+    other = SoftFileLease(tmp_path / "zoo" / ".collection" / "leases" / "prose@seed-0", lease_duration=60.0)
+    other.acquire()
     landed = []
 
     def wait(seconds: float) -> None:
         landed.append(AdapterZoo(tmp_path / "zoo").tasks)
         if len(landed) == 2:
-            other.path.unlink()
+            other.release()
 
     monkeypatch.setattr(collection.time, "sleep", wait)
     zoo = collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "zoo", SMALL)
@@ -214,16 +243,8 @@ def test_what_another_launch_works_on_is_waited_for(
 def test_a_run_that_was_taken_over_is_left_to_the_other(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    claim = Leases.claim
-
-    def stolen(leases: Leases, name: str) -> object:
-        lease = claim(leases, name)
-        if lease is not None:
-            lease.lost = True
-            monkeypatch.setattr(Leases, "claim", claim)
-        return lease
-
-    monkeypatch.setattr(Leases, "claim", stolen)
+    lost = iter([True])
+    monkeypatch.setattr(SoftFileLease, "compromise", property(lambda lease: next(lost, None)))
     zoo = collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", SMALL)
     assert "prose/seed-0 was taken over by another process" in caplog.text
     assert zoo.tasks == ["prose"] and zoo.verify() == []

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_factory import files
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import (
     atomic_folder,
     read_json,
@@ -21,6 +21,9 @@ from lora_factory.files import (
     write_json,
     write_text,
 )
+from lora_factory.folders import FolderKind
+
+OWN = FolderKind("a test's folder", "old|new|sub/old|file")
 
 
 @pytest.mark.parametrize("name", ["a", "seed-0", "c-headers", "Python_3.11", "0", "x" * 100])
@@ -125,7 +128,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(files.os, "fsync", refuse)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -154,7 +157,7 @@ def test_failure_inside_atomic_folder_leaves_nothing(tmp_path, error):
 def test_failure_inside_an_overwrite_leaves_the_old_folder(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "old").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "run", overwrite=True) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "run", OWN, overwrite=True) as folder:
         (folder / "new").write_text("new")
         raise RuntimeError
     assert os.listdir(tmp_path) == ["run"]
@@ -164,7 +167,7 @@ def test_failure_inside_an_overwrite_leaves_the_old_folder(tmp_path):
 def test_overwrite_replaces_the_folder_as_a_whole(tmp_path):
     (tmp_path / "run" / "sub").mkdir(parents=True)
     (tmp_path / "run" / "sub" / "old").write_text("old")
-    with atomic_folder(tmp_path / "run", overwrite=True) as folder:
+    with atomic_folder(tmp_path / "run", OWN, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert os.listdir(tmp_path) == ["run"]
     assert os.listdir(tmp_path / "run") == ["new"]
@@ -181,13 +184,18 @@ def test_when_the_last_rename_fails_the_old_folder_comes_back(tmp_path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse_new)
-    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "run", overwrite=True) as folder:
+    with pytest.raises(StorageError, match="no"), atomic_folder(tmp_path / "run", OWN, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert os.listdir(tmp_path) == ["run"]
     assert os.listdir(tmp_path / "run") == ["old"]
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def filled(path):
+    path.mkdir()
+    (path / "old").touch()
+
+
+@pytest.mark.parametrize("make", [filled, Path.touch])
 def test_what_is_there_is_refused_before_any_work(tmp_path, make):
     make(tmp_path / "run")
     with pytest.raises(LoraFactoryError, match=r"is (already )?there"), atomic_folder(tmp_path / "run"):
@@ -197,7 +205,7 @@ def test_what_is_there_is_refused_before_any_work(tmp_path, make):
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
     with pytest.raises(LoraFactoryError, match="already there"), atomic_folder(tmp_path / "run"):
-        (tmp_path / "run").mkdir()
+        filled(tmp_path / "run")
     assert os.listdir(tmp_path) == ["run"]
 
 
@@ -206,7 +214,10 @@ def test_a_file_or_link_is_never_overwritten_by_a_folder(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     for name in ("file", "link"):
-        with pytest.raises(LoraFactoryError, match="is not a folder"), atomic_folder(tmp_path / name, overwrite=True):
+        with (
+            pytest.raises(LoraFactoryError, match="is not a folder"),
+            atomic_folder(tmp_path / name, OWN, overwrite=True),
+        ):
             pytest.fail("the block must not run")
 
 

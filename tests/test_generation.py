@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import TRAINING_TEXT, attach
@@ -117,3 +121,107 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
     framed = score_examples(model, tokenizer, task.examples("test"), chat_template=True)
     assert evaluate_adapters([tmp_path / "True"], [task], base)["base model"]["tales"] == framed
     assert evaluate_adapters([tmp_path / "False"], [task], base)["base model"]["tales"] != framed
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"text": ["write fox"]}, "text is a list; one text makes one adapter"),
+        ({"text": 3}, "text is a int"),
+        ({"text": " \n"}, "text is empty"),
+        ({"text": "half \ud800"}, "half of a surrogate pair"),
+        ({"examples": "word"}, "examples is 'word'; give a list"),
+        ({"examples": Example("a", "b")}, "examples is a single example"),
+        ({"examples": {"prompt": "a", "completion": "b"}}, "give a list"),
+        ({"examples": []}, "examples=.. is empty"),
+        ({"examples": iter(())}, "examples=.. is empty"),
+        ({"examples": ["a", 3]}, "example 1 of 2 is '3'"),
+        ({"examples": ["a", ("a", "b", "c")]}, "example 1 of 2 is"),
+        ({"examples": [{"question": "a"}]}, "example 0 of 1 is"),
+        ({"examples": ["a", " "]}, "example 1 of 2 is empty"),
+        ({"images": "a.png"}, "images is 'a.png'; give a list"),
+        ({"conditions": [1.0]}, "conditions is a list"),
+        ({"conditions": {"text": "words"}}, "no task vectors"),
+        ({"seed": -1}, "seed is '-1'; give an integer from 0 to"),
+        ({"seed": 2**64}, "seed is"),
+        ({"seed": 1.0}, "seed is"),
+        ({"seed": "1"}, "seed is"),
+        ({"seed": True}, "seed is"),
+        ({"temperature": -0.1}, "temperature is '-0.1'"),
+        ({"temperature": math.nan}, "temperature is 'nan'"),
+        ({"temperature": math.inf}, "temperature is 'inf'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"refine_steps": -1}, "refine_steps is"),
+        ({"refine_steps": 2.5}, "refine_steps is"),
+        ({"adapter_name": "v1.0"}, "adapter_name is 'v1.0'; PEFT takes a name without dots, for example 'v1_0'"),
+        ({"adapter_name": ""}, "adapter_name is ''"),
+        ({"adapter_name": "keys"}, "adapter_name is 'keys'"),
+        ({"adapter_name": None}, "adapter_name is None"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_is_checked_before_anything_is_read(
+    generator: CVAELoRAGenerator, tmp_path: Path, wish: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.generate_adapter(**{"text": TEXT, "base_model": tmp_path / "nowhere"} | wish)
+    if wish.keys() & {"adapter_name"}:
+        return
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.save_adapter(**{"text": TEXT, "save_directory": tmp_path / "new"} | wish)
+    assert not (tmp_path / "new").exists()
+    if wish.keys() <= {"text", "conditions", "seed", "temperature"}:
+        with pytest.raises(LoraFactoryError, match=message):
+            generator.generate_state_dict(**{"text": TEXT} | wish)
+
+
+def test_numbers_of_numpy_are_numbers(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    right = generator.generate_state_dict(TEXT, seed=3, temperature=0.5)
+    found = generator.generate_state_dict(TEXT, seed=numpy.int64(3), temperature=numpy.float32(0.5))
+    assert all(torch.equal(right[key], found[key]) for key in right)
+    generator.save_adapter(TEXT, tmp_path / "adapter", seed=numpy.uint8(3), temperature=numpy.float32(0.5))
+    assert json.loads((tmp_path / "adapter" / "generation.json").read_text())["seed"] == 3
+    generator.generate_state_dict(TEXT, seed=2**64 - 1, temperature=1)
+    vector = generator.conditions(TEXT)["text"]
+    found = generator.generate_state_dict(conditions={"text": vector.numpy()})
+    assert all(torch.equal(value, found[key]) for key, value in generator.generate_state_dict(TEXT).items())
+
+
+def test_examples_in_any_form_are_the_same_examples(generator: CVAELoRAGenerator, pico_model_folder: Path) -> None:
+    pairs = [(f"Tell tale {number}.", text) for number, text in enumerate(EXAMPLES[:4])]
+    forms: list[Any] = [
+        [Example(*pair) for pair in pairs],
+        pairs,
+        [list(pair) for pair in pairs],
+        [{"prompt": prompt, "completion": completion} for prompt, completion in pairs],
+        iter(pairs),
+        tuple(pairs),
+    ]
+    adapters = [generator.generate_adapter(TEXT, pico_model_folder, examples=form, refine_steps=3) for form in forms]
+    first, *others = [get_peft_model_state_dict(model) for model in adapters]
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    texts: list[Any] = [EXAMPLES[:4], [{"text": text} for text in EXAMPLES[:4]], (text for text in EXAMPLES[:4])]
+    adapters = [generator.generate_adapter(TEXT, pico_model_folder, examples=form, refine_steps=3) for form in texts]
+    first, *others = [get_peft_model_state_dict(model) for model in adapters]
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+
+
+def test_a_text_far_from_every_task_is_warned_of(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    near, far = generator.conditions(TEXT)["text"], generator.conditions("Gibberish")["text"]
+    across = far - far @ near * near
+    rows = generator.get_buffer("text_task_vectors")
+    rows.copy_(torch.stack([near, near + 0.1 * across]))  # two tasks next to each other, one of them the text's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate_state_dict(TEXT)
+    rows.copy_(torch.stack([across, across + 0.01 * near]))
+    message = "'Continue a tale.' is far from every task.* from the nearest one, b"
+    with pytest.warns(UserWarning, match=message):
+        generator.generate_state_dict(TEXT)
+    with pytest.warns(UserWarning, match=message):
+        generator.save_adapter(TEXT, tmp_path / "adapter")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            generator.generate_state_dict(TEXT)
+    assert len(caught) == 1

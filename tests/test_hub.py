@@ -187,8 +187,8 @@ def test_failures_are_explained_and_nothing_is_half_pushed(hub: LocalHub, folder
     hub.add_repo("bob/open", {"a": "1"})
     hub.add_repo("alice/existing", {"README.md": HAND_WRITTEN})
     hub.add_repo("alice/broken-card", {"README.md": "---\n[1, 2\n---\n# Title\n"})
-    hub.fail("/alice/dropped/commit/", drop="upload")
-    hub.fail("/alice/down/commit/", status=503)
+    hub.fail("/alice/dropped/commit/", drop="upload", times=6)  # as often as a push tries it
+    hub.fail("/alice/down/commit/", status=503, times=6)
     hub.fail("/alice/taken/commit/", status=409, message="Conflict")
     hub.fail("/alice/raced/commit/", status=412)
     hub.fail("/alice/slow/commit/", delay=1.5)

@@ -181,8 +181,8 @@ def test_boxes_of_crowds_and_empty_boxes_are_left_out(tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_text("{"), "is no COCO annotation file"),
-        (lambda path: path.write_text("[]"), "is no COCO annotation file"),
+        (lambda path: path.write_text("{"), "is no valid JSON"),
+        (lambda path: path.write_text("[]"), "holds list, expected a JSON object"),
         (lambda path: path.write_text(path.read_text().replace('"image_id": 5', '"image_id": 77')), "KeyError: 77"),
         (lambda path: path.write_text(path.read_text().replace("[4, 2, 10, 5]", "[4, 2, 10]")), "is no COCO"),
         (lambda path: path.unlink(), "no annotation file"),

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from hub_state import card_problems
 from huggingface_hub import ModelCard, metadata_load
+from image_fixtures import brightness_task, save_classifier
+from peft import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
 from test_report import make_comparison
+from tiny_models import tiny_florence, tiny_t5
 
+from lora_factory.adapters import save_adapter_config
+from lora_factory.arguments import CollectArguments
+from lora_factory.base_kinds import base_kind
 from lora_factory.generation import Generation
+from lora_factory.image_data import ImageExample
 from lora_factory.model_card import (
     YAML_FIELDS,
     AdapterCard,
@@ -22,6 +34,9 @@ from lora_factory.model_card import (
     keep_handwritten,
     split_card,
 )
+from lora_factory.open_factory import open_factory
+from lora_factory.report import html_page, markdown_tables
+from lora_factory.tasks import Task
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -185,3 +200,75 @@ def test_hand_written_parts_survive() -> None:
 def test_inline_keeps_words_and_disarms_the_rest() -> None:
     assert inline("snake_case, 50 %\n(ok)") == "snake_case, 50 % (ok)"
     assert inline("a\x1b[31m<b>|`c`") == "a \\[31m&lt;b&gt;\\|\\`c\\`"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag", "classes"),
+    [
+        ("causal", "text-generation", "AutoPeftModelForCausalLM"),
+        ("encoder-decoder", "text2text-generation", "AutoPeftModelForSeq2SeqLM"),
+        ("texts and images", "image-text-to-text", "AutoModelForImageTextToText"),
+        ("reads images, for texts", "image-text-to-text", "AutoModelForImageTextToText"),
+        ("classifier", "image-classification", "AutoModelForImageClassification"),
+    ],
+)
+def test_the_code_of_a_card_loads_the_adapter(
+    kind: str, tag: str, classes: str, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    words = ["one two Locate the dog"]
+    bases: dict[str, Any] = {
+        "causal": lambda: pico_model_folder,
+        "encoder-decoder": lambda: tiny_t5(tmp_path / "base", words),
+        "texts and images": lambda: tiny_florence(tmp_path / "base", words),
+        "reads images, for texts": lambda: tiny_florence(tmp_path / "base", words),
+        "classifier": lambda: save_classifier(tmp_path / "base"),
+    }
+    tasks: list[Any] = [brightness_task("bright", wanted=True)] if kind == "classifier" else []
+    if kind == "texts and images":
+        rows = [ImageExample.of_boxes(Image.new("RGB", (8, 8)), "dog", [(0, 0, 4, 4)])] * 3
+        tasks = [Task.from_examples("dog", ["Find it"], rows, rows, rows)]
+    settings = CollectArguments(rank=2, target_modules="all-linear", dtype="float32")
+    factory = open_factory(bases[kind](), settings, Accelerator(cpu=True), tasks)
+    layout = factory.layout
+    origins = Origins(base_model=layout.base_model, base_revision=None, kind=base_kind(layout))
+    it = generation(base_model=layout.base_model, base_revision=None)
+    state_dict = layout.unflatten(factory.initial + 0.1)
+    for name in ("", "sub"):
+        (tmp_path / "adapter" / name).mkdir(parents=True, exist_ok=True)
+        save_adapter_config(layout, tmp_path / "adapter" / name)
+        save_file(state_dict, tmp_path / "adapter" / name / "adapter_model.safetensors", metadata={"format": "pt"})
+    title = str(tmp_path / "adapter")
+    cards = [
+        AdapterCard(title=title, origins=origins, generations={"": it}).text,
+        AdapterCard(title=title, origins=origins, generations={"": it}, subfolder="sub").text,
+        AdapterCard(title=title, origins=origins, generations={"sub": it}).text,
+    ]
+    assert classes in cards[0]
+    for card in cards:
+        assert split_card(card)[0]["pipeline_tag"] == tag
+        found: dict[str, Any] = {}
+        exec(card.split("```python\n")[1].split("```")[0], found)
+        loaded = get_peft_model_state_dict(found["model"], save_embedding_layers=False)
+        assert loaded.keys() == state_dict.keys()
+        assert all(torch.equal(tensor, state_dict[name]) for name, tensor in loaded.items())
+
+
+def test_nothing_that_turns_the_direction_of_text_reaches_a_card_or_a_report() -> None:
+    hidden = "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C, 0x1B, 0x7F, 0)))
+    name = f"a{hidden}b"
+    task = {"name": name, "descriptions": [name], "license": name, "dataset": name}
+    origins = Origins(base_model=name, base_revision=name, base_license=name, tasks=[{**task, "runs": 1}])
+    it = generation(text=name, generator=name, nearest_tasks=({"task": name, "similarity": 1.0},), base_model=name)
+    comparison = json.loads(json.dumps(make_comparison()).replace('"a"', json.dumps(name)))
+    comparison["base_model"] = name
+    pages = [
+        generator_card(origins=origins, facts={"x": name}, comparison=comparison, tags=[name]),
+        adapter_card(it, origins=origins, tags=[name]),
+        AdapterCard(title="alice/x", origins=origins, generations={"legal": it}).text,
+        ZooCard(title="alice/x", origins=origins, facts={"x": name}, tags=[name]).text,
+        markdown_tables(comparison),
+        html_page(comparison),
+    ]
+    for place, page in enumerate(pages):
+        assert not set(page) & set(hidden), place
+        assert "a b" in page, place

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from lora_factory import generation
 from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
 
@@ -399,7 +399,7 @@ def test_a_failing_save_leaves_nothing(
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
     monkeypatch.setattr(generation, "save_file", full)
     for name, overwrite in (("new", False), ("kept", True)):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(StorageError, match="no space left"):
             token_generator.save_adapter("Other text", tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert {file.name: file.read_bytes() for file in kept.iterdir()} == before

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hub_fixtures
 import pytest
 import test_hub
+import torch
+from conftest import random_adapter
 from hub_fixtures import LocalHub
 from hub_state import User
 from huggingface_hub import ModelCard
 from test_hub import ask, contents, publish_base
 from test_report import make_comparison
+from transformers import AutoConfig
+
+from lora_factory import CVAELoRAGenerator
+from lora_factory.layout import AdapterLayout
+from lora_factory.zoo import AdapterZoo
 
 hub = hub_fixtures.hub
 folder = test_hub.folder
@@ -144,3 +153,184 @@ def test_the_readme_publishes_and_uses(
     assert {"README.md", "comparison.json", "model.safetensors"} <= set(hub.files("me/my-generator"))
     assert {"linux/adapter_model.safetensors", "law/README.md"} <= set(hub.files("me/loras"))
     assert (work / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_is_dropped_goes_and_what_is_not_ours_stays(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    layout = AdapterLayout.from_dict(AutoConfig.from_pretrained(folder).layout)
+    test_hub.make_zoo(layout, tmp_path / "zoo")
+    zoo = AdapterZoo(tmp_path / "zoo")
+    record = zoo.record("poems", "seed-0")
+    weights = torch.stack([random_adapter(layout, seed) for seed in (2, 3)])
+    for task, run in (("poems", "seed-1"), ("letters", "seed-0")):
+        zoo.add_run(replace(record, task=task, run=run), weights, extra_files={"import.json": "{}\n"})
+    common = f"""
+from lora_factory import AdapterZoo
+from lora_factory.zoo_tools import prune
+zoo, generator = AdapterZoo({str(tmp_path / "zoo")!r}), CVAELoRAGenerator.from_pretrained({str(folder)!r})
+"""
+    ask(
+        hub,
+        common
+        + """
+zoo.push_to_hub("alice/zoo")
+generator.push_adapters({"legal": "Legal notices", "code": "Python code", "old": "Old text"}, "alice/both")
+result = None
+""",
+    )
+    words = "\n## Thanks\n\nTo the caterpillar.\n"
+    cards = {path: hub.files("alice/both")[path].decode() + words for path in ("legal/README.md", "code/README.md")}
+    mine = {"mine/adapter_config.json": "{}", "mine/README.md": "# Mine", "data.csv": "1", "generation.json": "{}"}
+    hub.commit("alice/both", {**cards, **mine})
+    hub.commit("alice/zoo", {"poems/seed-1/notes.txt": "mine", "a/b/c.json": "{}"}, repo_type="dataset")
+    pushed = ask(
+        hub,
+        common
+        + """
+prune(zoo, runs=["seed-1"])
+prune(zoo, tasks=["letters"])
+zoo.push_to_hub("alice/zoo")
+generator.push_adapters({"legal": "Legal notices"}, "alice/both")
+result = [AdapterZoo.from_hub("alice/zoo").fingerprint(), zoo.fingerprint()]
+""",
+    )
+    assert pushed[0] == pushed[1], "pruned runs do not come back"
+    run = {"adapter_config.json", "adapter_model.safetensors", "checkpoints.safetensors", "run.json"}
+    left = {f"poems/seed-0/{name}" for name in run} | {"poems/seed-1/notes.txt", "a/b/c.json"}
+    assert set(hub.files("alice/zoo", repo_type="dataset")) == left | {"README.md", "zoo.json"}
+    files = hub.files("alice/both")
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "generation.json"}
+    assert set(files) == {f"legal/{name}" for name in adapter} | {*mine, "README.md", "code/README.md"}
+    assert files["code/README.md"].decode() == cards["code/README.md"], (
+        "what somebody wrote there outlives the adapter"
+    )
+    assert files["legal/README.md"].decode().count(words) == 1
+    assert len(list(hub.repos["model", "alice/both"].history("main"))) == 4, "one commit a push"
+
+
+def test_a_push_publishes_no_file_that_a_link_leads_to(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text('{"key": "PRIVATE"}')
+    hostile = shutil.copytree(folder, tmp_path / "hostile")
+    (hostile / "training.json").symlink_to(secret)
+    (folder / "training.json").write_text('{"history": [1.5]}')
+    zoo = tmp_path / "zoo"
+    test_hub.make_zoo(AdapterLayout.from_dict(AutoConfig.from_pretrained(folder).layout), zoo)
+    config = zoo / "poems" / "seed-0" / "adapter_config.json"
+    shutil.copyfile(config, tmp_path / "same")
+    config.unlink()
+    config.symlink_to(tmp_path / "same")
+    result = ask(
+        hub,
+        f"""
+import os, warnings
+from lora_factory import AdapterZoo
+os.chdir({str(folder.parent)!r})
+generator = CVAELoRAGenerator.from_pretrained({folder.name!r})
+os.chdir("/")
+generator.push_to_hub("alice/first")
+generator.push_to_hub("alice/second")
+CVAELoRAGenerator.from_pretrained("alice/second").push_to_hub("alice/third")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    hostile = CVAELoRAGenerator.from_pretrained({str(hostile)!r})
+hostile.push_to_hub("alice/hostile")
+hostile.push_to_hub("alice/first")
+result = [str(warning.message) for warning in caught if "training.json" in str(warning.message)]
+result += [attempt(AdapterZoo({str(zoo)!r}).push_to_hub, "alice/zoo")]
+""",
+    )
+    assert len(result) == 2 and "outside of its folder" in result[0]
+    assert "adapter_config.json is a link to" in result[1] and ("dataset", "alice/zoo") not in hub.repos
+    for name in ("second", "third"):
+        assert json.loads(hub.files(f"alice/{name}")["training.json"]) == {"history": [1.5]}, name
+    assert "training.json" not in hub.files("alice/hostile") | hub.files("alice/first"), "nor one of other weights"
+    contents = [
+        blob.content for repo in hub.repos.values() for it in repo.commits.values() for blob in it.tree.values()
+    ]
+    assert not any(b"PRIVATE" in content for content in contents)
+
+
+def test_what_a_failing_push_and_a_failing_load_say(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    hub.add_repo("alice/open", {"a": "1"})
+    hub.add_repo("bob/closed", contents(folder))
+    hub.fail("^/storage/", "PUT", status=403, message="No space for you", times=1)
+    hub.fail("/bob/closed/", status=403, times=None)
+    hub.fail("/alice/forbidden-card/resolve/", status=403, times=None)
+    hub.add_repo("alice/forbidden-card", {"README.md": test_hub.HAND_WRITTEN})
+    test_hub.make_zoo(AdapterLayout.from_dict(AutoConfig.from_pretrained(folder).layout), tmp_path / "zoo")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    result = ask(
+        hub,
+        f"""
+import os, resource, signal, warnings
+from huggingface_hub import HfApi
+load, here = CVAELoRAGenerator.from_pretrained, Path({str(tmp_path)!r})
+generator = load({str(folder)!r})
+adapter = generator.push_adapter
+result = {{"refused upload": attempt(adapter, TEXT, "alice/refused")}}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    adapter(TEXT, "alice/open", private=True)
+result["private"] = [str(warning.message) for warning in caught if "private" in str(warning.message)]
+result["card"] = attempt(adapter, TEXT, "alice/forbidden-card")
+result["read"] = attempt(load, "bob/closed")
+result["branch of a pull request"] = attempt(adapter, TEXT, "alice/open", create_pr=True, revision="v1")
+
+upload = HfApi.preupload_lfs_files
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+HfApi.preupload_lfs_files = interrupted
+try:
+    adapter(TEXT, "alice/interrupted")
+except KeyboardInterrupt as error:
+    result["Ctrl-C"] = str(error)
+HfApi.preupload_lfs_files = upload
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that cannot grow, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+result["full disk"] = attempt(adapter, TEXT, "alice/full")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+kept = Path(result["Ctrl-C"].split("kept in ")[1].split(",")[0])
+result["modes"] = [oct(path.stat().st_mode) for path in kept.iterdir()]
+result |= {{
+    "zoo": attempt(load, here / "zoo"),
+    "adapter": attempt(load, here / "adapter"),
+    "file": attempt(load, here / "adapter" / "adapter_config.json"),
+    "nothing": attempt(load, "bob/no-folder"),
+}}
+""",
+        waits=False,
+    )
+    offline = ask(
+        hub,
+        "result = attempt(CVAELoRAGenerator.from_pretrained, 'my-generator')",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    assert "adapter_model.safetensors" in result["refused upload"] and "403 (" in result["refused upload"]
+    assert len(result["private"]) == 1 and "stays public" in result["private"][0]
+    assert "403" in result["card"] and hub.files("alice/forbidden-card") == {
+        "README.md": test_hub.HAND_WRITTEN.encode()
+    }
+    for name in ("read", "card"):
+        assert "you may not read it" in result[name] and "write" not in result[name].split("kept in")[0]
+    assert "leave out revision='v1'" in result["branch of a pull request"]
+    assert "was interrupted" in result["Ctrl-C"] and set(result["modes"]) == {"0o100644"}
+    assert "set TMPDIR to another folder; nothing was pushed" in result["full disk"]
+    assert "is a zoo, not a generator; train a generator on it" in result["zoo"]
+    assert "is an adapter, not a generator" in result["adapter"]
+    assert "is a file; name the generator's folder" in result["file"]
+    assert "no folder of that name here, and there is no repository bob/no-folder" in result["nothing"]
+    assert "no folder of that name here, and the connection to the Hub failed" in offline
+
+
+def test_zoos_adapters_and_generators_can_be_shared(folder: Path, tmp_path: Path) -> None:
+    generator = CVAELoRAGenerator.from_pretrained(folder)
+    test_hub.make_zoo(generator.layout, tmp_path / "zoo")
+    generator.save_adapter(None, tmp_path / "adapter", conditions={"text": torch.ones(32)})
+    generator.save_pretrained(tmp_path / "copy")
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for name in ("zoo", "adapter", "copy") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
