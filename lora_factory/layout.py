@@ -19,6 +19,7 @@ from lora_factory.adapted_modules import (
     check_plain_lora,
     exact_targets,
     find_modules,
+    lora_weights,
     module_paths,
     natural_key,
     own_patterns,
@@ -122,8 +123,9 @@ class AdapterLayout:
         """
         base_names = ("base_model_name_or_path", "revision")
         config = {name: value for name, value in plain_json(lora_config.to_dict()).items() if name not in base_names}
-        config = own_patterns(config, module_paths(state_dict))
-        return cls(base_model, base_revision, find_modules(state_dict, config), config)
+        weights = lora_weights(state_dict)
+        config = own_patterns(config, module_paths(weights))
+        return cls(base_model, base_revision, find_modules(weights, config), config)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterLayout:
