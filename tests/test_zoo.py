@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_factory import zoo as zoo_module
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import sha256_file
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
@@ -281,7 +281,7 @@ def test_a_run_that_fails_half_way_leaves_nothing(zoo, layout, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(zoo_module, "write_json", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         zoo.add_run(record_of("rust"), snapshots_of(layout))
     assert os.listdir(zoo.folder / "rust") == []
     assert zoo.tasks == ["c-headers", "python"]
