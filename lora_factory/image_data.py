@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from PIL import ExifTags, Image
 from lora_factory.boxes import Box, boxes_to_text, clipped
 from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.images import opened_image, read_image
+from lora_factory.images import MAX_IMAGE_BYTES, opened_image, read_image
+from lora_factory.safe_files import read_bytes
 
 DETECTION_PROMPT = "<OD>"  # Florence-2's own name for object detection
 
@@ -43,7 +44,8 @@ class StoredImage:
             image.save(buffer, format="PNG")
             content = buffer.getvalue()
             return cls(f"image {hashlib.sha256(content).hexdigest()[:12]}", lambda: content)
-        return cls(str(image), Path(image).expanduser().read_bytes)
+        path = Path(image).expanduser()
+        return cls(str(image), partial(read_bytes, path, MAX_IMAGE_BYTES))
 
     @cached_property
     def sha256(self) -> str:

@@ -13,11 +13,12 @@ from PIL import Image, ImageOps
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import local_path, sha256_file
-from lora_factory.safe_files import reading
+from lora_factory.safe_files import check_ordinary, reading
 
 ImageLike = str | Path | bytes | Image.Image
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000  # 400 MB as RGBA; scanners and satellites stay below it
+MAX_IMAGE_BYTES = 1 << 30
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -36,6 +37,8 @@ def opened_image(source: str | Path | bytes, name: str, remedy: str) -> Iterator
     """
     Image.init()  # without it, Pillow knows some of these formats only after it has met one
     with reading(name, remedy):
+        if not isinstance(source, bytes):
+            check_ordinary(Path(source), MAX_IMAGE_BYTES)
         # Without formats=, a file of PostScript starts Ghostscript, whatever its name is.
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:

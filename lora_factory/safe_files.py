@@ -71,27 +71,46 @@ def reading(path: str | Path, remedy: str = "write or download it again") -> Ite
         raise LoraFactoryError(f"{path} is damaged or cannot be read ({reason}); {remedy}") from error
 
 
-def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
-    """The text of an ordinary file in UTF-8, with or without a byte order mark.
+def read_bytes(path: str | Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The content of an ordinary file.
 
     Raises:
-        LoraFactoryError: When it is missing, may not be read, is no ordinary file (a folder, a pipe), has more than
-            ``limit`` bytes, or is no UTF-8 text.
+        LoraFactoryError: When it is missing, may not be read, is no ordinary file (a folder, a pipe, a device), or has
+            more than ``limit`` bytes.
     """
     path = Path(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise LoraFactoryError(f"{path} is no ordinary file; name a file")
-        check_size(str(path), status.st_size, limit)
+        check_ordinary(path, limit)
         with path.open("rb") as file:
             content = file.read(limit + 1)
     except (OSError, ValueError) as error:  # a ValueError: a name with a NUL or half of a surrogate pair
         reason = getattr(error, "strerror", None) or error
         raise LoraFactoryError(f"{path} cannot be read ({reason}); check the path") from error
     check_size(str(path), len(content), limit)
+    return content
+
+
+def check_ordinary(path: Path, limit: int) -> None:
+    """Refuse what is no ordinary file, so that reading it may never end, or has more than ``limit`` bytes.
+
+    Raises:
+        LoraFactoryError: When it is refused.
+        OSError: When it is missing.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise LoraFactoryError(f"{path} is no ordinary file; name a file")
+    check_size(str(path), status.st_size, limit)
+
+
+def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The text of an ordinary file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        LoraFactoryError: When `read_bytes` refuses the file, or it is no UTF-8 text.
+    """
     try:
-        return content.decode("utf-8-sig")
+        return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LoraFactoryError(
             f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): it was cut short or altered, or has "
