@@ -53,7 +53,7 @@ def test_images_from_task_file_to_adapter(
     for name in ("cat1.png", "cat2.png"):
         picture(99).save(tmp_path / name)
     exec(code.replace("google/vit-base-patch16-224-in21k", str(save_classifier(tmp_path / "pico"))), {})
-    few = {"train": f"--steps 2 --width 8 --text-encoder {pico_encoder_folder}", "collect": "--steps 2 --snapshots 2"}
+    few = {"train": f"--steps 2 --width 8 --text-encoder {pico_encoder_folder}", "collect": "--steps 20 --snapshots 2"}
     for command in commands.splitlines():
         words = shlex.split(command)[1:]
         assert main(words + shlex.split(few.get(words[0], ""))) == 0
