@@ -283,7 +283,7 @@ def exact_targets(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, 
 def _check_patterns(config: Mapping[str, Any]) -> None:
     """Refuse patterns that are no names."""
     for option in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(option) or {}
+        patterns = {} if config.get(option) is None else config[option]
         if not isinstance(patterns, Mapping) or len(patterns) > _MAX_PATTERNS:
             raise LoraFactoryError(f"{option} must map at most {_MAX_PATTERNS:,} modules to numbers")
         for pattern in patterns:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name
+from lora_factory.safe_files import few
 
 FORMAT_VERSION = 1
 
@@ -117,10 +118,13 @@ class RunRecord:
         del values["format_version"]
         different = sorted({entry.name for entry in fields(cls)} ^ set(values))
         if different:
-            raise LoraFactoryError(f"entries {different} of the run's record are missing or unknown")
+            names = few([name[:100] for name in different])
+            raise LoraFactoryError(f"entries of the run's record are missing or unknown: {names}")
         try:
             validate_typed_dict(_RunValues, values)  # type: ignore[type-var]  # it wants a dict, which a TypedDict is
             lists = {name: tuple(values[name]) for name in ("descriptions", "snapshot_steps", "validation_losses")}
+            if not all(isinstance(digest, str) for digest in values["sha256"].values()):
+                raise TypeError("sha256 maps names of files to texts")
             return cls(**(values | lists | {"sha256": json_object(values["sha256"])}))
         except (StrictDataclassError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]

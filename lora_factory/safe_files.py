@@ -78,12 +78,12 @@ def read_bytes(path: str | Path, limit: int = MAX_JSON_BYTES) -> bytes:
         LoraFactoryError: When it is missing, may not be read, is no ordinary file (a folder, a pipe, a device), or has
             more than ``limit`` bytes.
     """
-    path = Path(path)
     try:
+        path = Path(path).expanduser()
         check_ordinary(path, limit)
         with path.open("rb") as file:
             content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # a ValueError: a name with a NUL or half of a surrogate pair
+    except (OSError, ValueError, RuntimeError) as error:  # a ValueError: a name with a NUL or half of a surrogate pair
         reason = getattr(error, "strerror", None) or error
         raise LoraFactoryError(f"{path} cannot be read ({reason}); check the path") from error
     check_size(str(path), len(content), limit)

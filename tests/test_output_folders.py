@@ -293,7 +293,11 @@ def test_home_is_expanded_everywhere(
 
 
 def test_a_local_base_is_recorded_as_one_and_not_pushed(
-    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "llama").symlink_to(pico_model_folder)
     monkeypatch.chdir(tmp_path)
@@ -309,7 +313,7 @@ def test_a_local_base_is_recorded_as_one_and_not_pushed(
     assert collect_adapters([TASK], "llama", "z2", little, base_model_name="me/l").layout.base_model == "me/l"
     again = Task.from_examples("law", ["other words"], ["a b", "c d", "e f"], ["g h"], ["i j"])
     assert collect_adapters([again], "llama", "zoo", little).descriptions("law") == ("other words",)
-    assert "law/seed-0: its descriptions in the zoo are now those of the task file" in capsys.readouterr().err
+    assert "law/seed-0: its descriptions in the zoo are now those of the task file" in caplog.text
 
 
 def test_errors_name_the_flags_of_the_command() -> None:
