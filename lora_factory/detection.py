@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -18,7 +18,6 @@ from lora_factory.evaluation import frozen
 from lora_factory.files import task_names
 from lora_factory.image_data import DETECTION_PROMPT, ImageExample
 from lora_factory.image_sources import CocoSource, read_coco
-from lora_factory.live_models import base_of
 from lora_factory.metrics import Metric
 from lora_factory.model_inputs import ImageInputs
 from lora_factory.tasks import Task
@@ -162,7 +161,7 @@ def detect(
     Returns:
         For every image its detections, in the order in which they were written.
     """
-    base = base_of(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     found = []
     with frozen(model):
         for start in range(0, len(examples), batch_size):
