@@ -124,12 +124,13 @@ def test_a_zoo_is_tokenised_once(pico_model_folder: Path, tmp_path: Path, read: 
     work, both = tasks("prose", "code"), replace(SMALL, seeds=(0, 1))
     one = collect_adapters(work, pico_model_folder, tmp_path / "one", SMALL, base_model_name="pico/llama")
     files = sorted((one.folder / HIDDEN_FOLDER / "tokens").iterdir())
-    assert len(files) == 4 and len(read) == len(set(read)), "training and validation of two tasks"
+    texts = [text for text in read if text != "a"]  # by which the tokenizer's special tokens are found
+    assert len(files) == 4 and len(texts) == len(set(texts)), "training and validation of two tasks"
     read.clear()
     zoo = collect_adapters(tasks("prose", "code"), pico_model_folder, one.folder, both, base_model_name="pico/llama")
     factory = zoo_factory(zoo, pico_model_folder, make_accelerator(SMALL, tmp_path), zoo.layout.with_rank(4))
     train_multitask(factory, work, seed=0, steps=1)
-    assert zoo.runs("prose") == ["seed-0", "seed-1"] and not read
+    assert zoo.runs("prose") == ["seed-0", "seed-1"] and not set(read) - {"a"}
     assert files == sorted((one.folder / HIDDEN_FOLDER / "tokens").iterdir())
 
     pushed, _ = preview(zoo_writer(zoo), "me/zoo")
