@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, TrainArguments, __version__, train_generator
-from lora_factory.adapters import AdapterSlot, attach_adapter
+from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import load_base_model
-from lora_factory.baselines import uniform_soup
-from lora_factory.cells import CellLog
-from lora_factory.collect import collect_adapters
-from lora_factory.evaluation import headroom, score_examples
-from lora_factory.files import write_json
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.evaluation.baselines import uniform_soup
+from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.models.loading import load_base_model
+from lora_factory.reporting.summary import headroom
+from lora_factory.utils.cache import CellLog
+from lora_factory.utils.files import write_json
 
 RANKS, DEPTHS, STEPS = (1, 2, 4, 8), (10, 12, 14, 16, 18, 20), (1, 25, 50, 100, 200)
 COLLECT = CollectArguments(steps=200, snapshots=20, learning_rate=1e-2, validation_sequences=16, dtype="float32")

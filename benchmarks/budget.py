@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_factory import AdapterZoo
-from lora_factory.comparison import score_task
-from lora_factory.contenders import MULTITASK
-from lora_factory.evaluation import headroom
-from lora_factory.files import read_json
-from lora_factory.generation import package_versions
-from lora_factory.summaries import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL
-from lora_factory.training import zoo_factory
+from lora_factory.evaluation.comparison import score_task
+from lora_factory.evaluation.methods import MULTITASK
+from lora_factory.reporting.summary import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL, headroom
+from lora_factory.training.train import zoo_factory
+from lora_factory.utils.safe_files import read_json
+from lora_factory.utils.versions import package_versions
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lora_factory.boxes import BINS, Box, boxes_to_text, text_to_boxes
-from lora_factory.detection import Detection, MeanAveragePrecision, detection_tasks
-from lora_factory.image_sources import read_coco
-from lora_factory.tasks import SPLITS
+from lora_factory.evaluation.detection import Detection, MeanAveragePrecision
+from lora_factory.tasks.boxes import BINS, Box, boxes_to_text, text_to_boxes
+from lora_factory.tasks.coco_tasks import detection_tasks
+from lora_factory.tasks.image_sources import read_coco
+from lora_factory.tasks.text import SPLITS
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import collect_adapters
-from lora_factory.sequences import collate, encode_sequences
-from lora_factory.tasks import Task
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.models.inputs import collate, encode_sequences
+from lora_factory.tasks.task import Task
 
 SETTINGS = CollectArguments(
     rank=4, lora_alpha=8.0, steps=300, snapshots=5, learning_rate=1e-2, validation_sequences=16, dtype="float32"

@@ -28,15 +28,15 @@ from paper_recipe import paper_methods
 from tiny_models import tiny_florence
 
 from lora_factory import CollectArguments, Task, TrainArguments, collect_adapters, train_generator
-from lora_factory.base_models import load_base_model, load_processor
-from lora_factory.boxes import Box, boxes_to_text
-from lora_factory.detection_comparison import compare_detection, write_detection_report
-from lora_factory.factory import AdapterFactory
-from lora_factory.files import atomic_folder
-from lora_factory.image_data import DETECTION_PROMPT, ImageExample
-from lora_factory.model_inputs import ImageInputs, model_inputs
-from lora_factory.report import markdown_table
-from lora_factory.tables import detection_table
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.evaluation.detection_comparison import compare_detection, write_detection_report
+from lora_factory.models.inputs import ImageInputs, model_inputs
+from lora_factory.models.loading import load_base_model, load_processor
+from lora_factory.reporting.report import markdown_table
+from lora_factory.reporting.tables import detection_table
+from lora_factory.tasks.boxes import Box, boxes_to_text
+from lora_factory.tasks.examples import DETECTION_PROMPT, ImageExample
+from lora_factory.utils.files import atomic_folder
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NEVER_SEEN = 9

@@ -33,15 +33,14 @@ from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, get_cosine_schedule_with_warmup
 
 from lora_factory import AdapterZoo
-from lora_factory.adapters import adapters_in_batch
+from lora_factory.adapters.attach import adapters_in_batch
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.factory import AdapterFactory, comparable_settings
-from lora_factory.files import write_json
-from lora_factory.generation import package_versions
-from lora_factory.image_classification import classifier_factory
-from lora_factory.image_tasks import ImageTask, LabelledImage
-from lora_factory.run_record import RunRecord
-from lora_factory.sequences import shuffled_batches
+from lora_factory.collection.trainer import AdapterFactory, classifier_factory, comparable_settings
+from lora_factory.models.inputs import shuffled_batches
+from lora_factory.tasks.images import ImageTask, LabelledImage
+from lora_factory.utils.files import write_json
+from lora_factory.utils.versions import package_versions
+from lora_factory.zoo.run_record import RunRecord
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BASE_NAME = "digits-vit"

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
-from lora_factory.adapters import adapters_in_batch
+from lora_factory.adapters.attach import adapters_in_batch
 from lora_factory.arguments import TrainArguments
-from lora_factory.baselines import PcaRidge, Retrieval, SimilarityMixture, other_task, train_multitask, uniform_soup
-from lora_factory.evaluation import frozen
-from lora_factory.factory import AdapterFactory
-from lora_factory.image_encoders import image_vectors
-from lora_factory.image_tasks import ImageTask
+from lora_factory.collection.multitask import train_multitask
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.evaluation.baselines import PcaRidge, Retrieval, SimilarityMixture, other_task, uniform_soup
+from lora_factory.models.image_encoders import image_vectors
+from lora_factory.models.inputs import frozen
+from lora_factory.tasks.images import ImageTask
 
 TOGETHER = 16  # adapters that are scored in one batch
 Method = Callable[[ImageTask], torch.Tensor]

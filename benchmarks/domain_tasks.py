@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from lora_factory.tasks import SPLITS, Task
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.text import SPLITS
 
 CHARACTERS = 2000  # about as much of a domain as one example holds; examples end with a line
 

@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
-from lora_factory.baselines import train_multitask
-from lora_factory.collect import collect_adapters
-from lora_factory.comparison import compare
-from lora_factory.contenders import MULTITASK
-from lora_factory.fold import Fold
-from lora_factory.report import terminal_tables, write_report
-from lora_factory.summaries import FROM_EXAMPLES, GENERATED, summarise
-from lora_factory.training import training_history, zoo_factory
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.multitask import train_multitask
+from lora_factory.evaluation.comparison import compare
+from lora_factory.evaluation.fold import Fold
+from lora_factory.evaluation.methods import MULTITASK
+from lora_factory.reporting.report import terminal_tables, write_report
+from lora_factory.reporting.summary import FROM_EXAMPLES, GENERATED, summarise
+from lora_factory.training.train import training_history, zoo_factory
 
 COLLECT = CollectArguments(
     rank=4,

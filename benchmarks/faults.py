@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.zoo import AdapterZoo
+from lora_factory.zoo.store import AdapterZoo
 
 SETTINGS = CollectArguments(
     rank=4, lora_alpha=8.0, snapshots=5, learning_rate=1e-2, validation_sequences=8, dtype="float32"
@@ -191,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    CONTEXT.set_forkserver_preload(["lora_factory.collect", "domain_tasks"])
+    CONTEXT.set_forkserver_preload(["lora_factory.collection.collect", "domain_tasks"])
     drill = Drill(options.output.resolve(), options.steps)
     table = Table("fault", "what was said of it", "seconds", title="the zoo afterwards is the undisturbed one")
     table.add_row("none", f"{len(drill.calm)} files", f"{drill.seconds:.0f}")

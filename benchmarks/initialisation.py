@@ -19,10 +19,10 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, Task, __version__
-from lora_factory.base_loss import query_loss
-from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import encode_sequences, shuffled_batches
-from lora_factory.training import zoo_factory
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.models.inputs import encode_sequences, shuffled_batches
+from lora_factory.models.losses import query_loss
+from lora_factory.training.train import zoo_factory
 
 RATES = (1e-3, 5e-3)
 EVERY, MOST = 10, 300  # steps between looks, and at most

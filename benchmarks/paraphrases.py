@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from lora_factory import AdapterZoo, TrainArguments, __version__, reconstruction, training
-from lora_factory.encoders import TextEncoder
+from lora_factory import AdapterZoo, TrainArguments, __version__
+from lora_factory.models.text_encoders import TextEncoder
+from lora_factory.training import from_zoo as reconstruction
+from lora_factory.training import train as training
 
 
 def error(generator, zoo, weights, task, vector):

@@ -31,17 +31,17 @@ from tqdm.auto import tqdm
 
 from lora_factory import CVAELoRAGenerator, Task, TrainArguments, __version__, train_generator
 from lora_factory.arguments import REFINE_STEPS, CollectArguments
-from lora_factory.baselines import train_multitask
-from lora_factory.cells import CellLog
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
-from lora_factory.evaluation import score_examples
-from lora_factory.factory import AdapterFactory
-from lora_factory.features import example_features
-from lora_factory.files import sha256_file
-from lora_factory.metrics import task_accuracy
-from lora_factory.refine import refine
-from lora_factory.training import zoo_factory
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.multitask import train_multitask
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.evaluation.accuracy import task_accuracy
+from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.generator.refine import refine
+from lora_factory.models.hidden_states import example_features
+from lora_factory.tasks.examples import Example
+from lora_factory.training.train import zoo_factory
+from lora_factory.utils.cache import CellLog
+from lora_factory.utils.paths import sha256_file
 
 LEFT_OUT = ("ag_news", "samsum", "sciq")  # data sets; the tasks of all others are seen
 BASE, RANK = "HuggingFaceTB/SmolLM2-135M-Instruct", 8

@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_factory import __version__
-from lora_factory.adapted_modules import AdaptedModule
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import AdaptedModule
 from lora_factory.arguments import TrainArguments
-from lora_factory.files import write_json
-from lora_factory.layout import AdapterLayout
-from lora_factory.run_record import RunRecord
-from lora_factory.zoo import AdapterZoo
+from lora_factory.utils.files import write_json
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import AdapterZoo
 
 LAYERS, WIDTH, RANK, SNAPSHOTS = 30, 1024, 16, 50
 STEPS, BATCH = 5, 12
@@ -118,9 +118,9 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     """Open a zoo and train on it for a few steps, with made-up task vectors."""
     from accelerate import Accelerator
 
-    from lora_factory.reconstruction import fit, sample_episode
-    from lora_factory.snapshots import open_snapshots
-    from lora_factory.training import build_generator
+    from lora_factory.training.from_zoo import fit, sample_episode
+    from lora_factory.training.train import build_generator
+    from lora_factory.zoo.snapshots import open_snapshots
 
     figures, timer = {}, Timer()
 

@@ -21,15 +21,15 @@ from PIL import Image, ImageDraw
 from tiny_models import tiny_florence, tiny_text_encoder
 
 from lora_factory import CollectArguments, collect_adapters, train_generator
-from lora_factory.base_models import load_base_model, load_processor
-from lora_factory.detection import DESCRIPTIONS, detection_tasks
-from lora_factory.detection_comparison import compare_detection, write_detection_report
-from lora_factory.factory import AdapterFactory
-from lora_factory.image_sources import ImageRows
-from lora_factory.model_inputs import model_inputs
-from lora_factory.report import markdown_table
-from lora_factory.tables import detection_table
-from lora_factory.tasks import Task
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.evaluation.detection_comparison import compare_detection, write_detection_report
+from lora_factory.models.inputs import model_inputs
+from lora_factory.models.loading import load_base_model, load_processor
+from lora_factory.reporting.report import markdown_table
+from lora_factory.reporting.tables import detection_table
+from lora_factory.tasks.coco_tasks import DESCRIPTIONS, detection_tasks
+from lora_factory.tasks.image_sources import ImageRows
+from lora_factory.tasks.task import Task
 
 BASE_MODEL = "florence-community/Florence-2-base"
 DATA_SET = "detection-datasets/coco"  # its boxes are x1, y1, x2, y2

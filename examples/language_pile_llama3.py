@@ -19,12 +19,12 @@ from paper_recipe import GENERATOR_EPOCHS, TEXT_ENCODER, paper_generator, paper_
 from tiny_models import tiny_llama, tiny_text_encoder
 
 from lora_factory import CollectArguments, Task, collect_adapters, train_generator
-from lora_factory.base_models import load_base_model
-from lora_factory.evaluation import score_examples
-from lora_factory.factory import AdapterFactory
-from lora_factory.files import write_json
-from lora_factory.report import markdown_table
-from lora_factory.tables import Column, Table
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.models.loading import load_base_model
+from lora_factory.reporting.report import markdown_table
+from lora_factory.reporting.tables import Column, Table
+from lora_factory.utils.files import write_json
 
 BASE_MODEL = "meta-llama/Meta-Llama-3-8B"
 DATA_SET = "monology/pile-uncopyrighted"

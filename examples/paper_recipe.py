@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, Task, TrainArguments
-from lora_factory.baselines import uniform_soup
-from lora_factory.cond_p_diff import train_cond_p_diff
+from lora_factory.evaluation.baselines import uniform_soup
+from lora_factory.evaluation.cond_p_diff import train_cond_p_diff
 
 GENERATOR_EPOCHS, GENERATOR_BATCH = 2000, 50
 TEXT_ENCODER = "open_clip:ViT-B-32:openai"  # the paper says CLIP, not which one

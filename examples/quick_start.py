@@ -1,7 +1,7 @@
 """From real text to a new adapter: collect, train, generate. Needs no network once `make demo` has set things up."""
 
 from lora_factory import CollectArguments, collect_adapters, train_generator
-from lora_factory.corpus import build_corpus
+from lora_factory.demo.corpus import build_corpus
 
 tasks, unseen = build_corpus("quick-start/tasks", seen=3)  # or load_tasks("tasks.yaml")
 settings = CollectArguments(steps=12, snapshots=4, batch_size=4, sequence_length=64, target_modules="q_proj,v_proj")

@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lora_factory.boxes import BINS
+from lora_factory.tasks.boxes import BINS
 
 
 def tiny_florence(

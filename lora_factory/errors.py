@@ -1,5 +1,7 @@
 """The exceptions that users are meant to read."""
 
+from __future__ import annotations
+
 
 class LoraFactoryError(ValueError):
     """A wrong input, file or setting; the message names the value, the expectation and the call that fixes it."""

@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_factory.adapters import AdapterSlot
-from lora_factory.layout import AdapterLayout
+from lora_factory.adapters.attach import AdapterSlot
+from lora_factory.adapters.layout import AdapterLayout
 
 VOCABULARY = 300
 TRAINING_TEXT = (

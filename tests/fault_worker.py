@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
 
 
 def collect_quietly(task_file: Path, model: Path, folder: Path, settings: CollectArguments, log: Path) -> None:

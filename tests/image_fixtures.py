@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from lora_factory.image_tasks import ImageTask, LabelledImage
+from lora_factory.tasks.images import ImageTask, LabelledImage
 
 
 def save_classifier(folder: Path, *, channels: int = 3) -> Path:

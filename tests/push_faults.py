@@ -29,7 +29,8 @@ import huggingface_hub  # noqa: E402
 from huggingface_hub import constants, set_client_factory  # noqa: E402
 from huggingface_hub.utils._http import default_client_factory  # noqa: E402
 
-from lora_factory import LoraFactoryError, hub  # noqa: E402
+from lora_factory import LoraFactoryError  # noqa: E402
+from lora_factory.hub import client as hub  # noqa: E402
 
 REQUESTS = {  # of a push: method, and what the address holds
     "whoami": ("GET", "/api/whoami"),

@@ -12,9 +12,10 @@ from conftest import attach, lora_config, random_adapter, save_adapter
 from peft import get_peft_model, get_peft_model_state_dict
 from transformers import LlamaForCausalLM
 
-from lora_factory.adapters import AdapterSlot, adapter_parameters, load_adapter
+from lora_factory.adapters.attach import AdapterSlot, adapter_parameters
+from lora_factory.adapters.folder import load_adapter
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
 
 
 def test_slot_writes_vectors_and_state_dicts_alike(pico_model: LlamaForCausalLM) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
 
 

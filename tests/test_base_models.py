@@ -13,15 +13,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from lora_factory import base_models
-from lora_factory.base_models import (
-    EMBEDDED_BASE_MODEL,
-    embedded_base_model,
-    embedded_text_encoder,
-    load_base_model,
-    quiet_transformers,
-)
 from lora_factory.errors import LoraFactoryError
+from lora_factory.models import loading as base_models
+from lora_factory.models.embedded import EMBEDDED_BASE_MODEL, embedded_base_model, embedded_text_encoder
+from lora_factory.models.loading import load_base_model
+from lora_factory.utils.quiet import quiet_transformers
 
 WORDS = {"<unk>": 0, "</s>": 1, "hello": 2, "world": 3}
 

@@ -12,21 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.baselines import (
+from lora_factory.collection.multitask import mixed_batches, train_multitask
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation.baselines import (
     PcaRidge,
     Retrieval,
     SimilarityMixture,
     gibberish,
     greedy_soup,
-    mixed_batches,
     other_task,
-    train_multitask,
     uniform_soup,
 )
-from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import TokenSequence
-from lora_factory.tasks import Task
+from lora_factory.models.inputs import TokenSequence
+from lora_factory.tasks.task import Task
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -260,6 +259,6 @@ def test_other_task_needs_another_task() -> None:
 
 
 def _loss(factory: AdapterFactory, task: Task) -> float:
-    from lora_factory.evaluation import score_examples
+    from lora_factory.evaluation.perplexity import score_examples
 
     return score_examples(factory.model, factory.tokenizer, task.examples("test"), window=64, stride=32).loss

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 
-from lora_factory.boxes import BINS, Box, boxes_to_text, clipped, quantise, text_to_boxes
 from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks.boxes import BINS, Box, boxes_to_text, clipped, quantise, text_to_boxes
 
 sizes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 shares = st.tuples(*[st.floats(0, 1)] * 4)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from test_layout import CASES, llama, randomise
 
-from lora_factory.adapters import AdapterSlot, attach_adapter
-from lora_factory.canonical import canonical_layout, canonicalise
+from lora_factory.adapters.attach import AdapterSlot, attach_adapter
+from lora_factory.adapters.canonical import canonical_layout, canonicalise
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
 
 
 def layout_of(model: torch.nn.Module, config: LoraConfig) -> AdapterLayout:

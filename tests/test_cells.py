@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_factory.cells import CellLog
+from lora_factory.utils.cache import CellLog
 
 
 class Counted:

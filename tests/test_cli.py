@@ -13,8 +13,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from lora_factory import LoraFactoryError, __version__, cli, cli_options
+from lora_factory import LoraFactoryError, __version__
 from lora_factory.arguments import CollectArguments, DemoArguments, ImportArguments, TrainArguments
+from lora_factory.cli import commands as cli
+from lora_factory.cli import options as cli_options
 
 COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "evaluate", "push", "search")
 OVERVIEW = """\
@@ -87,7 +89,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
-        "import json, sys\nfrom lora_factory import cli\n"
+        "import json, sys\nfrom lora_factory.cli import commands as cli\n"
         f"try:\n    cli.main({words!r})\nexcept SystemExit:\n    print(json.dumps(sorted(sys.modules)))"
     )
     modules = json.loads(run(["-c", code]).stdout.splitlines()[-1])

@@ -22,15 +22,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_factory import cli
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
+from lora_factory.cli import commands as cli
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.sequences import IGNORED, collate, encode_sequences
-from lora_factory.tasks import Task, save_tasks
-from lora_factory.zoo import AdapterZoo
+from lora_factory.models.inputs import IGNORED, collate, encode_sequences
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import save_tasks
+from lora_factory.zoo.store import AdapterZoo
 
 SMALL = CollectArguments(
     target_modules="q_proj,v_proj",

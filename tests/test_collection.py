@@ -23,17 +23,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from lora_factory import cli, collection
-from lora_factory.adapters import AdapterSlot, whole
+from lora_factory.adapters.attach import AdapterSlot, whole
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import DataSource
+from lora_factory.cli import commands as cli
+from lora_factory.collection import scheduler as collection
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.scheduler import CollectionError
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.factory import AdapterFactory
-from lora_factory.failures import CollectionError
-from lora_factory.files import read_json, write_json
-from lora_factory.tasks import Task, save_tasks
-from lora_factory.zoo import AdapterZoo
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import save_tasks
+from lora_factory.tasks.text import DataSource
+from lora_factory.utils.files import write_json
+from lora_factory.utils.safe_files import read_json
+from lora_factory.zoo.store import AdapterZoo
 
 EIGHT = tuple(f"task-{number}" for number in range(8))
 TOGETHER = replace(SMALL, parallel="data", gradient_accumulation=2)
@@ -48,9 +51,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 TWO_PROCESSES = """
 import os, sys, time
 from pathlib import Path
-from lora_factory.collect import collect_adapters
-from lora_factory.tasks import load_tasks
-from lora_factory.zoo import AdapterZoo
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.tasks.task_file import load_tasks
+from lora_factory.zoo.store import AdapterZoo
 from test_collection import SMALL, TOGETHER
 
 model, folder = sys.argv[1], Path(sys.argv[2])
@@ -308,8 +311,8 @@ def one_step(folder: Path, mesh: DeviceMesh | None) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "named", "module"),
     [
-        ({"quantization": "4bit"}, "pip install bitsandbytes", "lora_factory.base_models.find_spec"),
-        ({"report_to": ("wandb",)}, "pip install wandb", "lora_factory.progress.get_available_trackers"),
+        ({"quantization": "4bit"}, "pip install bitsandbytes", "lora_factory.models.loading.find_spec"),
+        ({"report_to": ("wandb",)}, "pip install wandb", "lora_factory.collection.progress.get_available_trackers"),
     ],
 )
 def test_a_missing_package_is_one_clear_error(

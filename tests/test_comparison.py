@@ -16,19 +16,22 @@ from conftest import TRAINING_TEXT
 from test_sequences import with_template
 from transformers import PreTrainedTokenizerBase
 
-from lora_factory import comparison, contenders, snapshots
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
-from lora_factory.base_models import load_base_model
-from lora_factory.collect import collect_adapters
-from lora_factory.comparison import compare
-from lora_factory.contenders import Contenders
-from lora_factory.data_source import Example
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import score_examples
-from lora_factory.fold import Fold
-from lora_factory.tasks import SPLITS, Task
-from lora_factory.training import train_generator
-from lora_factory.zoo import AdapterZoo
+from lora_factory.evaluation import comparison
+from lora_factory.evaluation import methods as contenders
+from lora_factory.evaluation.comparison import compare
+from lora_factory.evaluation.fold import Fold
+from lora_factory.evaluation.methods import Contenders
+from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.models.loading import load_base_model
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.text import SPLITS
+from lora_factory.training.train import train_generator
+from lora_factory.zoo import snapshots
+from lora_factory.zoo.store import AdapterZoo
 
 pytest.importorskip("diffusers")
 

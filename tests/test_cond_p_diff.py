@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_factory.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation.cond_p_diff import CondPDiff, train_cond_p_diff
 
 SIZE, WIDTH, TASKS = 2500, 16, 4  # the size is no multiple of the chunk
 

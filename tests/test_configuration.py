@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from lora_factory import configuration
-from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.errors import LoraFactoryError
+from lora_factory.generator import configuration
+from lora_factory.generator.configuration import CVAELoRAConfig
 
 
 def test_older_formats_are_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ import re
 
 import pytest
 
-from lora_factory import corpus
-from lora_factory.corpus import build_corpus, find_documents
+from lora_factory.demo import corpus
+from lora_factory.demo.corpus import build_corpus, find_documents
+from lora_factory.demo.text_kinds import KINDS, UNSEEN_KIND, Candidate, TextKind
 from lora_factory.errors import LoraFactoryError
-from lora_factory.tasks import SPLITS, load_tasks
-from lora_factory.text_kinds import KINDS, UNSEEN_KIND, Candidate, TextKind
+from lora_factory.tasks.task_file import load_tasks
+from lora_factory.tasks.text import SPLITS
 
 NAMES = [kind.name for kind in KINDS]
 

@@ -16,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lora_factory.data_source import DataSource, load_examples, read_examples
-from lora_factory.detection import detection_tasks
 from lora_factory.errors import LoraFactoryError
-from lora_factory.images import read_image
-from lora_factory.tasks import Example, Task, check_tasks, load_tasks
+from lora_factory.tasks.coco_tasks import detection_tasks
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.image_files import read_image
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import check_tasks, load_tasks
+from lora_factory.tasks.text import DataSource, load_examples, read_examples
 
 CELLS = ["007", "true", "1.50", "1e5", "12345678901234567890", "2024-01-02", "NA", "null", "None", " a ", 'a "b", c\n']
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1).filter(str.strip)

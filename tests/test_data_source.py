@@ -11,9 +11,10 @@ import pytest
 from hub_fixtures import LocalHub
 from test_tasks import ROWS, write_local, write_rows, write_task
 
-from lora_factory.data_source import DataSource, load_examples
 from lora_factory.errors import LoraFactoryError
-from lora_factory.tasks import Example, load_tasks, save_tasks
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task_file import load_tasks, save_tasks
+from lora_factory.tasks.text import DataSource, load_examples
 
 hub = hub_fixtures.hub
 
@@ -78,7 +79,7 @@ def test_a_huge_data_set_is_not_downloaded(hub: LocalHub) -> None:
     }
     hub.add_repo("alice/huge", shards, repo_type="dataset")
     code = """
-from lora_factory.data_source import DataSource, load_examples
+from lora_factory.tasks.text import DataSource, load_examples
 source = DataSource("alice/huge", streaming=True, max_rows=20)
 result = [example.completion for example in load_examples(source, "huge")["train"]]
 """

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from conftest import TRAINING_TEXT
 
-from lora_factory import cli, demo
-from lora_factory.adapters import load_adapter
+from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
-from lora_factory.demo import METHODS, DemoRun, DemoSize, next_commands, run_demo, verdict
-from lora_factory.tasks import Task
+from lora_factory.cli import commands as cli
+from lora_factory.demo import run as demo
+from lora_factory.demo.run import METHODS, DemoRun, DemoSize, next_commands, run_demo, verdict
+from lora_factory.tasks.task import Task
 
 NAMES = ("prose", "code", "law")
 UNSEEN = "law"

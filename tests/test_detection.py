@@ -15,12 +15,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_models import make_tokenizer, tiny_florence
 
-from lora_factory.base_models import load_base_model, load_processor
-from lora_factory.boxes import Box, boxes_to_text
-from lora_factory.detection import Detection, MeanAveragePrecision, detect, score_detections
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_data import ImageExample
-from lora_factory.model_inputs import ImageInputs
+from lora_factory.evaluation.detection import Detection, MeanAveragePrecision, detect, score_detections
+from lora_factory.models.inputs import ImageInputs
+from lora_factory.models.loading import load_base_model, load_processor
+from lora_factory.tasks.boxes import Box, boxes_to_text
+from lora_factory.tasks.examples import ImageExample
 
 Truth = list[tuple[str, Box]]
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_report import make_comparison
 
-from lora_factory.detection_comparison import write_detection_report
-from lora_factory.plots import draw_detections
-from lora_factory.report import html_page, markdown_table
-from lora_factory.tables import detection_table
+from lora_factory.evaluation.detection_comparison import write_detection_report
+from lora_factory.reporting.plots import draw_detections
+from lora_factory.reporting.report import html_page, markdown_table
+from lora_factory.reporting.tables import detection_table
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

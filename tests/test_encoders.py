@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lora_factory.adapters import adapter_parameters
-from lora_factory.base_models import embedded_text_encoder
-from lora_factory.encoders import MINILM, HiddenStateEncoder, TextEncoder, task_vector
+from lora_factory.adapters.attach import adapter_parameters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.features import FeatureCache
+from lora_factory.models.embedded import embedded_text_encoder
+from lora_factory.models.hidden_states import HiddenStateEncoder, task_vector
+from lora_factory.models.text_encoders import MINILM, TextEncoder
+from lora_factory.utils.cache import FeatureCache
 
 TEXTS = ["The old man reads a letter.", "fox", "Permission is hereby granted, free of charge, to any person. " * 9]
 

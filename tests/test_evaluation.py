@@ -15,20 +15,17 @@ from test_collect import SMALL
 from test_sequences import with_template
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lora_factory import cli
-from lora_factory.base_models import load_base_model
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
+from lora_factory.cli import commands as cli
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import (
-    TextScore,
-    evaluate_adapters,
-    headroom,
-    score_examples,
-)
-from lora_factory.files import read_json
-from lora_factory.sequences import IGNORED, collate, encode_example, scored_tokens
-from lora_factory.tasks import Task, save_tasks
+from lora_factory.evaluation.perplexity import TextScore, evaluate_adapters, score_examples
+from lora_factory.models.inputs import IGNORED, collate, encode_example, scored_tokens
+from lora_factory.models.loading import load_base_model
+from lora_factory.reporting.summary import headroom
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import save_tasks
+from lora_factory.utils.safe_files import read_json
 
 LONG = "The quick brown fox jumps over the lazy dog, and the café owner reads: def add(left, right). " * 4
 

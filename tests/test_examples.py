@@ -49,7 +49,7 @@ def test_the_papers_number_of_weights() -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
 
-    from lora_factory.layout import AdapterLayout
+    from lora_factory.adapters.layout import AdapterLayout
 
     config = Florence2Config(
         text_config=BartConfig(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_factory.familiarity import familiarity, measure_reach
-from lora_factory.networks import ConditionStandardiser
+from lora_factory.generator.familiarity import familiarity, measure_reach
+from lora_factory.generator.networks import ConditionStandardiser
 
 TASKS, WIDTH = 5, 40
 

@@ -17,15 +17,15 @@ from filelock import SoftFileLease
 from test_collect import SMALL, text_task
 from test_collection import contents
 
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import StorageError
-from lora_factory.tasks import save_tasks
+from lora_factory.tasks.task_file import save_tasks
 
 SETTINGS = replace(SMALL, steps=60, snapshots=4, state_every=10, seeds=(0, 1))
 TASKS = ("code", "letters", "prose")
 # A server that has imported everything, and trained nothing, makes new processes at once.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lora_factory.collect"])
+CONTEXT.set_forkserver_preload(["lora_factory.collection.collect"])
 
 
 @pytest.fixture(scope="module")

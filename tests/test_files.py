@@ -10,18 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_factory import files
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.files import (
-    atomic_folder,
-    read_json,
-    safe_name,
-    sha256_file,
-    sha256_text,
-    write_json,
-    write_text,
-)
-from lora_factory.folders import FolderKind
+from lora_factory.utils import files
+from lora_factory.utils.files import atomic_folder, write_json, write_text
+from lora_factory.utils.folders import FolderKind
+from lora_factory.utils.paths import safe_name, sha256_file, sha256_text
+from lora_factory.utils.safe_files import read_json
 
 OWN = FolderKind("a test's folder", "old|new|sub/old|file")
 
@@ -235,7 +229,7 @@ def test_others_can_read_what_was_written(tmp_path):
 def test_kill_inside_atomic_folder_leaves_only_a_temporary_folder_and_the_next_try_succeeds(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from lora_factory.files import atomic_folder\n"
+        "from lora_factory.utils.files import atomic_folder\n"
         "with atomic_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'run.json').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -13,22 +13,22 @@ import numpy
 import pytest
 import torch
 from conftest import TRAINING_TEXT, attach
+from lora_factory.cli.commands.main import main
 from peft import get_peft_model_state_dict
 from test_sequences import with_template
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lora_factory.adapters import load_adapter
+from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_loss import FrozenBase, query_loss
-from lora_factory.base_models import load_base_model
-from lora_factory.cli import main
-from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import evaluate_adapters, score_examples
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.sequences import encode_sequences
-from lora_factory.tasks import Task
+from lora_factory.evaluation.perplexity import evaluate_adapters, score_examples
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.inputs import encode_sequences
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.losses import FrozenBase, query_loss
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
 
 TEXT, EXAMPLES = "Continue a tale.", [*TRAINING_TEXT[:3] * 4]
 

@@ -8,16 +8,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from lora_factory import configuration
-from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator_files import (
-    GeneratorSource,
-    check_public_names,
-    is_public_name,
-    read_config,
-)
-from lora_factory.safe_files import checked_file, is_hub_id
+from lora_factory.generator import configuration
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.files import GeneratorSource, check_public_names, is_public_name, read_config
+from lora_factory.utils.safe_files import checked_file, is_hub_id
 
 
 def config(

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from test_modeling import make_generator
 from transformers import LlamaForCausalLM
 
-from lora_factory.adapters import attach_adapter, load_adapter
+from lora_factory.adapters.attach import attach_adapter
+from lora_factory.adapters.folder import load_adapter
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
-from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.generator.modeling import CVAELoRAGenerator
 
 Damage = Callable[[Path], None]
 EXAMPLES = 150  # of each kind of folder

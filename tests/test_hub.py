@@ -16,9 +16,9 @@ from huggingface_hub import ModelCard
 from test_modeling import make_generator
 from transformers import AutoConfig, LlamaForCausalLM
 
-from lora_factory.layout import AdapterLayout
-from lora_factory.run_record import RunRecord
-from lora_factory.zoo import AdapterZoo
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import AdapterZoo
 
 hub = hub_fixtures.hub
 
@@ -280,8 +280,9 @@ def test_batches_zoos_search_and_the_command_line(hub: LocalHub, folder: Path, t
         f"""
 import contextlib, io
 from huggingface_hub import HfApi, snapshot_download
-from lora_factory import AdapterZoo, cli
-from lora_factory.hub import search_generators
+from lora_factory import AdapterZoo
+from lora_factory.cli import commands as cli
+from lora_factory.hub.client import search_generators
 
 def command(*words):
     with contextlib.redirect_stdout(io.StringIO()) as output:

@@ -12,18 +12,19 @@ import torch
 from accelerate import Accelerator
 from hub_fixtures import LocalHub
 from image_fixtures import bright_or_dark, brightness_task, picture, save_classifier
+from lora_factory.cli.commands.main import main
 from peft import PeftModel
 from test_hub import ask
 from transformers import AutoModelForImageClassification
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.baselines import train_multitask
-from lora_factory.cli import main
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.multitask import train_multitask
+from lora_factory.collection.trainer import classifier_factory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_classification import classifier_factory, image_accuracy, load_image_classifier
-from lora_factory.image_tasks import ImageTask, LabelledImage
+from lora_factory.models.classifiers import image_accuracy, load_image_classifier
+from lora_factory.tasks.images import ImageTask, LabelledImage
 
 hub = hub_fixtures.hub
 
@@ -176,7 +177,8 @@ def test_a_classifier_of_the_hub(hub: LocalHub, classifier: Path) -> None:
         """
 from accelerate import Accelerator
 from lora_factory.arguments import CollectArguments
-from lora_factory.image_classification import classifier_factory, load_image_classifier
+from lora_factory.collection.trainer import classifier_factory
+from lora_factory.models.classifiers import load_image_classifier
 factory = classifier_factory("alice/vit", CollectArguments(), "alice/vit", Accelerator())
 result = [factory.layout.base_revision, *(attempt(load_image_classifier, name) for name in ("bob/gated", "no/such"))]
 """,

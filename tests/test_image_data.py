@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_factory.boxes import Box
-from lora_factory.detection import detection_tasks
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_data import ImageExample, StoredImage
-from lora_factory.image_sources import CocoSource, ImageRows
-from lora_factory.tasks import Task, load_tasks, save_tasks
+from lora_factory.tasks.boxes import Box
+from lora_factory.tasks.coco_tasks import detection_tasks
+from lora_factory.tasks.examples import ImageExample, StoredImage
+from lora_factory.tasks.image_sources import CocoSource, ImageRows
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import load_tasks, save_tasks
 
 RED = (200, 30, 40)
 

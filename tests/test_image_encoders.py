@@ -27,9 +27,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lora_factory.encoders import TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_encoders import ImageEncoder, image_vectors
+from lora_factory.models.hidden_states import task_vector
+from lora_factory.models.image_encoders import ImageEncoder, image_vectors
+from lora_factory.models.text_encoders import TextEncoder
 
 TEXTS = ["a photo of a cat", "dog", "a dog of a cat of a dog"]
 IMAGES = [picture(number, size=16) for number in range(3)]

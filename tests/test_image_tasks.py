@@ -8,12 +8,12 @@ from pathlib import Path
 import datasets
 import pytest
 from image_fixtures import brightness_task, picture
+from lora_factory.cli.commands.main import main
 
-from lora_factory.cli import main
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_tasks import ImageTask, LabelledImage
-from lora_factory.images import read_image
-from lora_factory.tasks import load_tasks
+from lora_factory.tasks.image_files import read_image
+from lora_factory.tasks.images import ImageTask, LabelledImage
+from lora_factory.tasks.task_file import load_tasks
 
 
 def class_folders(folder: Path, counts: dict[str, int]) -> Path:

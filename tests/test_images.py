@@ -11,8 +11,8 @@ from image_fixtures import picture
 from PIL import Image
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_data import StoredImage
-from lora_factory.images import image_fingerprint, images_in, read_image
+from lora_factory.tasks.examples import StoredImage
+from lora_factory.tasks.image_files import image_fingerprint, images_in, read_image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA", "F"])

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from lora_factory.arguments import ImportArguments, TrainArguments
-from lora_factory.baselines import train_multitask
-from lora_factory.importing import import_adapters
-from lora_factory.tasks import Task
-from lora_factory.training import train_generator, zoo_factory
+from lora_factory.collection.multitask import train_multitask
+from lora_factory.tasks.task import Task
+from lora_factory.training.train import train_generator, zoo_factory
+from lora_factory.zoo.importing import import_adapters
 
 HALF = {"layers.0.self_attn.q_proj": 6, "layers.1.self_attn.q_proj": 2}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -16,11 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from lora_factory import cli
 from lora_factory.arguments import CollectArguments, ImportArguments
+from lora_factory.cli import commands as cli
 from lora_factory.errors import LoraFactoryError
-from lora_factory.importing import AdapterSource, card_description, import_adapters, read_list
-from lora_factory.zoo import AdapterZoo
+from lora_factory.hub.card_reading import card_description
+from lora_factory.zoo.importing import AdapterSource, import_adapters, read_list
+from lora_factory.zoo.store import AdapterZoo
 
 BASE = "someone/pico"
 NAMED = ImportArguments(base_model=BASE)

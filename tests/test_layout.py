@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import natural_key
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout, natural_key
 
 BASE = "someone/pico"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

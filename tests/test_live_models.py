@@ -21,12 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_factory.adapters import AdapterSlot, adapters_in_batch, attach_adapter, load_adapter
-from lora_factory.data_source import Example
-from lora_factory.encoders import HiddenStateEncoder
+from lora_factory.adapters.attach import AdapterSlot, adapters_in_batch, attach_adapter
+from lora_factory.adapters.folder import load_adapter
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.live_models import without_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
-from lora_factory.live_models import without_adapters
+from lora_factory.models.hidden_states import HiddenStateEncoder
+from lora_factory.tasks.examples import Example
 
 TOKENS = torch.arange(3, 19)[None]
 Wrap = Callable[[nn.Module], Any]

@@ -21,10 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_factory.adapters import AdapterSlot
+from lora_factory.adapters.attach import AdapterSlot
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import score_examples
-from lora_factory.metrics import (
+from lora_factory.evaluation.accuracy import (
     BitsPerCharacter,
     ChoiceScore,
     ExactMatch,
@@ -34,8 +33,10 @@ from lora_factory.metrics import (
     completion_accuracy,
     task_accuracy,
 )
-from lora_factory.sequences import render_chat
-from lora_factory.tasks import Example, Task
+from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.models.inputs import render_chat
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
 
 PROMPTS = [
     "Who reads?\nAnswer:",

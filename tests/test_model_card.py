@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from test_report import make_comparison
 from tiny_models import tiny_florence, tiny_t5
 
-from lora_factory.adapters import save_adapter_config
+from lora_factory.adapters.folder import Generation, save_adapter_config
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_kinds import base_kind
-from lora_factory.generation import Generation
-from lora_factory.image_data import ImageExample
-from lora_factory.model_card import (
+from lora_factory.collection.trainer import open_factory
+from lora_factory.hub.base_kinds import base_kind
+from lora_factory.hub.cards import (
     YAML_FIELDS,
     AdapterCard,
     GeneratorCard,
@@ -34,9 +33,9 @@ from lora_factory.model_card import (
     keep_handwritten,
     split_card,
 )
-from lora_factory.open_factory import open_factory
-from lora_factory.report import html_page, markdown_tables
-from lora_factory.tasks import Task
+from lora_factory.reporting.report import html_page, markdown_tables
+from lora_factory.tasks.examples import ImageExample
+from lora_factory.tasks.task import Task
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -22,15 +22,13 @@ from transformers import (
 )
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import load_base_model, load_processor
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.image_data import ImageExample
-from lora_factory.model_inputs import ImageInputs, model_inputs
-from lora_factory.sequences import IGNORED
-from lora_factory.tasks import Task
+from lora_factory.models.inputs import IGNORED, ImageInputs, model_inputs
+from lora_factory.models.loading import load_base_model, load_processor
+from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.task import Task
 
 CPU = torch.device("cpu")
 WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]

@@ -17,11 +17,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from lora_factory import generation
-from lora_factory.configuration import CVAELoRAConfig
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.layout import AdapterLayout
-from lora_factory.modeling import CVAELoRAGenerator
+from lora_factory.generator import generation
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.modeling import CVAELoRAGenerator
 
 TEXT = "Continue a rhymed poem."
 TOKENS = torch.arange(3, 19)[None]

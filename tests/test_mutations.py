@@ -22,17 +22,18 @@ from test_image_data import animals
 from test_modeling import make_generator
 from transformers import LlamaForCausalLM
 
-from lora_factory.adapters import attach_adapter, load_adapter
+from lora_factory.adapters.attach import attach_adapter
+from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import ImportArguments
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_data import StoredImage
-from lora_factory.image_sources import read_coco
-from lora_factory.images import read_image
-from lora_factory.importing import AdapterSource, import_adapters
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.run_record import RunRecord
-from lora_factory.tasks import load_tasks
-from lora_factory.zoo import AdapterZoo
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.tasks.examples import StoredImage
+from lora_factory.tasks.image_files import read_image
+from lora_factory.tasks.image_sources import read_coco
+from lora_factory.tasks.task_file import load_tasks
+from lora_factory.zoo.importing import AdapterSource, import_adapters
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import AdapterZoo
 
 FILES = {"generator": 90, "adapter": 110, "zoo": 90, "tasks": 70, "coco": 70, "image": 70}
 SECONDS = 5 * 4  # a single damaged file may take 5 s; this machine may be busy with other things

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from lora_factory.configuration import PAPER_CHANNELS, paper_channels
-from lora_factory.layout import AdapterLayout
-from lora_factory.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.generator.configuration import PAPER_CHANNELS, paper_channels
+from lora_factory.generator.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE
 
 WIDTHS = {"text": 5, "hidden": 3}
 NUMBERS = st.floats(-8, 8, allow_nan=False, width=32)

@@ -11,16 +11,14 @@ from accelerate import Accelerator
 from PIL import Image
 from tiny_models import tiny_florence, tiny_t5
 
-from lora_factory.answer_states import example_states
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.base_loss import query_loss
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
-from lora_factory.factory import AdapterFactory
-from lora_factory.image_data import ImageExample
-from lora_factory.open_factory import open_factory
-from lora_factory.tasks import Task
-from lora_factory.training import train_generator
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.trainer import AdapterFactory, open_factory
+from lora_factory.models.hidden_states import example_states
+from lora_factory.models.losses import query_loss
+from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.task import Task
+from lora_factory.training.train import train_generator
 
 WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]
 SETTINGS = CollectArguments(

@@ -13,26 +13,29 @@ import torch
 from test_modeling import layout, make_generator
 from test_zoo import record_of, snapshots_of
 
-from lora_factory import Task, cli
-from lora_factory.adapters import load_adapter
+from lora_factory import Task
+from lora_factory.adapters.folder import load_adapter
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, TrainArguments
-from lora_factory.cli_options import in_flags
-from lora_factory.collect import collect_adapters
-from lora_factory.comparison import compare
-from lora_factory.cond_p_diff import CondPDiff
-from lora_factory.corpus import build_corpus
-from lora_factory.demo import run_demo
+from lora_factory.cli import commands as cli
+from lora_factory.cli.options import in_flags
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.demo.corpus import build_corpus
+from lora_factory.demo.run import run_demo
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.files import atomic_folder, read_json, recorded_name, write_text
-from lora_factory.folders import ADAPTER, GENERATOR, check_folder
-from lora_factory.importing import AdapterSource, import_adapters
-from lora_factory.layout import AdapterLayout
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.report import write_report
-from lora_factory.tasks import load_tasks, save_tasks
-from lora_factory.training import save_generator, train_generator
-from lora_factory.zoo import AdapterZoo
-from lora_factory.zoo_tools import merge, prune
+from lora_factory.evaluation.comparison import compare
+from lora_factory.evaluation.cond_p_diff import CondPDiff
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.reporting.report import write_report
+from lora_factory.tasks.task_file import load_tasks, save_tasks
+from lora_factory.training.train import save_generator, train_generator
+from lora_factory.utils.files import atomic_folder, write_text
+from lora_factory.utils.folders import ADAPTER, GENERATOR, check_folder
+from lora_factory.utils.paths import recorded_name
+from lora_factory.utils.safe_files import read_json
+from lora_factory.zoo.importing import AdapterSource, import_adapters
+from lora_factory.zoo.store import AdapterZoo
+from lora_factory.zoo.tools import merge, prune
 
 __all__ = ["layout"]  # a fixture
 TEXT = "Continue a rhymed poem."

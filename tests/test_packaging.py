@@ -49,10 +49,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_no_more(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"lora_factory/{path.name}" for path in (ROOT / "lora_factory").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_factory").rglob("*.py")}
     cards = {f"lora_factory/model_card_templates/{path.name}" for path in (ROOT / "model_card_templates").glob("*.*")}
     packed = {name for name in names if ".dist-info/" not in name}
-    assert packed == modules | cards | {"lora_factory/py.typed", "lora_factory/report.html"}
+    assert packed == modules | cards | {"lora_factory/py.typed", "lora_factory/reporting/report.html"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -15,7 +15,7 @@ from hub_fixtures import LocalHub
 from test_hub import ask
 from transformers import AutoConfig
 
-from lora_factory.layout import AdapterLayout
+from lora_factory.adapters.layout import AdapterLayout
 
 hub, folder = hub_fixtures.hub, test_hub.folder
 

@@ -23,8 +23,8 @@ from test_report import make_comparison
 from transformers import AutoConfig
 
 from lora_factory import CVAELoRAGenerator
-from lora_factory.layout import AdapterLayout
-from lora_factory.zoo import AdapterZoo
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.zoo.store import AdapterZoo
 
 hub = hub_fixtures.hub
 folder = test_hub.folder
@@ -39,7 +39,7 @@ def test_vectors_plots_and_what_is_out_of_date(hub: LocalHub, folder: Path, tmp_
         hub,
         f"""
 from huggingface_hub import HfApi
-from lora_factory import hub
+from lora_factory.hub import client as hub
 generator = CVAELoRAGenerator.from_pretrained({str(folder)!r})
 vector = torch.arange(64.0)
 generator.push_adapter(None, "alice/vectors", conditions={{"hidden": vector}})
@@ -88,9 +88,10 @@ def test_the_base_model_is_the_one_that_was_named(hub: LocalHub, folder: Path, t
         hub,
         f"""
 import logging
-from lora_factory.adapters import attach_adapter, load_adapter
-from lora_factory.base_models import load_base_model
-from lora_factory.encoders import TextEncoder
+from lora_factory.adapters.attach import attach_adapter
+from lora_factory.adapters.folder import load_adapter
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.text_encoders import TextEncoder
 
 class Notes(logging.Handler):
     def emit(self, record):
@@ -165,7 +166,7 @@ def test_what_is_dropped_goes_and_what_is_not_ours_stays(hub: LocalHub, folder: 
         zoo.add_run(replace(record, task=task, run=run), weights, extra_files={"import.json": "{}\n"})
     common = f"""
 from lora_factory import AdapterZoo
-from lora_factory.zoo_tools import prune
+from lora_factory.zoo.tools import prune
 zoo, generator = AdapterZoo({str(tmp_path / "zoo")!r}), CVAELoRAGenerator.from_pretrained({str(folder)!r})
 """
     ask(

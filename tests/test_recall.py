@@ -11,16 +11,16 @@ from huggingface_hub.errors import StrictDataclassError
 from test_familiarity import TASKS, WIDTH, normal
 from test_training import make_zoo, prepared
 
-from lora_factory import reconstruction
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TrainArguments
-from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.familiarity import measure_reach
-from lora_factory.layout import AdapterLayout
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.networks import ConditionStandardiser
-from lora_factory.recall import measure_recall, task_posterior
-from lora_factory.reconstruction import fit, remember
-from lora_factory.zoo import AdapterZoo
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.familiarity import measure_reach
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.generator.networks import ConditionStandardiser
+from lora_factory.generator.recall import measure_recall, task_posterior
+from lora_factory.training import from_zoo as reconstruction
+from lora_factory.training.from_zoo import fit, remember
+from lora_factory.zoo.store import AdapterZoo
 
 
 @pytest.fixture(scope="module")

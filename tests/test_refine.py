@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from conftest import TRAINING_TEXT
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.base_models import load_base_model
-from lora_factory.data_source import Example
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.refine import best_of, refine, refine_state_dict
-from lora_factory.sequences import TokenSequence, encode_sequences
+from lora_factory.generator.refine import best_of, refine, refine_state_dict
+from lora_factory.models.inputs import TokenSequence, encode_sequences
+from lora_factory.models.loading import load_base_model
+from lora_factory.tasks.examples import Example
 
 SETTINGS = CollectArguments(sequence_length=24, target_modules="all-linear")
 

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.plots import project
-from lora_factory.report import html_page, markdown_tables, terminal_tables, write_report
-from lora_factory.summaries import findings, places_without_unit, steering_margins, summarise
+from lora_factory.reporting.plots import project
+from lora_factory.reporting.report import html_page, markdown_tables, terminal_tables, write_report
+from lora_factory.reporting.summary import findings, places_without_unit, steering_margins, summarise
 
 # Loss of every method on a task where the original model has 3 and the original LoRA 1: headroom is (3 - loss) / 2.
 LOSSES = {

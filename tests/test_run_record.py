@@ -10,13 +10,14 @@ from conftest import TRAINING_TEXT
 from huggingface_hub import ModelCard
 from test_collect import SMALL
 
-from lora_factory import tasks as tasks_module
 from lora_factory.arguments import TrainArguments
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import DataSource, Example
-from lora_factory.run_record import RunRecord
-from lora_factory.tasks import Task
-from lora_factory.training import train_generator
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.tasks import task_file as tasks_module
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.text import DataSource
+from lora_factory.training.train import train_generator
+from lora_factory.zoo.run_record import RunRecord
 
 
 def test_the_data_set_of_a_task_reaches_the_card(

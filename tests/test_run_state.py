@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from test_collect import SMALL, text_task
 
-from lora_factory import run_state
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import StorageError
-from lora_factory.factory import AdapterFactory
-from lora_factory.run_record import RunRecord
-from lora_factory.run_state import RunCheckpoint
+from lora_factory.utils import checkpoint as run_state
+from lora_factory.utils.checkpoint import RunCheckpoint
+from lora_factory.zoo.run_record import RunRecord
 
 SETTINGS = replace(SMALL, steps=8, snapshots=6, gradient_accumulation=2)
 TASK = text_task("prose")

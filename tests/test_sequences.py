@@ -9,9 +9,9 @@ from conftest import TRAINING_TEXT
 from transformers import PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.data_source import Example
 from lora_factory.errors import LoraFactoryError
-from lora_factory.sequences import IGNORED, TokenSequence, encode_example, encode_sequences
+from lora_factory.models.inputs import IGNORED, TokenSequence, encode_example, encode_sequences
+from lora_factory.tasks.examples import Example
 
 SETTINGS = CollectArguments(packing=False, sequence_length=64)
 CHAT = CollectArguments(packing=False, sequence_length=64, chat_template=True)

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from test_zoo import layout_of, record_of, snapshots_of
 from transformers import LlamaForCausalLM
 
-from lora_factory import snapshots as snapshots_module
-from lora_factory import zoo as zoo_module
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TrainArguments
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
-from lora_factory.run_record import RunRecord
-from lora_factory.snapshots import StoredRows, open_snapshots, zoo_statistics
-from lora_factory.training import train_generator
-from lora_factory.zoo import AdapterZoo
+from lora_factory.training.train import train_generator
+from lora_factory.zoo import snapshots as snapshots_module
+from lora_factory.zoo import store as zoo_module
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.snapshots import StoredRows, open_snapshots, zoo_statistics
+from lora_factory.zoo.store import AdapterZoo
 
 RUN_FILE = "checkpoints.safetensors"
 

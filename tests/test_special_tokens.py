@@ -11,16 +11,15 @@ from conftest import make_tokenizer, save_model
 from tokenizers import Tokenizer, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_factory.answering import end_tokens
 from lora_factory.arguments import CollectArguments
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
-from lora_factory.encoders import HiddenStateEncoder
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import score_examples
-from lora_factory.model_inputs import Seq2SeqInputs
-from lora_factory.sequences import IGNORED, encode_example
-from lora_factory.tasks import Task
+from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.models.generate import end_tokens
+from lora_factory.models.hidden_states import HiddenStateEncoder
+from lora_factory.models.inputs import IGNORED, Seq2SeqInputs, encode_example
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
 
 
 def framing(before: str, behind: str, **names: str | None) -> PreTrainedTokenizerFast:

@@ -10,15 +10,15 @@ import torch
 from accelerate import Accelerator
 from test_through_base import CutOff, make_tasks
 
-from lora_factory import specialists
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.base_loss import query_loss
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.training import train_generator, training_history, zoo_factory
-from lora_factory.zoo import AdapterZoo
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.losses import query_loss
+from lora_factory.training import specialists
+from lora_factory.training.train import train_generator, training_history, zoo_factory
+from lora_factory.zoo.store import AdapterZoo
 
 SETTINGS = CollectArguments(
     steps=8, snapshots=2, batch_size=4, sequence_length=24, learning_rate=3e-2, target_modules="all-linear"

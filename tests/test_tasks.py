@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.tasks import DataSource, Example, Task, load_tasks, save_tasks
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import load_tasks, save_tasks
+from lora_factory.tasks.text import DataSource
 
 MULTIPLE_CHOICE = "tasks:\n- {name: a, descriptions: [a], data: b, metric: multiple_choice"
 ROWS = [{"text": f"line {number}"} for number in range(20)]

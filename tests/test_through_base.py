@@ -17,21 +17,21 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from lora_factory import through_base
-from lora_factory.adapters import AdapterSlot, adapters_in_batch, wrap_base
+from lora_factory.adapters.attach import AdapterSlot, adapters_in_batch, wrap_base
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.base_loss import query_loss
-from lora_factory.base_models import load_base_model
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.factory import AdapterFactory
-from lora_factory.features import example_features
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.tasks import Task
-from lora_factory.through_base import TaskData, start_from, train_through_base
-from lora_factory.training import build_generator, train_generator
-from lora_factory.training_state import TrainingCheckpoint
-from lora_factory.zoo import AdapterZoo
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.hidden_states import example_features
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.losses import query_loss
+from lora_factory.tasks.task import Task
+from lora_factory.training import from_data as through_base
+from lora_factory.training.from_data import TaskData, start_from, train_through_base
+from lora_factory.training.train import build_generator, train_generator
+from lora_factory.utils.checkpoint import TrainingCheckpoint
+from lora_factory.zoo.store import AdapterZoo
 
 SETTINGS = CollectArguments(
     steps=8, snapshots=2, batch_size=2, sequence_length=24, learning_rate=3e-2, target_modules="all-linear"
@@ -160,7 +160,7 @@ class Convolutional(nn.Module):
 def test_embeddings_and_convolutions_take_adapters_in_a_batch() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from lora_factory.layout import AdapterLayout
+    from lora_factory.adapters.layout import AdapterLayout
 
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["embed", "conv", "head"], init_lora_weights=False)
@@ -337,12 +337,12 @@ import sys
 from dataclasses import replace
 from accelerate import Accelerator
 from lora_factory.arguments import TrainArguments
-from lora_factory.base_models import load_base_model
-from lora_factory.factory import AdapterFactory
-from lora_factory.specialists import specialise
-from lora_factory.tensor_cache import TensorCache
-from lora_factory.through_base import train_through_base
-from lora_factory.zoo import AdapterZoo
+from lora_factory.models.loading import load_base_model
+from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.training.specialists import specialise
+from lora_factory.utils.cache import TensorCache
+from lora_factory.training.from_data import train_through_base
+from lora_factory.zoo.store import AdapterZoo
 from test_through_base import SETTINGS, make_tasks, prepared
 
 zoo, accelerator = AdapterZoo(sys.argv[1]), Accelerator(cpu=True)

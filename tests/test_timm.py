@@ -14,9 +14,9 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, Tim
 
 from lora_factory import CVAELoRAGenerator, train_generator
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.collect import collect_adapters
+from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.image_classification import image_accuracy, load_image_classifier
+from lora_factory.models.classifiers import image_accuracy, load_image_classifier
 
 timm = pytest.importorskip("timm")
 

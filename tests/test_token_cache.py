@@ -14,18 +14,17 @@ from test_collection import contents
 from transformers import PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments
-from lora_factory.baselines import train_multitask
-from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
+from lora_factory.collection.collect import collect_adapters
+from lora_factory.collection.multitask import train_multitask
+from lora_factory.collection.progress import make_accelerator
 from lora_factory.errors import LoraFactoryError
-from lora_factory.hub import preview
-from lora_factory.model_inputs import CausalInputs, Seq2SeqInputs
-from lora_factory.progress import make_accelerator
-from lora_factory.pushing import zoo_writer
-from lora_factory.sequences import TokenSequence
-from lora_factory.token_cache import TokenCache
-from lora_factory.training import zoo_factory
-from lora_factory.zoo import HIDDEN_FOLDER
+from lora_factory.hub.client import preview
+from lora_factory.models.inputs import CausalInputs, Seq2SeqInputs, TokenSequence
+from lora_factory.models.token_cache import TokenCache
+from lora_factory.tasks.examples import Example
+from lora_factory.training.train import zoo_factory
+from lora_factory.zoo.hub import zoo_writer
+from lora_factory.zoo.store import HIDDEN_FOLDER
 
 EXAMPLES = [
     Example("Who? ", "The fox."),

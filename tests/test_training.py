@@ -15,18 +15,19 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TrainArguments
-from lora_factory.base_models import load_base_model
-from lora_factory.configuration import CVAELoRAConfig
-from lora_factory.encoders import HiddenStateEncoder, TextEncoder, task_vector
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
-from lora_factory.modeling import CVAELoRAGenerator
-from lora_factory.reconstruction import calibrate_spread, fit, sample_episode, solve_heads
-from lora_factory.run_record import RunRecord
-from lora_factory.tasks import Task
-from lora_factory.training import build_generator, train_generator, training_history
-from lora_factory.zoo import AdapterZoo
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.hidden_states import HiddenStateEncoder, task_vector
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.text_encoders import TextEncoder
+from lora_factory.tasks.task import Task
+from lora_factory.training.from_zoo import calibrate_spread, fit, sample_episode, solve_heads
+from lora_factory.training.train import build_generator, train_generator, training_history
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import AdapterZoo
 
 DESCRIPTIONS = {
     "code": ("def add(left, right): return left + right", "print(index) for index in range(10)"),

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_factory import zoo as zoo_module
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.files import sha256_file
-from lora_factory.layout import AdapterLayout
-from lora_factory.run_record import RunRecord
-from lora_factory.zoo import AdapterZoo
+from lora_factory.utils.paths import sha256_file
+from lora_factory.zoo import store as zoo_module
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import AdapterZoo
 
 BASE, COMMIT = "someone/pico", "0123abc"
 RUN_FILES = ["adapter_config.json", "adapter_model.safetensors", "checkpoints.safetensors", "run.json"]
@@ -230,7 +230,7 @@ def test_opening_reads_no_weights(zoo, monkeypatch):
 def test_opening_imports_neither_peft_nor_transformers(zoo):
     script = (
         "import sys\n"
-        "from lora_factory.zoo import AdapterZoo\n"
+        "from lora_factory.zoo.store import AdapterZoo\n"
         "zoo = AdapterZoo(sys.argv[1])\n"
         "zoo.snapshots('python'); assert not zoo.verify()\n"
         "assert not {'peft', 'transformers'} & set(sys.modules)\n"

@@ -14,11 +14,12 @@ from hub_fixtures import LocalHub
 from safetensors.torch import load_file
 from test_zoo import COMMIT, layout_of, record_of, snapshots_of
 
-from lora_factory import cli, zoo_tools
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.cli import commands as cli
 from lora_factory.errors import LoraFactoryError
-from lora_factory.layout import AdapterLayout
-from lora_factory.zoo import AdapterZoo
-from lora_factory.zoo_tools import merge, prune
+from lora_factory.zoo import tools as zoo_tools
+from lora_factory.zoo.store import AdapterZoo
+from lora_factory.zoo.tools import merge, prune
 
 hub = hub_fixtures.hub
 
@@ -147,7 +148,8 @@ def test_merging_names_conflicts_and_writes_nothing(zoo: AdapterZoo, layout: Ada
 def test_push_and_pull(hub: LocalHub, zoo: AdapterZoo, tmp_path: Path) -> None:
     pulled = tmp_path / "pulled"
     code = f"""
-from lora_factory import AdapterZoo, LoraFactoryError, cli
+from lora_factory import AdapterZoo, LoraFactoryError
+from lora_factory.cli import commands as cli
 def attempt(*arguments, **options):
     try:
         return AdapterZoo.from_hub(*arguments, **options).fingerprint()
@@ -197,7 +199,7 @@ def test_adapters_are_imported_from_the_hub(hub: LocalHub, zoo: AdapterZoo, tmp_
     hub.add_repo("alice/big", big)
     hub.add_repo("alice/empty", {"README.md": b"# T"})
     code = f"""
-from lora_factory.importing import import_adapters
+from lora_factory.zoo.importing import import_adapters
 sources = ["alice/letters@{first}", "alice/pickled", "alice/big", "alice/empty"]
 report = import_adapters(sources, {str(tmp_path / "imported")!r})
 result = [report.imported, report.refused]

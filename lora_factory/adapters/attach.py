@@ -1,0 +1,323 @@
+"""PEFT adapters and models: attach one strictly, overwrite its slot in place, read one from a folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.live_models import (
+    base_of,
+    carries_adapters,
+    copy_without_adapters,
+    modules_by_path,
+    plain_model,
+    plain_name,
+    unmerge,
+    without_adapters,
+)
+from lora_factory.adapters.modules import check_plain_lora, lora_weights, plain_json
+from lora_factory.adapters.targets import last_names, linear_modules
+from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.safe_files import is_hub_id
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def attach_adapter(
+    model: PreTrainedModel | PeftModel,
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Attach adapter weights to a base model, strictly.
+
+    A base model in a wrapper, such as ``torch.compile``'s or ``DataParallel``, is taken out of it. A ``PeftModel``
+    gets one more adapter, or has the one of this name overwritten; its merged adapters are unmerged. PEFT puts
+    adapters into the base model itself: a base model that carries some already is left as it is, and a copy of it
+    without them gets this one.
+
+    Returns:
+        A ``PeftModel`` in evaluation mode, with this adapter alone active.
+
+    Raises:
+        LoraFactoryError: When a module of the layout is missing in the model or has another size, the slot of this
+            name is no plain LoRA, or ``adapter_name`` is no name for an adapter.
+    """
+    check_adapter_name(adapter_name)
+    model = plain_model(model)
+    _check_base(base_of(model), layout)
+    if not isinstance(model, PeftModel):
+        base = copy_without_adapters(model) if carries_adapters(model) else model
+        model = wrap_base(base, layout.peft_config(), adapter_name)
+    elif adapter_name not in model.peft_config:
+        try:
+            model.add_adapter(adapter_name, layout.peft_config())
+        except ValueError as error:  # such as beside prompt tuning
+            raise LoraFactoryError(f"PEFT adds no LoRA to this PeftModel: {error}; pass its base model") from error
+    else:
+        check_plain_lora(plain_json(model.peft_config[adapter_name].to_dict()))
+    AdapterSlot(model, layout, adapter_name).load(state_dict)
+    tuner: Any = model.base_model
+    tuner.enable_adapter_layers()
+    model.set_adapter(adapter_name)
+    return model.eval()
+
+
+def check_adapter_name(name: object) -> None:
+    """Check that PEFT can give an adapter a name: the names of PyTorch modules hold no dot.
+
+    Raises:
+        LoraFactoryError: When it cannot.
+    """
+    if not isinstance(name, str) or not name.strip() or "." in name:
+        raise LoraFactoryError(
+            f"adapter_name is {name!r}; PEFT takes a name without dots, for example "
+            f"{str(name).replace('.', '_').strip() or 'default'!r}"
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise LoraFactoryError(f"adapter_name is {name!r}, which PyTorch uses itself; choose another one")
+
+
+def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
+    """``peft.get_peft_model`` with a clear error, and without the warnings that are about its own calls.
+
+    Raises:
+        LoraFactoryError: When none of the config's target modules is in the model, or one is no module.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+        public_name = config.base_model_name_or_path
+        advice = f"name some of its modules: target_modules={','.join(sorted(last_names(linear_modules(model))))!r}"
+        try:
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+        except ValueError as error:
+            raise LoraFactoryError(
+                f"a LoRA on {config.target_modules} does not fit this {type(model).__name__}: {error}; {advice}"
+            ) from error
+    if config.target_parameters:
+        raise LoraFactoryError(
+            f"{sorted(config.target_parameters)} of this {type(model).__name__} are weights that PEFT adapts stacked, "
+            f"and no modules; {advice}"
+        )
+    config.base_model_name_or_path = public_name  # PEFT puts the folder there that the base was loaded from
+    return wrapped
+
+
+@contextmanager
+def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout, adapters: Tensor) -> Iterator[None]:
+    """A context in which every share of a batch runs with an adapter of its own, in one forward pass.
+
+    The first ``rows / n`` rows of a batch go through the first adapter, the next through the second, and so on. The
+    LoRA is added by forward hooks on the base model's modules, ``y + scaling * B(A(x))`` as PEFT does it, and
+    gradients flow back into ``adapters``; the base model's own parameters are left as they are. Adapters that PEFT has
+    attached to the model are active beside it: switch them off.
+
+    Args:
+        model: The base model.
+        layout: Where the weights belong.
+        adapters: Shape ``(n, D)``.
+
+    Raises:
+        LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
+    """
+    modules, weights = modules_by_path(base_of(model)), layout.unflatten(adapters)
+    handles = []
+    try:
+        for adapted in layout.modules:
+            module: Any = modules.get(adapted.path)
+            if module is None:
+                raise LoraFactoryError(_missing_module(base_of(model), layout, adapted.path))
+            target = module.base_layer if isinstance(module, LoraLayer) else module
+            pair = weights[adapted.key_a], weights[adapted.key_b] * adapted.scaling
+            handles.append(target.register_forward_hook(partial(_add_lora, *pair)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_lora(factors_a: Tensor, factors_b: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
+    """A module's output plus the LoRA of every share of the batch; ``factors_a`` is ``(n, *shape of A)``."""
+    (values,) = inputs
+    count = len(factors_a)
+    if len(values) % count:
+        raise LoraFactoryError(
+            f"a batch of {len(values)} rows cannot be shared by {count} adapters; give each as many"
+        )
+    if isinstance(module, nn.Embedding):
+        pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
+        return output + torch.cat([functional.embedding(rows, a.T) @ b.T for rows, a, b in pairs]).to(output.dtype)
+    values = values.to(factors_a.dtype)
+    if isinstance(module, _ConvNd):
+        convolution: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[factors_a.ndim - 4]
+        geometry = (None, module.stride, module.padding, module.dilation)
+        pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
+        return output + torch.cat([convolution(convolution(x, a, *geometry), b) for x, a, b in pairs]).to(output.dtype)
+    flat = values.reshape(count, -1, values.shape[-1])
+    delta = flat @ factors_a.transpose(1, 2) @ factors_b.transpose(1, 2)
+    return output + delta.reshape(output.shape).to(output.dtype)
+
+
+class AdapterSlot:
+    """The one LoRA slot of a model, overwritten in place with one adapter after another.
+
+    Overwriting costs a copy of the weights; adding adapter after adapter slows the model down with their number.
+
+    Args:
+        model: A base model with a LoRA attached, as ``get_peft_model(base, layout.peft_config())`` makes it.
+        layout: Names, shapes and scaling of the adapters to come.
+        adapter_name: The slot's name in ``model``.
+
+    Raises:
+        LoraFactoryError: When the slot is not one for this layout: other modules, shapes or scaling.
+    """
+
+    def __init__(self, model: PeftModel, layout: AdapterLayout, adapter_name: str = "default") -> None:
+        """Find the slot's parameters and check them against the layout."""
+        self.model = model = plain_model(model)
+        self.layout = layout
+        self._parameters = adapter_parameters(model, adapter_name)
+        layout.check(self._parameters)
+        modules = modules_by_path(base_of(model))
+        for module in layout.modules:
+            layer = modules[module.path]
+            assert isinstance(layer, LoraLayer)  # its parameters were found above
+            scaling = layer.scaling[adapter_name]
+            if not math.isclose(scaling, module.scaling, rel_tol=1e-6):
+                raise LoraFactoryError(
+                    f"{module.path} scales its LoRA by {scaling}, the layout by {module.scaling}; "
+                    "attach the slot with get_peft_model(base_model, layout.peft_config())"
+                )
+
+    @torch.no_grad()
+    def load(self, adapter: Tensor | Mapping[str, Tensor]) -> None:
+        """Overwrite the slot's weights; they keep their precision and device. Merged adapters are unmerged first.
+
+        Args:
+            adapter: A vector of shape ``(D,)``, or a PEFT state dict.
+
+        Raises:
+            LoraFactoryError: When keys or shapes do not fit the layout, or a weight is not finite. Nothing is written.
+        """
+        if isinstance(adapter, Tensor):
+            adapter = self.layout.unflatten(adapter)
+        adapter = lora_weights(adapter)
+        self.layout.check(adapter)
+        unmerge(self.model)  # the base weights hold the adapter that is overwritten here
+        for key, parameter in self._parameters.items():
+            parameter.copy_(_placed_like(parameter, adapter[key]))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context in which the model is its base model alone."""
+        return without_adapters(self.model)
+
+
+def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The LoRA parameters of one adapter slot by their PEFT state dict key.
+
+    Raises:
+        LoraFactoryError: When the model has no LoRA of this name.
+    """
+    slot = re.compile(rf"(\.lora_(?:embedding_)?[AB])\.{re.escape(adapter_name)}(?=\.|$)")
+    parameters: dict[str, Tensor] = {
+        plain_name(slot.sub(r"\1", name)): parameter
+        for name, parameter in model.named_parameters()
+        if slot.search(name)
+    }
+    if not parameters:
+        raise LoraFactoryError(
+            f"the model has no LoRA named {adapter_name!r}; attach one with "
+            "get_peft_model(base_model, layout.peft_config())"
+        )
+    return parameters
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may have sharded, in one piece; all processes must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_base(base: nn.Module, layout: AdapterLayout) -> None:
+    """Refuse a base model without a layout's modules, or with modules of other sizes."""
+    _warn_of_another_base(base, layout)
+    modules = modules_by_path(base)
+    for adapted in layout.modules:
+        module = modules.get(adapted.path)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None:
+            raise LoraFactoryError(_missing_module(base, layout, adapted.path))
+        expected = {adapted.shape_a[1], adapted.shape_b[0]}
+        if set(weight.shape[:2]) != expected:
+            raise LoraFactoryError(
+                f"{adapted.path} of the base model has shape {tuple(weight.shape)}, the adapter fits sizes "
+                f"{sorted(expected)}; it is for {layout.base_model}: {_remedy(base, layout)}"
+            )
+
+
+def _missing_module(base: nn.Module, layout: AdapterLayout, path: str) -> str:
+    """What to say where a base model has not the module of an adapter."""
+    modules, expert = modules_by_path(base), re.search(r"(?:^|\.)experts\.\d+\.", path)
+    stacked = [
+        name
+        for name, module in modules.items()
+        if name.endswith("experts") and not any(child.isdecimal() for child, _ in module.named_children())
+    ]
+    if expert and stacked:
+        return (
+            f"the adapter is for single experts, such as {path!r}; in this base model the experts of a layer are one "
+            f"module, {stacked[0]!r}, with stacked weights, which are not supported here: load the adapter with "
+            "PEFT, which converts it: PeftModel.from_pretrained(base_model, folder)"
+        )
+    return f"the base model has no module {path!r}; this adapter is for {layout.base_model}: {_remedy(base, layout)}"
+
+
+def _remedy(base: nn.Module, layout: AdapterLayout) -> str:
+    """Which base model to give instead; a model of the name that the adapter gives must be another version of it."""
+    if getattr(getattr(base, "config", None), "name_or_path", None) != layout.base_model:
+        return f"pass base_model={layout.base_model!r}"
+    return (
+        f"the model that was given has this name too, but is another version of it or was changed; its class is "
+        f"{type(base).__name__}. Load it as it was when the adapter was trained"
+    )
+
+
+def _warn_of_another_base(model: nn.Module, layout: AdapterLayout) -> None:
+    """Say so when a model from the Hub is another one, or at another commit, than an adapter was made for."""
+    config: Any = getattr(model, "config", None)
+    name, commit = (
+        getattr(config, "name_or_path", ""),
+        getattr(config, "_commit_hash", None),
+    )  # known where load_base_model loaded it
+    if not all(is_hub_id(one) and not Path(one).exists() for one in (name, layout.base_model)):
+        return
+    if name != layout.base_model or (commit and layout.base_revision and commit != layout.base_revision):
+        _LOGGER.warning(
+            "the adapter is for %s at commit %s, the base model is %s at commit %s; pass base_model=%r",
+            *(layout.base_model, layout.base_revision or "unknown", name, commit or "unknown", layout.base_model),
+        )
+
+
+def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value as a parameter can take it: sharded, where that is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

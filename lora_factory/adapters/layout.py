@@ -1,0 +1,436 @@
+"""The geometry of a LoRA adapter: PEFT state dict, flat vector and tokens, each turned into the others bit-exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lora_factory.adapters.modules import (
+    AdaptedModule,
+    check_plain_lora,
+    exact_targets,
+    find_modules,
+    lora_weights,
+    module_paths,
+    natural_key,
+    own_patterns,
+    plain_json,
+    ranks_and_scalings,
+)
+from lora_factory.errors import LoraFactoryError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+FORMAT_VERSION = 1
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """All tokens that share one linear head: same kind of module, same factor, same length.
+
+    Attributes:
+        kind: kind of the modules; where lengths differ between layers of one kind, followed by "#" and the length.
+        factor: "A" (tokens are rows of A) or "B" (tokens are columns of B).
+        length: weights a token.
+        layers: layer index of every token.
+        ranks: rank-slice index of every token.
+    """
+
+    kind: str
+    factor: str
+    length: int
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The group's key in the dictionary of tokens."""
+        return f"{self.kind}|{self.factor}"
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Which weights an adapter has, in which order, and for which base model.
+
+    The flat vector holds the modules in natural order (numbers compared as numbers), A before B, each row-major.
+    A token is one rank slice: `A[i].flatten()` or `B[:, i].flatten()`.
+
+    Attributes:
+        base_model: Hub id (or folder) that adapters name as their base.
+        base_revision: commit of the base model, or None.
+        modules: the adapted modules in natural order.
+        lora_config: JSON form of the PEFT LoraConfig, without base model and revision.
+
+    Raises:
+        LoraFactoryError: if modules and LoRA configuration contradict each other, or an option is not plain LoRA.
+    """
+
+    base_model: str
+    base_revision: str | None
+    modules: tuple[AdaptedModule, ...]
+    lora_config: Mapping[str, Any] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        """Check the layout at birth."""
+        if not (isinstance(self.base_model, str) and self.base_model):
+            raise LoraFactoryError(
+                f"base_model is {self.base_model!r}; name the Hub id or folder that the adapters belong to"
+            )
+        paths = [module.path for module in self.modules]
+        if not paths or paths != sorted(set(paths), key=natural_key):
+            raise LoraFactoryError("the modules of a layout must be at least one, distinct and in natural order")
+        check_plain_lora(self.lora_config)
+        object.__setattr__(self, "lora_config", exact_targets(self.lora_config, paths))
+        expected = ranks_and_scalings(self.lora_config, paths)
+        for module, (rank, scaling) in zip(self.modules, expected, strict=True):
+            if module.rank != rank or not math.isclose(module.scaling, scaling):
+                raise LoraFactoryError(
+                    f"{module.path}: the weights have rank {module.rank} and scaling {module.scaling:g}, but r, "
+                    f"lora_alpha and their patterns in the LoraConfig say {rank} and {scaling:g}; "
+                    "pass the LoraConfig that the weights were trained with"
+                )
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        lora_config: LoraConfig,
+        *,
+        base_model: str,
+        base_revision: str | None = None,
+    ) -> AdapterLayout:
+        """Read the layout off one adapter.
+
+        Args:
+            state_dict: what `peft.get_peft_model_state_dict` returns.
+            lora_config: the LoraConfig that made it.
+            base_model: Hub id or folder of the base model.
+            base_revision: commit of the base model.
+
+        Raises:
+            LoraFactoryError: for any key that is not half of a LoRA pair, with the reason.
+        """
+        base_names = ("base_model_name_or_path", "revision")
+        config = {name: value for name, value in plain_json(lora_config.to_dict()).items() if name not in base_names}
+        weights = lora_weights(state_dict)
+        config = own_patterns(config, module_paths(weights))
+        return cls(base_model, base_revision, find_modules(weights, config), config)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterLayout:
+        """Rebuild a layout from `to_dict`'s JSON.
+
+        Raises:
+            LoraFactoryError: for an unknown format version, missing entries or entries that contradict each other.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise LoraFactoryError(
+                f"layout format_version is {version!r}, this lora-factory reads {FORMAT_VERSION}; "
+                "update it with pip install -U lora-factory"
+            )
+        try:
+            modules = tuple(
+                AdaptedModule(
+                    path=str(module["path"]),
+                    key_a=str(module["key_a"]),
+                    key_b=str(module["key_b"]),
+                    shape_a=tuple(module["shape_a"]),
+                    shape_b=tuple(module["shape_b"]),
+                    scaling=module["scaling"],
+                )
+                for module in values["modules"]
+            )
+            return cls(values["base_model"], values["base_revision"], modules, dict(values["lora_config"]))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise LoraFactoryError(
+                f"the layout is damaged ({type(error).__name__}: {error}); take it from AdapterLayout.to_dict()"
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as JSON values, for `from_dict`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "modules": [plain_json(asdict(module)) for module in self.modules],
+            "lora_config": plain_json(self.lora_config),
+        }
+
+    @cached_property
+    def size(self) -> int:
+        """D, the number of weights of one adapter."""
+        return sum(math.prod(module.shape_a) + math.prod(module.shape_b) for module in self.modules)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """The number of tokens of one adapter, over all groups."""
+        return sum(len(group.layers) for group in self.groups)
+
+    @cached_property
+    def groups(self) -> tuple[TokenGroup, ...]:
+        """The token groups, in the order in which their first token comes in the vector."""
+        return tuple(
+            TokenGroup(
+                kind=name.rpartition("|")[0],
+                factor=segments[0].factor,
+                length=segments[0].length,
+                layers=tuple(segment.module.layer for segment in segments for _ in range(segment.module.rank)),
+                ranks=tuple(rank for segment in segments for rank in range(segment.module.rank)),
+            )
+            for name, segments in self._segments_by_group.items()
+        )
+
+    def with_rank(self, rank: int) -> AdapterLayout:
+        """Return the same modules with another rank and the same scaling.
+
+        Raises:
+            LoraFactoryError: if modules differ in rank or scaling, or the rank is below that of the layout.
+        """
+        config = dict(self.lora_config)
+        if config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise LoraFactoryError("rank_pattern and alpha_pattern give modules ranks of their own; with_rank has one")
+        if rank < config["r"]:
+            raise LoraFactoryError(f"rank={rank} is below the layout's rank {config['r']}; adapters would not fit")
+        growth = rank / config["r"]
+        alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
+        config |= {"r": rank, "lora_alpha": alpha}
+        modules = tuple(
+            replace(
+                module,
+                shape_a=(rank, *module.shape_a[1:]),
+                shape_b=(module.shape_b[0], rank, *module.shape_b[2:]),
+            )
+            for module in self.modules
+        )
+        return AdapterLayout(self.base_model, self.base_revision, modules, config)
+
+    def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
+        """Pad vectors (..., D) of this layout to those of `with_rank`: (..., D of `wider`), which do the same."""
+        tokens = self.to_tokens(vector)
+        padded = {}
+        for group, target in zip(self.groups, wider.groups, strict=True):
+            rows = tokens[group.name]
+            index = {place: number for number, place in enumerate(zip(target.layers, target.ranks, strict=True))}
+            places = [index[place] for place in zip(group.layers, group.ranks, strict=True)]
+            padded[target.name] = rows.new_zeros(*rows.shape[:-2], len(target.layers), group.length)
+            padded[target.name][..., places, :] = rows
+        return wider.from_tokens(padded)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""
+        geometry = {"base_model": self.base_model, "modules": [plain_json(asdict(module)) for module in self.modules]}
+        return hashlib.sha256(json.dumps(geometry, sort_keys=True).encode()).hexdigest()
+
+    def check(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Check that a state dict is an adapter of this layout.
+
+        Raises:
+            LoraFactoryError: for missing or unknown keys, other shapes, integers, 8-bit floats, NaN or infinity; names
+                the first.
+        """
+        self._check(state_dict, ())
+
+    def flatten(self, state_dict: Mapping[str, Tensor], check: bool = True) -> Tensor:
+        """Join a state dict into one vector.
+
+        Args:
+            state_dict: tensors of the layout's shapes, all with the same leading dimensions, for example snapshots.
+            check: whether to check keys, shapes and finiteness first.
+
+        Returns:
+            (..., D) in the tensors' dtype (bit-exact); float32 where they have several.
+        """
+        first = state_dict.get(self.modules[0].key_a)
+        leading = () if first is None else tuple(first.shape[: first.ndim - len(self.modules[0].shape_a)])
+        if check:
+            self._check(state_dict, leading)
+        parts = [state_dict[segment.key].reshape(*leading, segment.size) for segment in self._segments]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.float() for part in parts]
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Split vectors (..., D) into a state dict of contiguous tensors (..., *shape), views where possible."""
+        parts = self._split(vector)
+        return {
+            segment.key: part.unflatten(-1, segment.shape).contiguous()
+            for segment, part in zip(self._segments, parts, strict=True)
+        }
+
+    def to_tokens(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut vectors (..., D) into tokens.
+
+        Returns:
+            For every group its name and (..., tokens, length). Differentiable; memory is O(D).
+        """
+        parts = {segment.key: part for segment, part in zip(self._segments, self._split(vector), strict=True)}
+        return {
+            name: torch.cat([segment.to_tokens(parts[segment.key]) for segment in segments], dim=-2)
+            for name, segments in self._segments_by_group.items()
+        }
+
+    def from_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Join the groups' tokens (..., tokens, length) into vectors (..., D); the inverse of `to_tokens`.
+
+        Raises:
+            LoraFactoryError: if a group is missing, unknown or has another shape.
+        """
+        if set(tokens) != set(self._segments_by_group):
+            raise LoraFactoryError(
+                f"token groups {_few(set(tokens) ^ set(self._segments_by_group))} are missing or unknown; "
+                "pass every group of AdapterLayout.groups and no other"
+            )
+        parts: dict[str, Tensor] = {}
+        for group in self.groups:
+            batch = tokens[group.name]
+            if tuple(batch.shape[-2:]) != (len(group.layers), group.length):
+                raise LoraFactoryError(
+                    f"tokens of group {group.name} have shape {tuple(batch.shape)}, expected "
+                    f"(..., {len(group.layers)}, {group.length})"
+                )
+            segments = self._segments_by_group[group.name]
+            slices = batch.split([segment.module.rank for segment in segments], dim=-2)
+            parts |= {seg.key: seg.from_tokens(part) for seg, part in zip(segments, slices, strict=True)}
+        return torch.cat([parts[segment.key] for segment in self._segments], dim=-1)
+
+    def peft_config(self) -> LoraConfig:
+        """Return the PEFT configuration of adapters of this layout, for inference, naming base model and commit."""
+        from peft import LoraConfig
+
+        base = {"base_model_name_or_path": self.base_model, "revision": self.base_revision, "auto_mapping": None}
+        config = LoraConfig.from_peft_type(**(plain_json(self.lora_config) | base | {"inference_mode": True}))
+        assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
+        return config
+
+    def training_config(self) -> LoraConfig:
+        """Return a PEFT configuration that puts a trainable LoRA on just these modules, with their ranks and scalings.
+
+        It names every module by its whole path, so that neither patterns nor names that occur elsewhere in the base
+        model add or drop one.
+        """
+        from peft import LoraConfig
+
+        config = self.lora_config
+        rslora = bool(config.get("use_rslora"))
+        alphas = {m.path: m.scaling * (math.sqrt(m.rank) if rslora else m.rank) for m in self.modules}
+        return LoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            target_modules=[module.path for module in self.modules],
+            rank_pattern={re.escape(m.path): m.rank for m in self.modules if m.rank != config["r"]},
+            alpha_pattern={re.escape(p): a for p, a in alphas.items() if not math.isclose(a, config["lora_alpha"])},
+            use_rslora=rslora,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            task_type=config.get("task_type"),
+        )
+
+    @cached_property
+    def _segments(self) -> tuple[_Segment, ...]:
+        """Both factors of all modules, in the order of the vector."""
+        return tuple(_Segment(module, factor) for module in self.modules for factor in "AB")
+
+    @cached_property
+    def _segments_by_group(self) -> dict[str, list[_Segment]]:
+        lengths: dict[tuple[str, str], set[int]] = {}
+        for segment in self._segments:
+            lengths.setdefault((segment.module.kind, segment.factor), set()).add(segment.length)
+        groups: dict[str, list[_Segment]] = {}
+        for segment in self._segments:
+            kind = segment.module.kind
+            kind += f"#{segment.length}" if len(lengths[kind, segment.factor]) > 1 else ""
+            groups.setdefault(f"{kind}|{segment.factor}", []).append(segment)
+        return groups
+
+    def _split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        if vector.ndim < 1 or vector.shape[-1] != self.size:
+            raise LoraFactoryError(f"vector has shape {tuple(vector.shape)}, expected (..., {self.size})")
+        return vector.split([segment.size for segment in self._segments], dim=-1)
+
+    def check_shapes(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> None:
+        """Check keys and shapes, those of several adapters at once after ``leading`` dimensions; reads no number."""
+        keys = [segment.key for segment in self._segments]
+        made_with = f"make adapters of {self.base_model} with AdapterLayout.peft_config()"
+        missing, unknown = [key for key in keys if key not in state_dict], sorted(set(state_dict) - set(keys))
+        if missing or unknown:
+            raise LoraFactoryError(
+                f"not an adapter of this layout: {len(missing)} of {len(keys)} keys are missing ({_few(missing)}), "
+                f"{len(unknown)} are unknown ({_few(unknown)}); {made_with}"
+            )
+        shapes = [
+            f"{segment.key} has {tuple(state_dict[segment.key].shape)}, expected {(*leading, *segment.shape)}"
+            for segment in self._segments
+            if tuple(state_dict[segment.key].shape) != (*leading, *segment.shape)
+        ]
+        if shapes:
+            raise LoraFactoryError(f"{len(shapes)} tensors have another shape: {_few(shapes)}; {made_with}")
+
+    def _check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+        self.check_shapes(state_dict, leading)
+        keys = [segment.key for segment in self._segments]
+        bad = [key for key in keys if not _is_finite(state_dict[key])]
+        if bad:
+            raise LoraFactoryError(
+                f"{len(bad)} of {len(keys)} tensors hold NaN, infinity, integers or 8-bit floats: {_few(bad)}"
+            )
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One factor of one module: a stretch of the vector."""
+
+    module: AdaptedModule
+    factor: str
+
+    @cached_property
+    def key(self) -> str:
+        return self.module.key_a if self.factor == "A" else self.module.key_b
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return self.module.shape_a if self.factor == "A" else self.module.shape_b
+
+    @cached_property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def length(self) -> int:
+        return self.size // self.module.rank
+
+    def to_tokens(self, part: Tensor) -> Tensor:
+        """(..., size) -> (..., rank, length)."""
+        dimensions = len(self.shape)
+        part = part.unflatten(-1, self.shape)
+        part = part if self.factor == "A" else part.transpose(-dimensions, 1 - dimensions)
+        return part.flatten(1 - dimensions)
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """(..., rank, length) -> (..., size)."""
+        if self.factor == "A":
+            return tokens.flatten(-2)
+        dimensions = len(self.shape)
+        out, _, *kernel = self.shape
+        return tokens.unflatten(-1, (out, *kernel)).transpose(-dimensions, 1 - dimensions).flatten(-dimensions)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; their extremes tell, in a pass that is many times as fast as one by one."""
+    return tensor.dtype in PRECISIONS and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
+
+
+def _few(names: Collection[str]) -> str:
+    """The first three names, readable."""
+    shown = ", ".join(sorted(names, key=natural_key)[:3])
+    return shown + (", ..." if len(names) > 3 else "") if shown else "none"

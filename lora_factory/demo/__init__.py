@@ -1,0 +1,14 @@
+"""The demo: the whole pipeline on a real embedded model and text that Python packages hold.
+
+In: nothing but installed packages. Out: a zoo, a generator, adapters and a report in one folder.
+"""
+
+from lora_factory._lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "corpus": "build_corpus",
+        "run": "run_demo",
+    },
+)

@@ -1,0 +1,149 @@
+"""Object detection as text: one task per category, boxes that a model writes, and their mean average precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation.accuracy import Metric
+from lora_factory.models.inputs import ImageInputs, frozen
+from lora_factory.tasks.boxes import Box, text_to_boxes
+from lora_factory.tasks.examples import ImageExample
+
+_IOU_50, _IOU_75 = 0, 5  # where they stand among COCO's thresholds
+
+
+class Detection(NamedTuple):
+    """A box that a model found.
+
+    Attributes:
+        label: What the model says that it shows.
+        box: Where, in pixels.
+        score: How sure the model was of its location tokens, their mean probability (geometric), at most 1.
+    """
+
+    label: str
+    box: Box
+    score: float
+
+
+class MeanAveragePrecision(Metric[Sequence[Detection], Sequence[tuple[str, Box]]]):
+    """COCO's mean average precision, overall and for each label, as pycocotools computes it.
+
+    A prediction is the list of an image's detections, a reference that of its (label, box) pairs. ``map`` is the mean
+    over intersections over union of 0.5 to 0.95, ``map_50`` and ``map_75`` are those at 0.5 and 0.75; ``map_50/dog``
+    is one label's. Detections of a label that no reference has change nothing, as COCO has it.
+    """
+
+    def _compute(self, pairs: Sequence[tuple[Sequence[Detection], Sequence[tuple[str, Box]]]]) -> dict[str, float]:
+        try:
+            from torchmetrics.detection import MeanAveragePrecision as Backend
+        except ImportError as error:
+            raise LoraFactoryError(
+                f"mean average precision needs {error.name}: pip install 'lora-factory[images]'"
+            ) from error
+        labels = sorted({label for _, truth in pairs for label, _ in truth})
+        if not labels:
+            raise LoraFactoryError(f"no box in {len(pairs)} references; mean average precision needs one")
+        number = {label: index for index, label in enumerate(labels)}
+        backend = Backend(
+            box_format="xyxy",
+            backend="faster_coco_eval",
+            extended_summary=True,
+            # pycocotools' own; the defaults are rounded to 32 bits, which moves a recall of 0.8 below its threshold
+            iou_thresholds=numpy.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=numpy.linspace(0.0, 1.0, 101).tolist(),
+        )
+        for found, truth in pairs:
+            known = [one for one in found if one.label in number]
+            prediction = {
+                "boxes": torch.tensor([one.box for one in known], dtype=torch.float64).reshape(-1, 4),
+                "scores": torch.tensor([one.score for one in known], dtype=torch.float64),
+                "labels": torch.tensor([number[one.label] for one in known], dtype=torch.long),
+            }
+            reference = {
+                "boxes": torch.tensor([box for _, box in truth], dtype=torch.float64).reshape(-1, 4),
+                "labels": torch.tensor([number[label] for label, _ in truth], dtype=torch.long),
+            }
+            backend.update([prediction], [reference])
+        result = backend.compute()
+        figures = {name: float(result[name]) for name in ("map", "map_50", "map_75")}
+        for index, label in enumerate(labels):
+            precision = result["precision"][:, :, index, 0, -1]  # all areas, at most 100 detections an image
+            figures[f"map/{label}"] = float(precision.mean())
+            figures[f"map_50/{label}"] = float(precision[_IOU_50].mean())
+            figures[f"map_75/{label}"] = float(precision[_IOU_75].mean())
+        return figures
+
+
+def detect(
+    model: PreTrainedModel | PeftModel,
+    inputs: ImageInputs,
+    examples: Sequence[ImageExample],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Detection]]:
+    """Have a model write the boxes of images, greedily, and read them.
+
+    Args:
+        model: An image-text-to-text model, with or without an adapter.
+        inputs: How it reads images, an ``AdapterFactory``'s ``inputs``.
+        examples: What to look at; only image, size and prompt are read.
+        batch_size: Images at a time.
+        max_new_tokens: Where an answer is cut off.
+        progress: Called after every batch with the numbers of images done and to do in all.
+
+    Returns:
+        For every image its detections, in the order in which they were written.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = []
+    with frozen(model):
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            output = base.generate(
+                **inputs.questions(batch, base.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            chances = base.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+            written = output.sequences[:, -chances.shape[1] :]
+            for example, tokens, chance in zip(batch, written, chances, strict=True):
+                size = example.size if example.boxes else example.image.size
+                found.append(_read_boxes(inputs.tokenizer, tokens, chance, size))
+            if progress:
+                progress(len(found), len(examples))
+    return found
+
+
+def score_detections(found: Sequence[Sequence[Detection]], examples: Sequence[ImageExample]) -> dict[str, float]:
+    """The mean average precision of what was found on detection examples; see `MeanAveragePrecision`."""
+    truth = [[(example.label, box) for box in example.boxes] for example in examples]
+    return MeanAveragePrecision().compute(predictions=found, references=truth)
+
+
+def _read_boxes(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tensor, chances: Tensor, size: tuple[int, int]
+) -> list[Detection]:
+    """The boxes of one answer; a location is one token, or several where a model has none for it."""
+    control = {token for token in tokenizer.all_special_ids if not str(tokenizer.decode([token])).startswith("<loc_")}
+    pieces = ["" if token in control else str(tokenizer.decode([token])) for token in tokens.tolist()]
+    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+    starts = ends - torch.tensor([len(piece) for piece in pieces])
+    detections = []
+    for box in text_to_boxes("".join(pieces), size):
+        inside = (ends > box.start) & (starts < box.end)
+        detections.append(Detection(box.label, box.box, float(chances.cpu()[inside].mean().exp())))
+    return detections

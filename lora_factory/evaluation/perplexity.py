@@ -1,0 +1,238 @@
+"""How good an adapter is: token-weighted perplexity and bits per character, with one adapter slot reused for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.adapters.attach import AdapterSlot, attach_adapter
+from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
+from lora_factory.errors import LoraFactoryError
+from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
+from lora_factory.models.losses import Window, negative_log_likelihoods
+from lora_factory.utils.paths import local_path
+from lora_factory.utils.safe_files import read_json
+from lora_factory.zoo.store import RECORD_FILE, ZOO_FILE, AdapterZoo
+
+if TYPE_CHECKING:
+    from lora_factory.tasks.examples import Example
+    from lora_factory.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """How well a model predicts some text.
+
+    Attributes:
+        loss: Mean negative log-likelihood in nats a scored token.
+        tokens: Number of scored tokens.
+        characters: Number of characters that the scored tokens spell.
+    """
+
+    loss: float
+    tokens: int
+    characters: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where that is beyond a float."""
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
+
+    @property
+    def bits_per_character(self) -> float:
+        """Total bits over characters: comparable between tokenizers, unlike the perplexity."""
+        return self.loss * self.tokens / (self.characters * math.log(2))
+
+    def to_dict(self) -> dict[str, float]:
+        """Every figure, the derived ones as well, for JSON."""
+        return {**asdict(self), "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
+
+
+def score_examples(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    window: int = 512,
+    stride: int = 256,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    chat_template: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextScore:
+    """Score the completions of examples; every token counts once and the same, whatever the example's length.
+
+    A text longer than the window is read in overlapping windows: each token is scored in the first window that holds
+    it, so that all but a text's beginning have at least ``window - stride`` tokens of context. Prompts are read, not
+    scored. Where the tokenizer starts a text with no special token, a plain text's first token cannot be scored.
+
+    Args:
+        model: A causal language model; scored in eval mode and left in the mode it was in.
+        tokenizer: The model's tokenizer.
+        examples: Prompt and completion each; a plain text has an empty prompt.
+        window: Tokens a forward pass and text; as many as the model has positions for, where these are fewer.
+        stride: Tokens from one window's start to the next one's; below ``window``, and shortened with it.
+        batch_size: Windows a forward pass.
+        max_tokens: Stop after this many scored tokens, in the order of the examples; default: score all.
+        chat_template: Put prompts and completions into the tokenizer's chat template, as a collection that is told to
+            does; what it adds to a completion, the end of the turn, is scored too.
+        progress: Called after every forward pass with the numbers of windows done and to do in all.
+
+    Returns:
+        The mean loss over all scored tokens, with their number and that of their characters.
+
+    Raises:
+        LoraFactoryError: When there is nothing to score, a size is out of range, or the chat template does not fit.
+    """
+    if not 0 < stride < window:
+        raise LoraFactoryError(f"stride={stride}, window={window}: stride must be at least 1 and below window")
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise LoraFactoryError(f"batch_size={batch_size}, max_tokens={max_tokens}: both must be at least 1")
+    if (limit := positions(model) or window) < window:
+        window, stride = limit, max(1, stride * limit // window)
+    windows: list[Window] = []
+    tokens = characters = 0
+    for example in examples:
+        budget = None if max_tokens is None else max_tokens - tokens
+        text = _encode(tokenizer, example, budget, chat_template=chat_template)
+        windows.extend(_windows(text, window, stride))
+        tokens += len(text.tokens) - text.first
+        characters += text.characters
+        if tokens == max_tokens:
+            break
+    if not tokens:
+        raise LoraFactoryError(f"{len(examples)} examples hold no token to score; give longer texts or completions")
+    windows.sort(key=lambda item: len(item.tokens), reverse=True)  # alike lengths together: little padding
+    total = 0.0
+    with frozen(model):
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            total += sum(negative_log_likelihoods(model, batch))
+            if progress:
+                progress(start + len(batch), len(windows))
+    return TextScore(loss=total / tokens, tokens=tokens, characters=characters)
+
+
+def evaluate_adapters(
+    adapters: Sequence[str | Path],
+    tasks: Sequence[Task],
+    base_model: str | Path | None = None,
+    *,
+    max_tokens: int | None = None,
+    window: int = 512,
+    zoo: AdapterZoo | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, TextScore]]:
+    """Score a base model and adapters for it on every task's test split, in the chat template if they learned it so.
+
+    Args:
+        adapters: Folders of PEFT LoRA adapters.
+        tasks: What to score them on.
+        base_model: Hub id or folder of the base model; default: the one that the first adapter names.
+        max_tokens: Score at most this many tokens a task.
+        window: Tokens a forward pass and text; windows overlap by a quarter.
+        zoo: Its record says whether texts are put into the chat template; runs of a zoo have records of their own.
+        progress: Called with what is being scored, before each task and model.
+
+    Returns:
+        One row a model (``"base model"``, then the adapters as they were named), one score a task in each.
+
+    Raises:
+        LoraFactoryError: When an adapter cannot be read or does not fit the base model, or the adapters are of zoos
+            with and without the chat template.
+    """
+    from lora_factory.models.loading import load_base_model
+
+    if not adapters or not tasks:
+        raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
+    named = None if base_model is None else str(base_model)
+    loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
+    layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
+    if base_model is None:
+        model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
+    else:
+        model, tokenizer = load_base_model(base_model)
+
+    def score(name: str, model: PreTrainedModel | PeftModel) -> dict[str, TextScore]:
+        row = {}
+        for task in tasks:
+            if progress:
+                progress(f"scoring {name} on {task.name}")
+            row[task.name] = score_examples(
+                model,
+                tokenizer,
+                task.examples("test"),
+                window=window,
+                stride=window * 3 // 4,
+                max_tokens=max_tokens,
+                chat_template=chat_template,
+            )
+        return row
+
+    scores = {"base model": score("base model", model)}
+    slot: AdapterSlot | None = None
+    for name, (layout, state_dict) in loaded.items():
+        if slot is None or slot.layout.fingerprint() != layout.fingerprint():
+            model = slot.model.unload() if slot else model
+            slot = AdapterSlot(attach_adapter(model, layout, state_dict), layout)
+        slot.load(state_dict)
+        scores[name] = score(name, slot.model)
+    return scores
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One example's token ids, the index of the first scored one, and the characters of the scored ones."""
+
+    tokens: list[int]
+    first: int
+    characters: int
+
+
+def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> bool:
+    """Whether the chat template was used, by the records of a zoo, of its runs, and of generated adapters."""
+    records = {str(zoo.folder): zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks[:1]} if zoo else {}
+    given = {name: record.arguments.get("chat_template") for name, record in records.items()}
+    for folder in (local_path(name).resolve() for name in adapters):
+        if (folder / RECORD_FILE).is_file() and (folder.parent.parent / ZOO_FILE).is_file():
+            record = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
+            given[str(folder)] = record.arguments.get("chat_template")
+        elif (folder / GENERATION_FILE).is_file():
+            given[str(folder)] = read_json(folder / GENERATION_FILE).get("chat_template")
+    used = {name: value for name, value in given.items() if isinstance(value, bool)}
+    if len(set(used.values())) > 1:
+        told = ", ".join(f"{name}: {str(value).lower()}" for name, value in used.items())
+        raise LoraFactoryError(f"records differ in chat_template ({told}); evaluate the two kinds one after the other")
+    return any(used.values())
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | None, *, chat_template: bool) -> _Text:
+    """Tokenise the prompt (with the special tokens that start a text) and the completion, cut to the token budget."""
+    if chat_template:
+        example = render_chat(tokenizer, example)
+    context = text_tokens(tokenizer, example.prompt, begins=not chat_template)
+    completion = text_tokens(tokenizer, example.completion, begins=False)
+    tokens = context + completion
+    first = min(max(1, len(context)), len(tokens))
+    scored = tokens[first:][:budget]
+    if len(scored) == len(completion):
+        return _Text(tokens, first, len(example.completion))
+    return _Text(tokens[:first] + scored, first, len(tokenizer.decode(scored, clean_up_tokenization_spaces=False)))
+
+
+def _windows(text: _Text, window: int, stride: int) -> Iterator[Window]:
+    """Overlapping windows over a text, each with the tokens that none before it scored."""
+    first = text.first
+    for start in range(0, len(text.tokens), stride):
+        end = min(start + window, len(text.tokens))
+        if first < end:
+            yield Window(text.tokens[start:end], first - start)
+            first = end
+        if end == len(text.tokens):
+            return

@@ -1,0 +1,144 @@
+"""What a user hands in to generate an adapter, checked and brought into one form: texts, examples, images, numbers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.image_files import ImageLike
+
+
+def as_examples(examples: Any) -> list[Example | ImageExample | str]:  # noqa: ANN401
+    """A user's examples, whatever they come in: texts, pairs, dictionaries, :class:`Example` or :class:`ImageExample`.
+
+    Raises:
+        LoraFactoryError: When there is none, one is of another kind, or a single one stands for a list of them.
+    """
+    kinds = 'a text, a pair (prompt, completion), {"prompt": ..., "completion": ...} or {"text": ...}'
+    values = _listed(examples, "examples", kinds)
+    if isinstance(examples, Example):
+        raise LoraFactoryError("examples is a single example; give a list of them")
+    read: list[Example | ImageExample | str] = []
+    for number, value in enumerate(values):
+        parts: Any = value
+        if isinstance(value, Mapping):
+            parts = [value["text"]] if set(value) == {"text"} else [value.get("prompt"), value.get("completion")]
+        elif isinstance(value, str):
+            parts = [value]
+        if isinstance(value, ImageExample):
+            read.append(value)
+        elif isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(part, str) for part in parts):
+            if not "".join(parts).strip():
+                raise LoraFactoryError(f"example {number} of {len(values)} is empty; give {kinds}")
+            _check_text("".join(parts), f"example {number} of {len(values)}")
+            read.append(parts[0] if len(parts) == 1 else Example(*parts))
+        else:
+            raise LoraFactoryError(f"example {number} of {len(values)} is {str(value)[:80]!r}; give {kinds}")
+    return read
+
+
+def as_images(images: Any) -> list[ImageLike]:  # noqa: ANN401
+    """A user's images as a list.
+
+    Raises:
+        LoraFactoryError: When there is none, or a single one stands for a list of them.
+    """
+    return _listed(images, "images", "a file or an image")
+
+
+def as_text(text: object) -> str | None:
+    """A user's description, checked.
+
+    Raises:
+        LoraFactoryError: When it is blank, no string, or no text that can be written to a file.
+    """
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise LoraFactoryError(
+            f"text is a {type(text).__name__}; one text makes one adapter: give a string, and call once for each text "
+            "(push_adapters takes several)"
+        )
+    if not text.strip():
+        raise LoraFactoryError("text is empty; give a sentence that says what the adapter is for")
+    return _check_text(text, "text")
+
+
+def as_vectors(conditions: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """A user's task vectors by modality, as tensors.
+
+    Raises:
+        LoraFactoryError: When they are no mapping from names to numbers.
+    """
+    if conditions is None:
+        return {}
+    if not isinstance(conditions, Mapping):
+        raise LoraFactoryError(
+            f"conditions is a {type(conditions).__name__}; give task vectors by modality, as encode_examples returns "
+            "them: {'hidden': vector}"
+        )
+    try:
+        return {str(name): torch.as_tensor(vector) for name, vector in conditions.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoraFactoryError(
+            f"conditions hold no task vectors ({error}); give a tensor for each modality"
+        ) from error
+
+
+def as_whole_number(value: object, name: str, most: int | None = None) -> int:
+    """An integer of any library, from 0 on.
+
+    Raises:
+        LoraFactoryError: When it is none, or out of range.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0 or (most is not None and number > most):
+        wanted = "an integer from 0 on" if most is None else f"an integer from 0 to {most}"
+        raise LoraFactoryError(f"{name} is {str(value)[:50]!r}; give {wanted}")
+    return number
+
+
+def as_temperature(value: object) -> float:
+    """A temperature as a float.
+
+    Raises:
+        LoraFactoryError: When it is no number, not finite or below 0.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise LoraFactoryError(
+            f"temperature is {str(value)[:50]!r}; give a number from 0 (the most likely adapter) on, such as 1.0"
+        )
+    return number
+
+
+def _listed(values: Any, name: str, kinds: str) -> list[Any]:  # noqa: ANN401
+    """Any iterable but a single value as a list that is not empty."""
+    single = isinstance(values, str | bytes | Path | Mapping | ImageExample) or not hasattr(values, "__iter__")
+    if single:
+        raise LoraFactoryError(f"{name} is {str(values)[:80]!r}; give a list, each of it {kinds}")
+    if not (listed := list(values)):
+        raise LoraFactoryError(f"{name}=[] is empty; give one or more, each {kinds}")
+    return listed
+
+
+def _check_text(text: str, noun: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LoraFactoryError(
+            f"{noun} holds half of a surrogate pair (character {error.start}), which is no text; remove it"
+        ) from error
+    return text

@@ -1,0 +1,330 @@
+"""Cards of generators, adapters and zoos: plain data, rendered through the templates in ``model_card_templates``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]  # it is public, not re-exported
+from jinja2 import Environment, StrictUndefined
+
+from lora_factory.adapters.folder import Generation
+from lora_factory.hub.base_kinds import CAUSAL, BaseKind
+from lora_factory.utils.printable import printable
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, is_hub_id, reading
+
+# All that a card's head may hold, in this order; what comes from outside is checked before it gets there.
+YAML_FIELDS = (
+    *("license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "datasets", "tags", "viewer"),
+    "model-index",
+)
+LICENSES = frozenset(
+    "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-openrail-m bsd bsd-2-clause bsd-3-clause"
+    " bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0"
+    " cc-by-nc-nd-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0"
+    " cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m ecl-2.0 epl-1.0 epl-2.0"
+    " etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 llama2 llama3 llama3.1"
+    " llama3.2 llama3.3 mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl postgresql"
+    " unlicense wtfpl zlib".split()
+)
+MARK = "<!-- written by lora-factory:"
+_RESULTS_OF = {  # a comparison's methods that go into the model index, with the name of their metric
+    "generated": "Perplexity",
+    "original model": "Perplexity of the base model",
+    "original LoRA": "Perplexity of the task's own LoRA",
+    "uniform soup": "Perplexity of the uniform soup",
+    "generated, gibberish": "Perplexity with a gibberish condition",
+    "generated, another task": "Perplexity with another task's condition",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """What something was made from, and what it inherits.
+
+    Attributes:
+        base_model: Hub id (or folder) of the base model.
+        base_revision: Its commit, if known.
+        base_license: Its licence, if known.
+        tasks: The training tasks, as in a generator's config.
+        kind: What kind of model the base is.
+    """
+
+    base_model: str
+    base_revision: str | None
+    base_license: str | None = None
+    tasks: Sequence[Mapping[str, Any]] = ()
+    kind: BaseKind = CAUSAL
+
+    @property
+    def license(self) -> str:
+        """One identifier of the Hub for base and data: theirs if it is the same, "other" or "unknown" if not."""
+        given = {self.base_license, *(task.get("license") for task in self.tasks)}
+        names = {(license or "unknown").lower() for license in given}
+        if len(names) == 1 and names <= LICENSES:
+            return names.pop()
+        return "unknown" if "unknown" in names else "other"
+
+    @property
+    def datasets(self) -> list[str]:
+        """The Hub ids of the tasks' data sets, as far as they are known."""
+        names = {task.get("dataset") for task in self.tasks}
+        return sorted(name for name in names if name and is_hub_id(name))
+
+    def head(self, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+        """The card's head: what is inherited, and these values."""
+        base = {"base_model": self.base_model, "base_model_relation": "adapter"} if is_hub_id(self.base_model) else {}
+        return {"license": self.license, "datasets": self.datasets, **base, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorCard:
+    """The card of a generator.
+
+    Attributes:
+        title: Its name: folder or Hub id.
+        origins: Base model and tasks.
+        facts: What the table of its properties says, by heading.
+        versions: Versions of the packages that wrote it.
+        comparison: What ``comparison.compare`` returned for it, if it was compared.
+        plot: File name of the headroom plot, if there is one.
+        tags: More tags.
+    """
+
+    title: str
+    origins: Origins
+    facts: Mapping[str, str]
+    versions: Mapping[str, str]
+    comparison: Mapping[str, Any] | None = None
+    plot: str | None = None
+    tags: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        """Markdown with a YAML head."""
+        tags = ["lora", "lora-factory", "adapter-generation", *self.tags]
+        results = eval_results(self.comparison, self.origins) if self.comparison else []
+        index = eval_results_to_model_index(self.title, results) if results else None
+        head = self.origins.head(library_name="lora-factory", tags=tags, **{"model-index": index})
+        return render("generator.md", head, card=self, results=_results(self.comparison) if self.comparison else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCard:
+    """The card of one generated adapter, or of several in one repository.
+
+    Attributes:
+        title: Its name: folder or Hub id.
+        origins: Base model, and the tasks of its generator.
+        generations: How each was made, by sub-folder; "" for the folder that the card is in.
+        subfolder: That folder's name, if it is one of several in a repository.
+        tags: More tags.
+    """
+
+    title: str
+    origins: Origins
+    generations: Mapping[str, Generation]
+    subfolder: str | None = None
+    tags: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        """Markdown with a YAML head."""
+        tags = ["lora", "lora-factory", "generated-adapter", *self.tags]
+        head = self.origins.head(library_name="peft", pipeline_tag=self.origins.kind.pipeline_tag, tags=tags)
+        if (one := self.generations.get("")) is not None:
+            return render("adapter.md", head, card=self, it=one)
+        return render("adapters.md", head, card=self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooCard:
+    """The card of a zoo, which is a data set on the Hub.
+
+    Attributes:
+        title: Its name: folder or Hub id.
+        origins: Base model and tasks.
+        facts: What the table of its properties says, by heading.
+        tags: More tags.
+    """
+
+    title: str
+    origins: Origins
+    facts: Mapping[str, str]
+    tags: Sequence[str] = field(default=())
+
+    @property
+    def text(self) -> str:
+        """Markdown with a YAML head."""
+        tags = ["lora", "lora-factory", "adapter-zoo", *self.tags]
+        head = {"license": self.origins.license, "tags": tags, "viewer": False}
+        return render("zoo.md", head, card=self)
+
+
+def eval_results(comparison: Mapping[str, Any], origins: Origins) -> list[EvalResult]:
+    """A comparison's mean perplexities over seeds and folds: generated, original and control, a task each."""
+    datasets = {task["name"]: task["dataset"] for task in origins.tasks if is_hub_id(task.get("dataset") or "")}
+    found: dict[tuple[str, str], list[float]] = {}
+    for cell in comparison["cells"]:
+        if cell["method"] in _RESULTS_OF and cell.get("perplexity") is not None:
+            found.setdefault((cell["task"], cell["method"]), []).append(cell["perplexity"])
+    return [
+        EvalResult(
+            task_type=origins.kind.pipeline_tag or "other",
+            dataset_name=printable(task),
+            dataset_type=datasets.get(task, "unknown"),
+            dataset_split="test",
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=round(fmean(found[task, method]), 4),
+        )
+        for task in dict.fromkeys(task for task, _ in found)
+        for method, name in _RESULTS_OF.items()
+        if (task, method) in found
+    ]
+
+
+def keep_handwritten(card: str, old: str) -> str:
+    """A new card with what people have added to the old one.
+
+    Sections under headings that are none of ours follow ours; without our mark in it, all of the old card's text does.
+    Fields of the old head that we do not write stay, as do its tags and a licence that somebody has filled in.
+
+    Raises:
+        ValueError: When the old head is no YAML mapping.
+    """
+    head, body = split_card(card)
+    old_head, old_body = split_card(old)
+    tags = [*head.get("tags", ()), *_listed(old_head.get("tags"))]
+    old_head.pop("model-index", None)  # the results of what is being replaced
+    merged = {**old_head, **head, "tags": list(dict.fromkeys(str(tag) for tag in tags if isinstance(tag, str | int)))}
+    if old_head.get("license", "unknown") != "unknown":
+        merged["license"] = old_head["license"]
+    kept = _handwritten(old_body)
+    return _join(merged, "\n".join(part.strip("\n") + "\n" for part in (body, *kept) if part.strip()))
+
+
+def has_handwriting(card: str) -> bool:
+    """Whether people have added something to the text of a card."""
+    return any(part.strip() for part in _handwritten(split_card(card)[1]))
+
+
+def _handwritten(body: str) -> list[str]:
+    """What of a card's text is not ours, a section each."""
+    ours = our_headings()
+    sections = _sections(body)
+    kept = [text for heading, text in sections[1:] if heading not in ours]
+    return kept if MARK in body else [sections[0][1], *kept]
+
+
+def handwritten(folder: Path) -> str | None:
+    """The card of a folder that is to be replaced; None when it has none.
+
+    Raises:
+        LoraFactoryError: When what people have added to it could not be carried over into a new card.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    with reading(path, "mend its head or move it away, so that nothing in it is lost"):
+        check_size(str(path), path.stat().st_size, MAX_CONFIG_BYTES)
+        text = path.read_text(encoding="utf-8")
+        keep_handwritten(text, text)
+    return text
+
+
+def with_handwritten(card: str, folder: Path) -> str:
+    """A new card with what people have added to the one in a folder that is to be replaced."""
+    old = handwritten(folder)
+    return card if old is None else keep_handwritten(card, old)
+
+
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """A card's head as a mapping, and its text.
+
+    Raises:
+        ValueError: When the head is no YAML mapping.
+    """
+    import yaml
+
+    match = re.match(r"\s*---[ \t]*\r?\n(?:(.*?)\r?\n)?---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    try:
+        head = yaml.safe_load(match[1] or "") if match else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of the card is no YAML: {error}") from error
+    if not isinstance(head or {}, dict):
+        raise ValueError("the head of the card is no YAML mapping")
+    return head or {}, card[match.end() :] if match else card
+
+
+def our_headings() -> set[str]:
+    """The second-level headings of all our templates."""
+    folder = files("lora_factory.model_card_templates")
+    sources = (entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.name.endswith(".md"))
+    return {heading.strip() for source in sources for heading in re.findall(r"(?m)^## (.+)$", source)}
+
+
+def render(template: str, head: Mapping[str, Any], **values: Any) -> str:  # noqa: ANN401
+    """Fill in a template, under a head of the fields of `YAML_FIELDS` that have a value."""
+    source = files("lora_factory.model_card_templates").joinpath(template).read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters |= {"md": inline, "python": _python}
+    return _join(
+        {name: head[name] for name in YAML_FIELDS if head.get(name) or head.get(name) is False}
+        | {"tags": list(dict.fromkeys(map(printable, head["tags"])))},
+        environment.from_string(source).render(mark=MARK, **values).strip("\n") + "\n",
+    )
+
+
+def inline(text: object) -> str:
+    """Text from outside on one line, with what Markdown, HTML or a table would act on made harmless."""
+    flat = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~#!$])", r"\\\1", flat)
+
+
+def _python(value: object) -> str:
+    """A Python literal that cannot end the code block it stands in."""
+    literal = repr(value).replace("`", "\\x60")
+    return literal if '"' in literal else literal.replace("'", '"')
+
+
+def _results(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Findings and the headroom table of a comparison."""
+    from lora_factory.reporting.report import markdown_table
+    from lora_factory.reporting.summary import findings
+    from lora_factory.reporting.tables import comparison_tables
+
+    table = comparison_tables(comparison)[0]
+    return {"findings": findings(comparison), "table": markdown_table(table), "note": table.note}
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """The text before the first second-level heading (under ""), and each section with its heading."""
+    sections, fence = [("", "")], ""
+    for line in text.splitlines(keepends=True):
+        mark = re.match(r" {0,3}(```+|~~~+)", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence):
+            fence = ""
+        heading = re.match(r"## +(.+?) *$", line.rstrip("\r\n")) if not fence else None
+        if heading:
+            sections.append((heading[1], line))
+        else:
+            sections[-1] = (sections[-1][0], sections[-1][1] + line)
+    return sections
+
+
+def _join(head: Mapping[str, Any], body: str) -> str:
+    return f"---\n{yaml_dump(dict(head), sort_keys=False).strip()}\n---\n\n{body}"
+
+
+def _listed(value: Any) -> list[Any]:  # noqa: ANN401
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,118 @@
+"""Text and image towers of contrastive models, from open_clip and from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.models.loading import weights_identifier
+
+OPEN_CLIP = "open_clip:"
+# The transformers that have get_text_features and get_image_features, with vectors of one space.
+TWO_TOWERS = frozenset({"clip", "metaclip_2", "siglip", "siglip2"})
+
+
+class OpenClip:
+    """An open_clip model of which one tower is kept.
+
+    Args:
+        name: ``open_clip:<model>:<pretrained tag or checkpoint>``, ``open_clip:hf-hub:<id>`` or
+            ``open_clip:local-dir:<folder>``.
+        revision: Must be None: open_clip takes none.
+        device: Where to compute.
+
+    Raises:
+        LoraFactoryError: When the model cannot be loaded, or would start from random weights.
+    """
+
+    width: int
+
+    def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
+        import open_clip
+
+        if revision is not None:
+            raise LoraFactoryError(f"revision={revision!r}: open_clip takes none; leave it out")
+        model, pretrained = parse_open_clip(name)
+        try:
+            clip, self._transform = open_clip.create_model_from_pretrained(model, pretrained, device=device)
+            self._tokenizer = open_clip.get_tokenizer(model)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+            raise LoraFactoryError(
+                f"cannot load {name!r}: {error}; give a checkpoint file or one of open_clip's pretrained tags "
+                f"for {model!r} ({tags})"
+            ) from error
+        self._model: Any = clip.eval()
+        self._device = device
+        self.identifier = name if pretrained is None else f"{OPEN_CLIP}{model}:{weights_identifier(pretrained, None)}"
+
+
+class OpenClipText(OpenClip):
+    """The text tower of an open_clip model."""
+
+    def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
+        super().__init__(name, revision, device)
+        self._model.visual = None  # the image tower's memory is not needed
+        with torch.no_grad():
+            self.width = self(["a"]).shape[-1]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Vectors of shape ``(texts, width)``."""
+        vectors: Tensor = self._model.encode_text(self._tokenizer(list(texts)).to(self._device))
+        return vectors
+
+
+class OpenClipImage(OpenClip):
+    """The image tower of an open_clip model."""
+
+    def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
+        super().__init__(name, revision, device)
+        self.channels = 3
+        with torch.no_grad():
+            self.width = self([Image.new("RGB", (32, 32))]).shape[-1]
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Vectors of RGB images, shape ``(images, width)``."""
+        pixels = torch.stack([self._transform(image) for image in images])
+        vectors: Tensor = self._model.encode_image(pixels.to(self._device))
+        return vectors
+
+
+def text_features(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Vectors of texts from a transformers model of `TWO_TOWERS`, padded as SigLIP was trained: ``(texts, width)``."""
+    tower: Any = model
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    vectors: Tensor = tower.get_text_features(tokens.input_ids.to(model.device)).pooler_output
+    return vectors
+
+
+def image_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Vectors of images from a transformers model of `TWO_TOWERS`, shape ``(images, width)``."""
+    tower: Any = model
+    vectors: Tensor = tower.get_image_features(pixel_values=pixels).pooler_output
+    return vectors
+
+
+def parse_open_clip(name: str) -> tuple[str, str | None]:
+    """Split ``open_clip:<model>:<pretrained>``; a name with a scheme brings its weights along."""
+    model = name.removeprefix(OPEN_CLIP)
+    if model.startswith(("hf-hub:", "local-dir:")):
+        return model, None
+    model, _, pretrained = model.partition(":")
+    if not model or not pretrained:
+        from open_clip import list_pretrained_tags_by_model
+
+        tags = ", ".join(list_pretrained_tags_by_model(model)) or "none known for this model"
+        raise LoraFactoryError(
+            f"{name!r} names no weights, and a random tower knows nothing; "
+            f"write open_clip:<model>:<pretrained tag or checkpoint file>, tags: {tags}"
+        )
+    return model, pretrained

@@ -1,0 +1,230 @@
+"""Hidden states of examples on any base model (Eq. 1): what conditions made of a user's examples consist of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.adapters.attach import adapter_parameters
+from lora_factory.adapters.live_models import base_of, plain_model, unmerge, without_adapters
+from lora_factory.arguments import CollectArguments
+from lora_factory.errors import LoraFactoryError
+from lora_factory.models.inputs import IGNORED, CausalInputs, frozen, pad_tokens, positions, text_tokens
+from lora_factory.models.losses import Base
+from lora_factory.models.text_encoders import _refuse_empty, masked_mean
+from lora_factory.tasks.examples import Example, as_example
+from lora_factory.utils.cache import FeatureCache
+from lora_factory.utils.paths import cache_folder
+
+if TYPE_CHECKING:
+    from lora_factory.tasks.task import Task
+
+
+class HiddenStateEncoder:
+    """Hidden states of examples on the base model: the paper's task vectors, before their mean (Eq. 1).
+
+    By default any adapter of the model is switched off: the vectors then exist for tasks that no LoRA was trained on.
+
+    Args:
+        model: The base model, with or without adapters attached.
+        tokenizer: Its tokenizer.
+        max_length: Tokens read of each example, from its beginning.
+        batch_size: Examples a forward pass.
+
+    Attributes:
+        width: Size of the vectors, three times the model's hidden size.
+        identifier: Names the vectors, for example as a cache key: model type, a hash over its weights, and lengths.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 128,
+        batch_size: int = 16,
+    ) -> None:
+        """Keep the model; nothing is computed but its fingerprint."""
+        self.model = plain_model(model)
+        self.tokenizer = tokenizer
+        self.max_length = min(max_length, positions(model) or max_length)
+        self.batch_size = batch_size
+        base = cast(PreTrainedModel, base_of(model))
+        self._backbone = base.base_model  # without the head: logits are not needed
+        self._head = base.get_output_embeddings()
+        self.width = 3 * base.config.get_text_config().hidden_size
+        with without_adapters(self.model):  # a merged adapter is in the base model's own weights
+            fingerprint = _weights_fingerprint(base)
+        self.identifier = f"hidden-states-and-errors-2:{base.config.model_type}:{fingerprint}:{max_length}"
+
+    def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Read examples with the model.
+
+        Args:
+            examples: Texts, or prompts with their completions, which are read as one text.
+            adapter: A PEFT state dict of the LoRA in the model's slot "default", to read with it (the paper's
+                variant); the slot itself is not changed.
+
+        Returns:
+            ``[hidden state of the last token; mean over all tokens; mean prediction error]`` of the last layer,
+            float32, on the CPU, shape ``(examples, 3 * hidden size)``. The prediction error is the output embedding
+            of the next token less its expectation under the model: the direction in which the hidden states have to
+            move for the example to become more likely, whatever the adapter is that moves them.
+
+        Raises:
+            LoraFactoryError: When an example is empty, or the adapter does not fit the model's slot.
+        """
+        texts = [example if isinstance(example, str) else example.prompt + example.completion for example in examples]
+        _refuse_empty(texts)
+        if not texts:
+            return torch.empty(0, self.width)
+        weights = {} if adapter is None else self._backbone_weights(adapter)
+        with frozen(self.model), without_adapters(self.model) if adapter is None else nullcontext():
+            batches = [
+                self._read(texts[start : start + self.batch_size], weights)
+                for start in range(0, len(texts), self.batch_size)
+            ]
+        return torch.cat(batches)
+
+    def _read(self, texts: Sequence[str], weights: dict[str, Tensor]) -> Tensor:
+        rows = [text_tokens(self.tokenizer, text, begins=True)[: self.max_length] for text in texts]
+        if not all(rows):
+            raise LoraFactoryError(
+                f"the tokenizer has no token for the example {texts[rows.index([])][:60]!r}; "
+                "write it in characters that it knows"
+            )
+        inputs = pad_tokens(rows, next(self._backbone.parameters()).device)
+        outputs = torch.func.functional_call(self._backbone, weights, kwargs={**inputs, "use_cache": False})
+        hidden, mask = outputs.last_hidden_state.float(), inputs["attention_mask"]
+        last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1]
+        error = _prediction_error(hidden[:, :-1], inputs["input_ids"][:, 1:], mask[:, 1:], self._head)
+        return torch.cat([last, masked_mean(hidden, mask), error], dim=-1).cpu()
+
+    def _backbone_weights(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's weights by the names of the backbone's parameters; a head's LoRA changes no hidden state."""
+        if not isinstance(self.model, PeftModel):
+            raise LoraFactoryError(
+                "adapter= needs a model with a LoRA slot; pass get_peft_model(base_model, layout.peft_config())"
+            )
+        unmerge(self.model)
+        slots = adapter_parameters(self.model)
+        wrong = [key for key in slots if key not in adapter or adapter[key].shape != slots[key].shape]
+        wrong += [key for key in adapter if key not in slots]
+        if wrong:
+            raise LoraFactoryError(
+                f"the adapter does not fit the model's LoRA slot: {len(wrong)} keys are missing, unknown or of "
+                f"another shape, first {wrong[0]!r}; attach one with get_peft_model(base_model, layout.peft_config())"
+            )
+        names = {id(parameter): name for name, parameter in self._backbone.named_parameters()}
+        return {names[id(slot)]: adapter[key].to(slot) for key, slot in slots.items() if id(slot) in names}
+
+
+def task_vector(features: Tensor) -> Tensor:
+    """The mean over a task's examples (Eq. 1): shape ``(examples, width)`` to ``(width,)``.
+
+    Raises:
+        LoraFactoryError: When there is no example.
+    """
+    if features.ndim != 2 or not len(features):
+        raise LoraFactoryError(
+            f"features have shape {tuple(features.shape)}, expected (examples, width) with at least one example"
+        )
+    return features.mean(dim=0)
+
+
+def _prediction_error(hidden: Tensor, targets: Tensor, mask: Tensor, head: nn.Module) -> Tensor:
+    """Mean over tokens of ``e(target) - sum_v p(v) e(v)``, e being the rows of the output embedding, ``(n, width)``.
+
+    One example at a time, since probabilities over a vocabulary are large.
+    """
+    weight = head.get_parameter("weight").float()
+    errors = [
+        weight[ids] - (states @ weight.T).softmax(-1) @ weight for states, ids in zip(hidden, targets, strict=True)
+    ]
+    return masked_mean(torch.stack(errors), mask)
+
+
+def _weights_fingerprint(model: nn.Module) -> str:
+    """A quick hash over the base model's own parameters: names, shapes, precision and the first values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+BATCH = 8
+READ = CollectArguments(packing=False, sequence_length=128)
+
+
+def example_states(base: Base, examples: Sequence[Any]) -> Tensor:
+    """Read examples with the frozen base model alone.
+
+    A causal language model reads prompt and answer as one text, see ``HiddenStateEncoder``. Of an encoder-decoder, and
+    of a model that reads images, the states are those in which the answer is predicted: they have seen the rest.
+
+    Returns:
+        ``[last state; mean state; mean prediction error]``, float32, on the CPU, ``(examples, 3 * hidden size)``.
+
+    Raises:
+        LoraFactoryError: When an example is empty, or not one for this model.
+    """
+    if isinstance(base.inputs, CausalInputs):
+        return HiddenStateEncoder(base.model, base.tokenizer).encode(examples)
+    settings = replace(READ, sequence_length=min(READ.sequence_length, positions(base.model) or READ.sequence_length))
+    rows = base.inputs.encode([*map(as_example, examples)], settings)
+    with frozen(base.model), without_adapters(base.model):
+        return torch.cat([_read(base, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
+
+
+def _read(base: Base, rows: Sequence[Any]) -> Tensor:
+    inputs = base.inputs.collate(rows, base.model.device)
+    outputs = base.model(**inputs, output_hidden_states=True, use_cache=False)
+    states, labels, logits = outputs.get("decoder_hidden_states"), inputs["labels"], outputs.logits
+    if states is None:  # a decoder alone predicts the token that follows
+        states, labels, logits = outputs.hidden_states, labels[:, 1:], logits[:, :-1]
+    hidden, answered = states[-1].float()[:, : labels.shape[1]], labels != IGNORED
+    embeddings = base.model.get_output_embeddings().weight.float()
+    expected = torch.stack([row.float().softmax(-1) @ embeddings for row in logits])
+    error = masked_mean(embeddings[labels.clamp_min(0)] - expected, answered)
+    positions = torch.arange(labels.shape[1], device=labels.device)
+    last = hidden[torch.arange(len(hidden)), (answered * positions).argmax(1)]
+    return torch.cat([last, masked_mean(hidden, answered), error], dim=-1).cpu()
+
+
+FEATURE_EXAMPLES = 128  # training examples a task whose hidden states are computed
+
+
+def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """Hidden states of every task's first 128 training examples on the frozen base; those of texts are cached.
+
+    Args:
+        base: The base model, with or without adapters attached.
+        tasks: Tasks with training examples.
+
+    Returns:
+        Shape ``(examples, width)`` by the name of the task; a progress bar shows on the main process.
+    """
+    states, bar = {}, tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process)
+    if not isinstance(base.inputs, CausalInputs):
+        return {task.name: example_states(base, task.examples("train")[:FEATURE_EXAMPLES]) for task in bar}
+    encoder, cache = HiddenStateEncoder(base.model, base.tokenizer), FeatureCache(cache_folder() / "features")
+
+    def encode(texts: list[str]) -> Tensor:
+        return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
+
+    for task in bar:
+        texts = ["\0".join(row) for row in task.examples("train")[:FEATURE_EXAMPLES]]
+        states[task.name] = cache.get_or_compute(encoder.identifier, texts, encode)
+    return states

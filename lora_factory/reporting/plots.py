@@ -1,0 +1,401 @@
+"""The report's plots, as SVG in a light and a dark rendering; needs the extra ``report``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import fmean
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.reporting.summary import Interval, MethodSummary, format_number
+from lora_factory.utils.printable import printable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH = 5.0  # inches of 72 SVG points: narrow, so that letters stay readable on a phone
+_INK, _FAINT, _PAPER = "#1f2428", "#c9d1d9", "#fdfefe"  # what the dark rendering exchanges
+_DARK = {_INK: "#e6e9ec", _FAINT: "#3b434b", _PAPER: "#16191d"}
+# Middle tones that stand out from white and from near-black, and from each other for most colour-blind readers.
+_COLOURS = ("#1f83c4", "#d9822b", "#2a9d6e", "#c2569b", "#8a6fd1", "#b5942b", "#d2504a", "#7d8894")
+_MARKERS = ("o", "s", "^", "D", "v")
+_LEFT_END, _RIGHT_END = -0.6, 1.4  # headrooms beyond are drawn at the edge, with their number
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot.
+
+    Attributes:
+        title: Its heading.
+        caption: What it shows and how to read it.
+        light: The SVG for light pages as a data URI.
+        dark: The SVG for dark pages as a data URI.
+    """
+
+    title: str
+    caption: str
+    light: str
+    dark: str
+
+
+class _Entry(NamedTuple):
+    """One line of a legend."""
+
+    name: str
+    marker: str
+    colour: str
+    hollow: bool = False
+
+
+def draw_plots(comparison: Mapping[str, Any], summaries: Sequence[MethodSummary]) -> list[Plot]:
+    """Draw every plot that the comparison has data for; the first one is the headroom per method.
+
+    Args:
+        comparison: What ``comparison.compare`` returns.
+        summaries: What ``summarise`` returns for it.
+
+    Raises:
+        LoraFactoryError: If matplotlib or scikit-learn is missing.
+    """
+    _check_extra()
+    from matplotlib import rc_context
+
+    # Letters stay letters, and the same numbers give the same bytes.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
+        return [
+            *_headroom_plot(summaries),
+            *_point_plots(comparison.get("points", {})),
+            *_curve_plots(comparison.get("curves", {})),
+            *_ablation_plots(comparison.get("ablations", [])),
+        ]
+
+
+def draw_detections(methods: Sequence[str], pictures: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Draw the boxes that every method found, side by side (the paper's Figure 4); no picture, no plot.
+
+    Args:
+        methods: The columns.
+        pictures: The rows, as ``detection_comparison.compare_detection`` makes them.
+
+    Raises:
+        LoraFactoryError: If matplotlib or scikit-learn is missing.
+    """
+    _check_extra()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    if not pictures:
+        return []
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
+        figure = Figure((1.8 * len(methods), 1.9 * len(pictures)), layout="constrained", facecolor="none")
+        panels = figure.subplots(len(pictures), len(methods), squeeze=False)
+        for row, picture in zip(panels, pictures, strict=True):
+            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])), formats=("JPEG",))
+            row[0].set_ylabel(_short(picture["task"]), color=_INK, fontsize=9)
+            for axes, method in zip(row, methods, strict=True):
+                axes.imshow(image)
+                axes.set(xticks=[], yticks=[])
+                for box in picture["truth"]:
+                    _rectangle(axes, box, image.size, _COLOURS[2], "--")
+                for one in picture["found"][method]:
+                    _rectangle(
+                        axes,
+                        one["box"],
+                        image.size,
+                        _COLOURS[1],
+                        "-",
+                        f"{_short(one['label'], 12)} {one['score']:.2f}",
+                    )
+        for axes, method in zip(panels[0], methods, strict=True):
+            axes.set_title(_short(method), color=_INK, fontsize=9)
+        caption = "Boxes that each method found, with its certainty (solid), and those of the annotation (dashed)."
+        return [_plot(figure, "Boxes", caption)]
+
+
+def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.ndarray, str]:
+    """Bring vectors to the plane.
+
+    Args:
+        rows: Vectors of shape ``(n, width)``.
+        neighbours: Use t-SNE, which keeps neighbours together; with fewer than 12 rows it is PCA as well.
+
+    Returns:
+        Points of shape ``(n, 2)``, and the name of the method.
+    """
+    import numpy as np
+
+    values = np.asarray(rows, dtype=float).reshape(len(rows), -1)
+    centred = values - values.mean(0)
+    points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    if not neighbours or len(rows) < 12:
+        return points, "PCA"
+    from sklearn.manifold import TSNE
+
+    start = points / max(float(points.std()), 1e-12) * 1e-4
+    model = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init=start, random_state=0)
+    return model.fit_transform(centred), "t-SNE"
+
+
+def _check_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise LoraFactoryError(
+            f"{error.name} is not installed, and the report's plots need it: pip install 'lora-factory[report]'"
+        ) from error
+
+
+def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
+    figure, (axes,) = _figure(0.9 + 0.36 * len(summaries))
+    for end in (0, 1):
+        axes.axvline(end, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
+    blue, orange = _COLOURS[:2]
+    for offset, group, colour, face in ((-0.18, "seen", blue, blue), (0.18, "unseen", orange, _PAPER)):
+        for row, summary in enumerate(summaries):
+            found = summary.groups[group]
+            if found:
+                _interval(axes, row + offset, found.headroom, colour, face)
+    axes.set_xlim(_LEFT_END - 0.05, _RIGHT_END + 0.05)
+    axes.set_ylim(len(summaries) - 0.4, -0.6)
+    axes.set_yticks(range(len(summaries)), ["\n".join(wrap(_short(summary.method, 48), 25)) for summary in summaries])
+    axes.set_xticks([0, 1], ["0\noriginal model", "1\noriginal LoRA"])
+    axes.grid(axis="y", color=_FAINT, linewidth=0.5)
+    _legend(figure, [_Entry("seen tasks", "o", blue), _Entry("unseen tasks", "o", orange, hollow=True)])
+    caption = (
+        "Share of the gain of each task's own LoRA that a method recovers, with bootstrap 95 % intervals. "
+        "Triangles stand for values beyond the edge. The table below gives the same numbers."
+    )
+    return [_plot(figure, "Headroom per method", caption)]
+
+
+def _rectangle(
+    axes: Axes, box: Sequence[float], size: tuple[int, int], colour: str, style: str, words: str = ""
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = (share * length for share, length in zip(box, size * 2, strict=True))
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linestyle=style))
+    if words:
+        axes.text(left, top, words, fontsize=6, color=_PAPER, va="bottom", bbox={"pad": 0.6, "color": colour})
+
+
+def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: str) -> None:
+    """A mean as a point and its interval as a line; beyond the edges a triangle with the mean's number."""
+    mean = interval.mean
+    if _LEFT_END <= mean <= _RIGHT_END:
+        if not math.isnan(interval.low):
+            ends = [max(interval.low, _LEFT_END - 0.05), min(interval.high, _RIGHT_END + 0.05)]
+            axes.plot(ends, [height, height], color=colour, linewidth=1.6)
+        axes.plot([mean], [height], "o", color=colour, markersize=5.5, markerfacecolor=face)
+        return
+    left = mean < _LEFT_END
+    edge = _LEFT_END if left else _RIGHT_END
+    axes.plot([edge], [height], "<" if left else ">", color=colour, markersize=5.5, markerfacecolor=face)
+    side = 6 if left else -6
+    axes.annotate(
+        format_number(mean, 1),
+        (edge, height),
+        (side, 0),
+        textcoords="offset points",
+        va="center",
+        ha="left" if left else "right",
+        fontsize=8,
+        color=_INK,
+    )
+
+
+def _point_plots(points: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
+    """Figure 2 of the paper (task vectors, hidden states), the latent space, and real beside generated weights."""
+    shown = {
+        "task vectors": (True, "Task vectors", "One point a task vector, coloured by task."),
+        "hidden states": (True, "Hidden states", "One point an example's hidden state, coloured by its task."),
+        "latents": (False, "Latent space", "The generator's latent space, coloured by task."),
+        "weights": (
+            False,
+            "Weights",
+            "Real checkpoints beside generated adapters, in the checkpoints' main directions.",
+        ),
+    }
+    plots = []
+    for name, (neighbours, title, words) in shown.items():
+        found = points.get(name, {"rows": []})
+        kept = [index for index, row in enumerate(found["rows"]) if all(map(math.isfinite, row))]
+        if len(kept) < 2:
+            continue
+        places, method = project([found["rows"][index] for index in kept], neighbours=neighbours)
+        labels, kinds = ([found[key][index] for index in kept] for key in ("labels", "kinds"))
+        left_out = len(found["rows"]) - len(kept)
+        words += f" {left_out} points that are not finite are left out." if left_out else ""
+        plots.append(_plot(_scatter(places, labels, kinds), f"{title} ({method})", words + _reading(method)))
+    return plots
+
+
+def _reading(method: str) -> str:
+    return " t-SNE keeps neighbours together; its distances mean nothing else." if method == "t-SNE" else ""
+
+
+def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) -> Figure:
+    """Points coloured and shaped by task; of two kinds, the first is faint and filled, the second large and hollow."""
+    tasks, kind_names = sorted(set(labels)), sorted(set(kinds), key=list(kinds).index)
+    figure, (axes,) = _figure(4.2)
+    looks = _looks(tasks)
+    for order, kind in enumerate(kind_names):
+        for task in tasks:
+            chosen = [index for index, pair in enumerate(zip(labels, kinds, strict=True)) if pair == (task, kind)]
+            marker, colour = looks[task]
+            axes.plot(
+                places[chosen, 0],
+                places[chosen, 1],
+                marker,
+                color=colour,
+                markersize=4 + 4 * order,
+                alpha=0.75 if order == 0 else 1,
+                markerfacecolor=colour if order == 0 else "none",
+                markeredgewidth=0.4 if order == 0 else 1.8,
+            )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+    entries = [_Entry(_short(task, 16), *looks[task]) for task in tasks]
+    if len(kind_names) > 1:
+        entries += [_Entry(f"({kind})", "o", _INK, hollow=order > 0) for order, kind in enumerate(kind_names)]
+    _legend(figure, entries)
+    return figure
+
+
+def _curve_plots(curves: Mapping[str, Sequence[Mapping[str, float | None]]]) -> list[Plot]:
+    """One plot a kind of model (the name's beginning, up to a comma), one panel a quantity."""
+    plots = []
+    for model in dict.fromkeys(name.partition(",")[0] for name in curves):
+        runs = {name: rows for name, rows in curves.items() if name.partition(",")[0] == model and rows}
+        quantities = list(dict.fromkeys(key for rows in runs.values() for row in rows for key in row if key != "step"))
+        if not quantities:
+            continue
+        figure, panels = _figure(0.6 + 1.7 * len(quantities), len(quantities))
+        looks = _looks(runs)
+        for axes, quantity in zip(panels, quantities, strict=True):
+            lines = {name: _line(rows, "step", quantity) for name, rows in runs.items()}
+            for name, (steps, values) in lines.items():
+                axes.plot(steps, values, color=looks[name][1], linewidth=1.3)
+            if all(not value <= 0 for _, values in lines.values() for value in values):
+                axes.set_yscale("log", subs=[2, 5])
+                for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                    axis_formatter(lambda value, _: f"{value:g}")
+            axes.set_ylabel(quantity)
+            axes.grid(axis="y", color=_FAINT, linewidth=0.5)
+        panels[-1].set_xlabel("training step")
+        _legend(figure, [_Entry(_short(name.partition(",")[2] or name), "_", looks[name][1]) for name in runs], 3)
+        plots.append(
+            _plot(figure, f"Loss curves: {model}", "Training losses by step; gaps are values that were not finite.")
+        )
+    return plots
+
+
+def _ablation_plots(ablations: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Headroom by value, one line a method, one plot a parameter."""
+    plots = []
+    for parameter in dict.fromkeys(run["parameter"] for run in ablations):
+        runs = [run for run in ablations if run["parameter"] == parameter and run["headroom"] is not None]
+        values = list(dict.fromkeys(run["value"] for run in runs))
+        methods = list(dict.fromkeys(run["method"] for run in runs))
+        if len(values) < 2:
+            continue
+        figure, (axes,) = _figure(3.0)
+        looks = _looks(methods)
+        for method, (marker, colour) in looks.items():
+            found = {
+                value: [run["headroom"] for run in runs if (run["method"], run["value"]) == (method, value)]
+                for value in values
+            }
+            heights = [fmean(found[value]) if found[value] else math.nan for value in values]
+            axes.plot(range(len(values)), heights, marker + "-", color=colour, linewidth=1.3, markersize=5)
+        axes.set_xticks(range(len(values)), [_short(str(value), 12) for value in values])
+        axes.set_xlabel(_short(parameter))
+        axes.set_ylabel("headroom")
+        axes.grid(axis="y", color=_FAINT, linewidth=0.5)
+        _legend(figure, [_Entry(_short(method), *looks[method]) for method in methods], 2)
+        plots.append(_plot(figure, f"Ablation: {parameter}", "Mean headroom over tasks and runs by value."))
+    return plots
+
+
+def _line(rows: Sequence[Mapping[str, float | None]], *keys: str) -> list[list[float]]:
+    """One list of numbers a key, NaN where a row has none."""
+    return [[math.nan if (value := row.get(key)) is None else value for row in rows] for key in keys]
+
+
+def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A marker and a colour for every name; five markers and eight colours make 40 different pairs."""
+    return dict(zip(names, zip(cycle(_MARKERS), cycle(_COLOURS), strict=False), strict=False))
+
+
+def _short(text: str, length: int = 28) -> str:
+    """Printable text of at most this many characters."""
+    text = printable(text)
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A transparent figure with panels above each other that share their horizontal axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="none")
+    rows = figure.subplots(panels, sharex=True, squeeze=False)[:, 0].tolist()
+    for axes in rows:
+        axes.set_facecolor("none")
+        axes.tick_params(which="both", colors=_INK, labelsize=10, length=0)
+        axes.xaxis.label.set(color=_INK, size=10)
+        axes.yaxis.label.set(color=_INK, size=10)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(_FAINT)
+        axes.set_axisbelow(True)
+    return figure, rows
+
+
+def _legend(figure: Figure, entries: Sequence[_Entry], columns: int = 3) -> None:
+    """A legend under the panels."""
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, fillstyle="none" if hollow else "full", markersize=7)
+        for _, marker, colour, hollow in entries
+    ]
+    # The blank in front: matplotlib leaves out names that start with an underscore.
+    figure.legend(
+        lines,
+        [f" {entry.name}" for entry in entries],
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=10,
+        labelcolor=_INK,
+        handletextpad=0,
+        columnspacing=1,
+    )
+
+
+def _plot(figure: Figure, title: str, caption: str) -> Plot:
+    """Render once; the dark rendering differs in a few colours only."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    light = dark = buffer.getvalue()
+    for colour, exchanged in _DARK.items():
+        dark = dark.replace(colour, exchanged)
+    return Plot(_short(title, 80), caption, _data_uri(light), _data_uri(dark))
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

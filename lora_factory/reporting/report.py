@@ -1,0 +1,158 @@
+"""Show a comparison to people: Markdown and terminal tables, and one self-contained HTML page with plots."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich.box import SIMPLE
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lora_factory.reporting.plots import draw_detections, draw_plots
+from lora_factory.reporting.summary import Finding, findings, summarise
+from lora_factory.reporting.tables import Table, comparison_tables, detection_table
+from lora_factory.utils.files import write_text
+from lora_factory.utils.folders import check_reports
+from lora_factory.utils.printable import printable
+
+_TERMINAL_COLUMNS = 6  # beside a row's name: wider tables are cut into several
+
+
+def markdown_tables(comparison: Mapping[str, Any]) -> str:
+    """The findings and every table of a comparison, as GitHub-flavoured Markdown.
+
+    Args:
+        comparison: What ``comparison.compare`` returns.
+    """
+    blocks = [f"# Comparison on {_markdown(printable(comparison['base_model']))}"]
+    blocks.append(
+        "\n".join(
+            f"- {'**Warning:** ' if finding.warning else ''}{_markdown(printable(finding.text))}"
+            for finding in findings(comparison)
+        )
+    )
+    for table in comparison_tables(comparison):
+        blocks.append(f"## {_markdown(table.title)}\n\n{markdown_table(table)}\n\n{_markdown(table.note)}")
+    return "\n\n".join(block.strip() for block in blocks if block) + "\n"
+
+
+def terminal_tables(comparison: Mapping[str, Any]) -> list[RichTable]:
+    """Every table of a comparison for a rich console; the first one is captioned with the findings.
+
+    Args:
+        comparison: What ``comparison.compare`` returns.
+    """
+    words = "\n".join(
+        f"{'! ' if finding.warning else ''}{printable(finding.text)}" for finding in findings(comparison)
+    )
+    tables = [part for table in comparison_tables(comparison) for part in _narrow(table)]
+    return [_rich_table(table, words if index == 0 else "") for index, table in enumerate(tables)]
+
+
+def html_page(comparison: Mapping[str, Any]) -> str:
+    """One HTML page with the findings, every table and the plots; it requests nothing from anywhere.
+
+    Args:
+        comparison: What ``comparison.compare`` returns; with ``detection``, what ``compare_detection`` returns, its
+            table and boxes are shown as well.
+
+    Raises:
+        LoraFactoryError: If the extra ``report`` is not installed.
+    """
+    detection = comparison.get("detection")
+    pictures = draw_detections(detection["methods"], detection["pictures"]) if detection else []
+    return render_page(
+        base_model=printable(comparison["base_model"]),
+        findings=[Finding(printable(finding.text), finding.warning) for finding in findings(comparison)],
+        tables=[*comparison_tables(comparison), *([detection_table(detection)] if detection else [])],
+        plots=[*draw_plots(comparison, summarise(comparison)), *pictures],
+        seeds=", ".join(map(str, comparison["seeds"])),
+        folds=[", ".join(map(printable, fold)) for fold in comparison["folds"]],
+        versions=", ".join(f"{printable(name)} {printable(it)}" for name, it in comparison["created_with"].items()),
+        settings=json.dumps(comparison["settings"], indent=2, ensure_ascii=False, default=str),
+    )
+
+
+def render_page(**values: Any) -> str:  # noqa: ANN401
+    """Fill in the page's template; ``values`` are its variables, as ``html_page`` gives them."""
+    source = files("lora_factory.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source).render(**values)
+
+
+def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write ``tables.md`` and ``report.html``.
+
+    Args:
+        comparison: What ``comparison.compare`` returns.
+        folder: Where to; made if missing, older reports in it are replaced.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        LoraFactoryError: If the extra ``report`` is not installed; ``tables.md`` is written all the same.
+    """
+    folder = check_reports(folder, "tables.md", "report.html")
+    write_text(folder / "tables.md", markdown_tables(comparison))
+    path = folder / "report.html"
+    write_text(path, html_page(comparison))
+    return path
+
+
+def markdown_table(table: Table) -> str:
+    """One table in GitHub-flavoured Markdown, the best entries in bold."""
+
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(texts) + " |"
+
+    lines = [line(_markdown(f"{column.group} {column.name}".strip()) for column in table.columns)]
+    lines.append(line(":--" if index == 0 or column.wordy else "--:" for index, column in enumerate(table.columns)))
+    for index, row in enumerate(table.rows):
+        bold = {column for best, column in table.best if best == index} | ({0} if index in table.marked else set())
+        lines.append(
+            line(f"**{_markdown(text)}**" if column in bold else _markdown(text) for column, text in enumerate(row))
+        )
+    return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    """Plain text with what Markdown and HTML would act on made harmless."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
+
+
+def _narrow(table: Table) -> list[Table]:
+    """The table cut into parts narrow enough for a terminal; every part repeats the rows' names."""
+    parts = []
+    for start in range(1, len(table.columns), _TERMINAL_COLUMNS):
+        kept = [0, *range(start, min(start + _TERMINAL_COLUMNS, len(table.columns)))]
+        parts.append(
+            replace(
+                table,
+                columns=tuple(table.columns[index] for index in kept),
+                rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+                best=frozenset((row, kept.index(column)) for row, column in table.best if column in kept),
+            )
+        )
+    return parts
+
+
+def _rich_table(table: Table, caption: str) -> RichTable:
+    """The table for a console; `Text` keeps rich from reading markup in names."""
+    shown = RichTable(title=Text(table.title), caption=Text(caption), caption_justify="left", box=SIMPLE)
+    for index, column in enumerate(table.columns):
+        wordy = index == 0 or column.wordy
+        heading = Text("\n".join(filter(None, (column.group, column.name))))
+        shown.add_column(heading, justify="left" if wordy else "right", no_wrap=index == 0, overflow="fold")
+    for index, row in enumerate(table.rows):
+        texts = [Text(text, style="bold" if (index, column) in table.best else "") for column, text in enumerate(row)]
+        shown.add_row(*texts, style="yellow" if index in table.marked else None)
+    return shown

@@ -1,0 +1,302 @@
+"""Image classification tasks: from image folders, from data sets with an image and a label column, or from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from PIL import Image
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks.image_files import ImageLike, check_image, image_fingerprint, images_in
+from lora_factory.tasks.text import SPLITS, DataSource, Split, load_splits
+from lora_factory.utils.paths import safe_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+TaskKind = TypeVar("TaskKind")
+
+
+class LabelledImage(NamedTuple):
+    """One example: an image (a file, a file's content or in memory) and the name of its class."""
+
+    image: ImageLike
+    label: str
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Telling images apart: what one LoRA on an image classifier learns.
+
+    Made by `from_examples`, `from_folder` or `from_dataset`; a missing validation or test split is carved out of
+    train, a tenth of its rows each, always the same ones.
+
+    Attributes:
+        name: Short name, also the name of the task's folder in a zoo.
+        descriptions: What the task is, in natural language; at least one.
+        shown: Classes whose images tell a generator what the task is, for example ``("yes",)``; all when empty.
+        license: Licence of the data, if known.
+        dataset: The data set's id on the Hub, if it has one.
+    """
+
+    name: str
+    descriptions: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+    license: str | None = None
+    dataset: str | None = None
+    _examples: dict[Split, list[LabelledImage]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        safe_name(self.name)
+        if isinstance(self.descriptions, str) or not self.descriptions or not all(map(str.strip, self.descriptions)):
+            raise LoraFactoryError(
+                f"task {self.name!r}: descriptions={self.descriptions!r} must be texts, one or more"
+            )
+        found = {example.label for example in self._examples.get("train", ())}
+        if len(found) < 2:
+            raise LoraFactoryError(
+                f"task {self.name!r} has training images of {sorted(found)}; give some of two classes or more"
+            )
+        if strangers := sorted(set(self.shown) - found):
+            raise LoraFactoryError(f"task {self.name!r} shows {strangers}, but has images of {sorted(found)} only")
+
+    @classmethod
+    def from_examples(
+        cls,
+        name: str,
+        descriptions: Sequence[str],
+        train: Sequence[LabelledImage],
+        validation: Sequence[LabelledImage] = (),
+        test: Sequence[LabelledImage] = (),
+        *,
+        shown: Sequence[str] = (),
+        license: str | None = None,
+    ) -> ImageTask:
+        """A task of images with their labels.
+
+        Raises:
+            LoraFactoryError: When there is no description, one class only, or too few images to carve a split out of.
+        """
+        given = dict(zip(SPLITS, (train, validation, test), strict=True))
+        return cls(name, tuple(descriptions), tuple(shown), license, None, _complete(given, name))
+
+    @classmethod
+    def from_folder(
+        cls,
+        name: str,
+        descriptions: Sequence[str],
+        folder: str | Path,
+        *,
+        shown: Sequence[str] = (),
+        license: str | None = None,
+    ) -> ImageTask:
+        """A task of a folder with one folder a class, or with such a folder for each of train, validation and test.
+
+        Raises:
+            LoraFactoryError: When the folder is missing, or a class has no image.
+        """
+        folder = Path(folder).expanduser()
+        parts = [folder / split for split in SPLITS] if (folder / "train").is_dir() else [folder]
+        rows = [_labelled(part) if part.is_dir() or part is parts[0] else [] for part in parts]
+        return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        name: str,
+        descriptions: Sequence[str],
+        data: Dataset | DatasetDict | Mapping[Split, Dataset],
+        *,
+        image_column: str = "image",
+        label_column: str = "label",
+        shown: Sequence[str] = (),
+        license: str | None = None,
+    ) -> ImageTask:
+        """A task of a loaded data set; images stay encoded until they are needed.
+
+        Args:
+            name: Short name.
+            descriptions: What the task is; at least one sentence.
+            data: What `datasets.load_dataset` returns: one split, which is train, or a dictionary of them.
+            image_column: Its images.
+            label_column: Its labels: texts, or numbers with names.
+            shown: Classes whose images tell a generator what the task is; all when empty.
+            license: Licence of the data, if known.
+
+        Raises:
+            LoraFactoryError: When a column is missing or no image, or an image is.
+        """
+        parts = data if isinstance(data, Mapping) else {"train": data}
+        rows = [_rows(parts[split], image_column, label_column, name) if split in parts else [] for split in SPLITS]
+        return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
+
+    def asking_for(self, positives: Sequence[str]) -> ImageTask:
+        """The same images, "yes" for some classes and "no" for the others; the former show what the task is.
+
+        Raises:
+            LoraFactoryError: When there is no image of a class, or none that is not asked for.
+        """
+        found = {label for _, label in self.examples("train")}
+        if strangers := sorted(set(positives) - found):
+            raise LoraFactoryError(
+                f"task {self.name!r}: no training image of the class {strangers[0]!r}; choose of {sorted(found)}"
+            )
+        rows = {
+            split: [LabelledImage(image, "yes" if label in positives else "no") for image, label in examples]
+            for split, examples in self._examples.items()
+        }
+        return replace(self, shown=("yes",), _examples=rows)
+
+    def examples(self, split: Split) -> list[LabelledImage]:
+        """The labelled images of "train", "validation" or "test"."""
+        return self._examples[split]
+
+    def images(self) -> list[ImageLike]:
+        """The training images that tell a generator what the task is: those of the classes `shown`."""
+        return [image for image, label in self.examples("train") if not self.shown or label in self.shown]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all images and labels of all splits."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            rows = (f"{image_fingerprint(image)} {label}\n" for image, label in self.examples(split))
+            digest.update(f"{split}\n{''.join(rows)}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageClasses:
+    """Images with their classes, as a task file has them.
+
+    Attributes:
+        path: A folder as `ImageTask.from_folder` takes it; or as in `DataSource` a data set's id on the Hub or a local
+            file of rows, or a format with ``data_files``.
+        name: As in `DataSource`, like ``data_files``, ``splits`` and ``revision``.
+        image_column: A data set's column of images.
+        label_column: Its column of classes.
+        positives: Classes to answer "yes" for, and "no" for all others; default: every class goes by its name.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: Mapping[str, Sequence[str]] | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    positives: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        given = self.positives
+        if not isinstance(given, list | tuple) or not all(isinstance(name, str) and name for name in given):
+            raise LoraFactoryError(
+                f"positives={given!r} must be a list of classes; put each in quotes, since YAML reads yes and no as"
+                " true and false"
+            )
+        object.__setattr__(self, "data_files", self._rows.data_files)
+
+    def relative_to(self, folder: Path) -> ImageClasses:
+        """The same source, its local paths taken as relative to ``folder``."""
+        rows = self._rows.relative_to(folder)
+        return replace(self, path=rows.path, data_files=rows.data_files)
+
+    def task(self, name: str, descriptions: Sequence[str], license: str | None = None) -> ImageTask:
+        """The task of telling these images apart; files are listed and data sets read now.
+
+        Raises:
+            LoraFactoryError: The data cannot be found or read, a column is missing, or a class has no image.
+        """
+        folder = Path(self.path).expanduser()
+        if folder.is_dir():
+            task = ImageTask.from_folder(name, descriptions, folder, license=license)
+        else:
+            columns = {"image_column": self.image_column, "label_column": self.label_column}
+            parts = load_splits(self._rows, name)
+            task = ImageTask.from_dataset(name, descriptions, parts, license=license, **columns)
+            task = replace(task, dataset=None if self._rows.format else self.path)
+        return task.asking_for(self.positives) if self.positives else task
+
+    @property
+    def _rows(self) -> DataSource:
+        return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
+
+
+def check_images(task: ImageTask) -> None:
+    """Look at the head of every image file of a task.
+
+    Raises:
+        LoraFactoryError: When a file is missing, no image or too large.
+    """
+    for split in SPLITS:
+        for image, _ in task.examples(split):
+            if isinstance(image, bytes):
+                check_image(image, f"image of {len(image)} bytes of task {task.name!r}")
+            elif not isinstance(image, Image.Image):
+                check_image(image, str(image))
+
+
+def language_tasks(tasks: Sequence[TaskKind | ImageTask]) -> list[TaskKind]:
+    """The same tasks, for what needs a model that writes.
+
+    Raises:
+        LoraFactoryError: One of them is for image classifiers.
+    """
+    if strangers := [task.name for task in tasks if isinstance(task, ImageTask)]:
+        raise LoraFactoryError(
+            f"task {strangers[0]!r} is for image classifiers; give tasks whose answers are texts, and score"
+            " classifiers by lora_factory.models.classifiers.image_accuracy"
+        )
+    return [task for task in tasks if not isinstance(task, ImageTask)]
+
+
+def _labelled(folder: Path) -> list[LabelledImage]:
+    """Every image below a folder's class folders."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not classes:
+        raise LoraFactoryError(f"{folder} has no folders of images; make one folder a class in it")
+    return [LabelledImage(file, path.name) for path in classes for file in images_in(path)]
+
+
+def _rows(data: Dataset, image_column: str, label_column: str, task: str) -> list[LabelledImage]:
+    """A split's rows, with images as files' contents where the data set holds those."""
+    from datasets import ClassLabel, Image
+
+    for column in (image_column, label_column):
+        if column not in data.column_names:
+            raise LoraFactoryError(f"task {task!r}: no column {column!r}; the data set has {data.column_names}")
+    if not isinstance(data.features[image_column], Image):
+        raise LoraFactoryError(
+            f"task {task!r}: column {image_column!r} holds no images; cast it: "
+            f"data.cast_column({image_column!r}, datasets.Image())"
+        )
+    labels = data.features[label_column]
+    rows = []
+    for number, row in enumerate(data.cast_column(image_column, Image(decode=False))):
+        image, label = row[image_column], row[label_column]
+        if image is None or label is None or not (image["bytes"] or image["path"]):
+            raise LoraFactoryError(f"task {task!r}: row {number} lacks its image or its label; filter such rows out")
+        name = labels.int2str(label) if isinstance(labels, ClassLabel) else str(label)
+        rows.append(LabelledImage(image["bytes"] or image["path"], name))
+    return rows
+
+
+def _complete(given: Mapping[Split, Sequence[LabelledImage]], task: str) -> dict[Split, list[LabelledImage]]:
+    """All three splits: those given, the missing ones carved out of train."""
+    complete = {split: [LabelledImage(*row) for row in rows] for split, rows in given.items()}
+    missing = [split for split in SPLITS if not complete[split] and split != "train"]
+    train = complete["train"]
+    share = max(1, len(train) // 10)
+    if missing and len(train) <= share * len(missing):
+        raise LoraFactoryError(f"task {task!r} has {len(train)} training images, too few; give more of them")
+    if missing:
+        random.Random(0).shuffle(train)
+    for split in missing:
+        complete[split], complete["train"] = complete["train"][:share], complete["train"][share:]
+    return complete

@@ -1,0 +1,449 @@
+"""Data sources: which data set, files and columns hold a task's examples, on the Hub or on this machine."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.local_rows import as_text, format_of, read_paragraphs, read_rows, separator_hint
+from lora_factory.utils.paths import local_path
+
+Split = Literal["train", "validation", "test"]
+Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+LOCAL_FORMATS = ("json", "csv", "parquet", "text")
+_OWN_FORMATS = ("json", "csv", "text")  # read by `read_rows`: the readers of `datasets` guess types and change cells
+_MAX_NAME_BYTES = 255  # of a file or folder, on all file systems in common use
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a task's examples come from and which columns hold their text.
+
+    Attributes:
+        path: A data set's id on the Hub, a local folder of data files or one that `Dataset.save_to_disk` wrote, a
+            local file (.json, .jsonl, .ndjson, .csv, .tsv or .txt, all also with .gz behind, or .parquet), or "json",
+            "csv", "parquet" or "text" with `data_files`. Each line of a text file is an example.
+        name: The data set's configuration on the Hub.
+        data_files: File names or patterns, per split of the source. A bare name stands for a list of one, and
+            without a split it means "train".
+        splits: For each of "train", "validation" and "test", the source's split; default: the split of the same name.
+            With the Hub, slices such as "train[:1000]" work.
+        text_column: Column of plain text; "text" unless `prompt_column` and `completion_column` are given.
+        prompt_column: Column of the text that is read but not learned.
+        completion_column: Column of the text that is learned.
+        revision: Branch, tag or commit on the Hub.
+        streaming: Read rows one by one, and download no more than these, instead of the whole data set first; needs
+            `max_rows`.
+        max_rows: How many of the first rows of every split are read; default: all.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: Mapping[str, Sequence[str]] | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    text_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value at birth and fill in the default text column."""
+        object.__setattr__(self, "path", os.fspath(self.path) if isinstance(self.path, os.PathLike) else self.path)
+        if isinstance(self.max_rows, numpy.integer):
+            object.__setattr__(self, "max_rows", int(self.max_rows))
+        for key in ("path", "name", "text_column", "prompt_column", "completion_column", "revision"):
+            value = getattr(self, key)
+            if not (isinstance(value, str) and value.strip()) and not (value is None and key != "path"):
+                raise LoraFactoryError(
+                    f"{key}={value!r} of a data source must be a text that is not empty; put it in quotes"
+                )
+        _check_path(self.path)
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise LoraFactoryError("prompt_column and completion_column go together: give both, or text_column alone")
+        if self.text_column is None and self.prompt_column is None:
+            object.__setattr__(self, "text_column", "text")
+        elif self.text_column is not None and self.prompt_column is not None:
+            raise LoraFactoryError("give either text_column or prompt_column and completion_column, not all three")
+        splits = self.splits
+        if not isinstance(splits, Mapping) or not set(splits) <= set(SPLITS) or not _are_texts(splits.values()):
+            raise LoraFactoryError(f"splits={splits!r} must map {', '.join(SPLITS)} to the source's split names")
+        if self.data_files is not None:
+            object.__setattr__(self, "data_files", _files_of_splits(self.data_files))
+        if self.max_rows is not None and (type(self.max_rows) is not int or self.max_rows < 1):
+            raise LoraFactoryError(f"max_rows={self.max_rows!r} of a data source must be a number of rows above 0")
+        if not isinstance(self.streaming, bool) or (self.streaming and self.max_rows is None):
+            raise LoraFactoryError(
+                f"streaming={self.streaming!r} must be true or false, and true needs max_rows, for example "
+                "streaming: true, max_rows: 20000"
+            )
+        if self.path in LOCAL_FORMATS and not self.data_files:
+            raise LoraFactoryError(
+                f"path={self.path!r} needs data_files, for example data_files: {{train: train.{self.path}}}"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read: one of plain text, or prompt and completion."""
+        return tuple(c for c in (self.text_column, self.prompt_column, self.completion_column) if c is not None)
+
+    @property
+    def format(self) -> str | None:
+        """The format of local files, None for a local folder and for the Hub."""
+        return self.path if self.path in LOCAL_FORMATS else format_of(self.path)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set's id on the Hub; None for local files and folders, which have no public name."""
+        return None if self.format is not None or Path(self.path).expanduser().is_dir() else self.path
+
+    def local_files(self) -> dict[str, list[str]]:
+        """The existing local files per split of the source, patterns resolved and sorted.
+
+        Raises:
+            LoraFactoryError: A file does not exist or is empty.
+        """
+        patterns = self.data_files if self.path in LOCAL_FORMATS and self.data_files else {"train": [self.path]}
+        return {
+            split: [file for pattern in given for file in _matching_files(pattern)]
+            for split, given in patterns.items()
+        }
+
+    def relative_to(self, folder: Path) -> DataSource:
+        """The same source, its local paths taken as relative to `folder`; ids on the Hub stay as they are."""
+        if self.path in LOCAL_FORMATS:
+            files = (self.data_files or {}).items()
+            return replace(
+                self, data_files={split: [_below(folder, name) for name in given] for split, given in files}
+            )
+        is_local = self.format is not None or (folder / self.path).is_dir()
+        return replace(self, path=_below(folder, self.path)) if is_local else self
+
+
+def load_examples(source: DataSource, task: str) -> dict[Split, list[Example]]:
+    """Load the splits that a source has; rows without text are left out.
+
+    Args:
+        source: Where the rows come from and which columns hold text.
+        task: The task's name, for error messages.
+
+    Raises:
+        LoraFactoryError: The data cannot be found or read, there is no split to learn from, a column is missing, or a
+            split has no text.
+    """
+    found = _own_files(source, task)
+    if found is None:
+        splits: dict[Split, list[Example]] = {}
+        for split, rows in load_splits(source, task).items():
+            with _teaching_errors(source, task):
+                first = _first_rows(rows, source)
+            splits[split] = _read_rows(first, source, f"{task}/{split}")
+        return splits
+    form, files = found
+    return {
+        split: _examples_of(_rows_of(names, form, source, task), source, f"{task}/{split}")
+        for split, names in _choose_splits(files, source, task).items()
+    }
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read a file of examples of one task.
+
+    Rows of JSON Lines, JSON, CSV, TSV and Parquet files hold a column `text`, or `prompt` and `completion`. A text
+    file holds an example in each paragraph, since a blank line, unlike a line's end, may not stand in an example.
+
+    Args:
+        path: The file; all formats but Parquet may be packed with gzip, and then end in ``.gz`` as well.
+
+    Raises:
+        LoraFactoryError: The file cannot be read, is empty, or has other columns.
+    """
+    file = local_path(path)
+    form = format_of(file.name)
+    if form is None or form == "text":
+        return [Example("", text) for text in read_paragraphs(file)]
+    source = DataSource(str(file))
+    (name,) = source.local_files()["train"]
+    if form == "parquet":
+        with _teaching_errors(source, "examples"):
+            columns = datasets.Dataset.from_parquet(glob.escape(name), keep_in_memory=True).column_names
+    else:
+        columns = list(next(read_rows(name, form), {}))
+    if "text" not in columns and {"prompt", "completion"} <= set(columns):
+        source = replace(source, text_column=None, prompt_column="prompt", completion_column="completion")
+    return load_examples(source, "examples")["train"]
+
+
+def with_text(examples: Iterable[Example]) -> list[Example]:
+    """The examples whose completion is not blank."""
+    return [example for example in examples if example.completion.strip()]
+
+
+def _files_of_splits(given: Any) -> dict[str, list[str]]:  # noqa: ANN401
+    by_split = given if isinstance(given, Mapping) else {"train": given}
+    files = {
+        split: [os.fspath(names)] if isinstance(names, str | os.PathLike) else names
+        for split, names in by_split.items()
+    }
+    for names in files.values():
+        if isinstance(names, Sequence):
+            for name in names:
+                _check_path(name)
+    for split, names in files.items():
+        if not isinstance(split, str) or not isinstance(names, Sequence) or not names or not _are_names(names):
+            raise LoraFactoryError(f"data_files={given!r} must name files, for example {{train: [a.jsonl, b.jsonl]}}")
+    return {split: [os.fspath(name) for name in names] for split, names in files.items()}
+
+
+def _check_path(path: object) -> None:
+    """Refuse what no file system takes, before anything looks for it."""
+    if isinstance(path, str | os.PathLike):
+        text = os.fspath(path)
+        if "\0" in text or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in Path(text).parts):
+            raise LoraFactoryError(
+                f"path {text[:80]!r} holds a NUL character, or a name of more than {_MAX_NAME_BYTES} bytes; give a"
+                " file, a folder or a Hub id"
+            )
+
+
+def _are_names(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str | os.PathLike) and os.fspath(value) for value in values)
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) and value for value in values)
+
+
+def _below(folder: Path, name: str) -> str:
+    return str(folder / Path(name).expanduser())
+
+
+def _matching_files(pattern: str) -> list[str]:
+    path = Path(pattern).expanduser()
+    found = (
+        [str(path)]
+        if path.is_file()
+        else sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    )
+    if not found:
+        raise LoraFactoryError(f"no data file {path}; paths in a task file are relative to that file")
+    if empty := [name for name in found if not Path(name).stat().st_size]:
+        raise LoraFactoryError(f"data file {empty[0]} is empty; write at least one row with text")
+    return found
+
+
+def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
+    """The source's rows for each of our splits that it has."""
+    if source.format is not None:
+        available = _load_local(source, source.local_files(), task)
+    elif (folder := local_path(source.path)).is_dir():
+        with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
+            how = {"streaming": True} if source.streaming and not _has_signs(folder) else {"keep_in_memory": True}
+            if _was_saved(folder):
+                saved = datasets.load_from_disk(str(folder))
+                available = saved if isinstance(saved, Mapping) else {"train": saved}
+            else:
+                available = datasets.load_dataset(_without_signs(folder, cache), cache_dir=cache, **how)
+    elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
+        raise LoraFactoryError(
+            f"task {task!r}: no data folder {source.path}; give an existing one, a data file or a Hub id"
+        )
+    else:
+        return _load_from_hub(source, task)
+    return _choose_splits(available, source, task)
+
+
+def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> Mapping[str, Rows]:
+    """Read local files without the network: `load_dataset("json", …)` would report its use to a server first."""
+    # The builders copy the rows into a cache, which is of no use to anyone once they are in memory.
+    options: dict[str, Any] = {"streaming": True} if source.streaming else {"keep_in_memory": True}
+    escaped: Any = {split: [glob.escape(name) for name in names] for split, names in files.items()}
+    with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
+        if source.format == "parquet":
+            return datasets.DatasetDict.from_parquet(escaped, cache_dir=cache, **options)
+        form = str(source.format)
+        return {
+            split: datasets.Dataset.from_list([row for name in names for row in read_rows(name, form, as_texts=False)])
+            for split, names in files.items()
+        }
+
+
+def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]] | None:
+    """The format and the files of local data that `read_rows` reads; None for what `datasets` reads."""
+    if source.format is not None:
+        return (source.format, source.local_files()) if source.format in _OWN_FORMATS else None
+    folder = local_path(source.path)
+    if not folder.is_dir() or _was_saved(folder):
+        return None
+    with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
+        builder = datasets.load_dataset_builder(_without_signs(folder, cache), cache_dir=cache)
+        form = next(
+            (
+                part.__module__.rpartition(".")[2]
+                for part in type(builder).__mro__[:2]
+                if part.__module__.startswith("datasets.packaged_modules.")
+            ),
+            "",
+        )
+        files = {
+            str(split): [str(Path(name).resolve()) for name in names]
+            for split, names in (builder.config.data_files or {}).items()
+        }
+    return (form, files) if form in _OWN_FORMATS else None
+
+
+def _was_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _has_signs(folder: Path) -> bool:
+    return glob.escape(str(folder.resolve())) != str(folder.resolve())
+
+
+def _without_signs(folder: Path, cache: str) -> str:
+    """The folder, or one of links to its files where its path has brackets, which `datasets` takes for a pattern."""
+    if not _has_signs(folder):
+        return str(folder)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            link = Path(cache) / "data" / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+    return str(Path(cache) / "data")
+
+
+def _rows_of(names: Sequence[str], form: str, source: DataSource, task: str) -> list[dict[str, Any]]:
+    """The first rows of the files, no more than the source's budget."""
+    every = itertools.chain.from_iterable(read_rows(name, form) for name in names)
+    try:
+        return list(itertools.islice(every, source.max_rows))
+    except LoraFactoryError as error:
+        raise LoraFactoryError(f"task {task!r}: cannot load data from {source.path} ({error})") from error
+
+
+def _load_from_hub(source: DataSource, task: str) -> dict[Split, Rows]:
+    options: dict[str, Any] = {"data_files": source.data_files, "revision": source.revision}
+    options |= {"streaming": True} if source.streaming else {}
+    with _teaching_errors(source, task):
+        if source.splits:
+            return {
+                ours: datasets.load_dataset(source.path, source.name, split=source.splits[ours], **options)
+                for ours in SPLITS
+                if ours in source.splits
+            }
+        available = datasets.load_dataset(source.path, source.name, **options)
+    return _choose_splits(available, source, task)
+
+
+def _choose_splits(available: Mapping[str, Rows], source: DataSource, task: str) -> dict[Split, Rows]:
+    available = {str(name): rows for name, rows in available.items()}
+    wanted = source.splits or {split: split for split in SPLITS if split in available}
+    if unknown := sorted(set(wanted.values()) - set(available)):
+        raise LoraFactoryError(
+            f"task {task!r}: no split {unknown[0]!r} in {source.path}; it has {', '.join(available)}"
+        )
+    if "train" not in wanted:
+        raise LoraFactoryError(
+            f"task {task!r}: {source.path} has no split called train, but {', '.join(available)}; say which one to"
+            f" learn from, for example splits: {{train: {next(iter(available))}}}"
+        )
+    return {split: available[wanted[split]] for split in SPLITS if split in wanted}
+
+
+def _first_rows(rows: Rows, source: DataSource) -> datasets.Dataset:
+    """The rows that the source's budget allows, read now."""
+    if source.max_rows is None:
+        return rows
+    if not source.streaming:
+        return rows.select(range(min(source.max_rows, len(rows))))
+    names = rows.column_names or list(next(iter(rows), {}))
+    wanted = [name for name in source.columns if name in names]
+    if len(wanted) < len(source.columns):
+        return datasets.Dataset.from_dict({name: [] for name in names})  # whoever reads it names the missing column
+    features = rows.features and datasets.Features({name: rows.features[name] for name in wanted})
+    chosen = rows.select_columns(wanted) if features else rows
+    first = [{name: row.get(name) for name in wanted} for row in chosen.take(source.max_rows)]
+    return datasets.Dataset.from_list(first, features=features)
+
+
+def _read_rows(rows: datasets.Dataset, source: DataSource, where: str) -> list[Example]:
+    """The examples with text among the rows; `where` is "<task>/<split>" for error messages."""
+    _check_columns(rows.column_names, source, where)
+    columns = {column: _column_of_text(rows, column, where) for column in source.columns}
+    return _examples_of(
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], source, where
+    )
+
+
+def _check_columns(names: Sequence[str], source: DataSource, where: str) -> None:
+    for column in source.columns:
+        if column not in names:
+            hint = separator_hint(names) if source.format in (None, "csv") else ""
+            raise LoraFactoryError(
+                f"{where}: no column {column!r} in {source.path}; it has {', '.join(map(str, names))}{hint}"
+            )
+
+
+def _examples_of(rows: Sequence[Mapping[str, Any]], source: DataSource, where: str) -> list[Example]:
+    """The examples with text among the rows."""
+    if rows:
+        _check_columns(list(dict.fromkeys(name for row in rows for name in row)), source, where)
+    texts = ([as_text(row.get(column), where, column) for column in source.columns] for row in rows)
+    examples = with_text(Example("" if source.text_column else row[0], row[-1]) for row in texts)
+    if not examples:
+        raise LoraFactoryError(f"{where}: no row has text in column {source.columns[-1]!r}; write at least one")
+    return examples
+
+
+def _column_of_text(rows: datasets.Dataset, column: str, where: str) -> list[Any]:
+    feature, values = rows.features[column], list(rows[column])
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if value is None else feature.int2str(value) for value in values]
+    if getattr(feature, "dtype", None) in ("float16", "float32"):  # as short as they are exact: 0.1, not 0.10000000149
+        kind = numpy.dtype(feature.dtype).type
+        return [None if value is None or value != value else str(kind(value)) for value in values]
+    return values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars of `datasets`, which say nothing about a local file, and put things back afterwards."""
+    were_hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_hidden:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _teaching_errors(source: DataSource, task: str) -> Iterator[None]:
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, LoraFactoryError):
+            raise
+        reason = error.__cause__ or error
+        hint = (
+            "there is no such folder, so check the id on the Hub and the network, or give local files"
+            if source.format is None
+            else "repair the file"
+        )
+        raise LoraFactoryError(
+            f"task {task!r}: cannot load data from {source.path} ({type(reason).__name__}: {reason}); {hint}"
+        ) from error

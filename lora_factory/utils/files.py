@@ -1,0 +1,160 @@
+"""Files and folders that are either whole or not there: temporary sibling, fsync, rename.
+
+A crash can leave siblings named ".tmp-*". They are never read, `safe_name` keeps them from being taken for real
+things, and deleting them is always safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.folders import FolderKind, check_folder, storage_errors
+from lora_factory.utils.paths import local_path
+
+_EMPTY = FolderKind("nothing", r"(?!)")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced.
+
+    Raises:
+        StorageError: When the file cannot be written.
+    """
+    path = local_path(path).absolute()
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _fsync(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:  # noqa: ANN401
+    """Write a JSON file atomically, indented, keys in their given order.
+
+    Raises:
+        LoraFactoryError: if the value holds NaN, infinity or something that JSON does not know.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LoraFactoryError(
+            f"{path} was not written: {error}; pass only JSON values, and None in place of NaN or infinity"
+        ) from error
+    write_text(path, text + "\n")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes `path` when the block ends well and is removed when it fails."""
+    temporary = _temporary_sibling(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | Path,
+    kind: FolderKind | None = None,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` when the block ends well and is removed when it fails.
+
+    Args:
+        path: the folder to be; its parents are made.
+        kind: what this package writes there; by default nothing but an empty folder is replaced.
+        overwrite: whether a folder of this kind that is already there is replaced, as a whole, instead of refused.
+        inputs: what the same call reads; see `check_folder`.
+
+    Yields:
+        The empty temporary folder, named ".tmp-...", to be filled.
+
+    Raises:
+        LoraFactoryError: if `check_folder` refuses, before the block or after it.
+        StorageError: if the folder cannot be written.
+    """
+    kind, named, inputs = kind or _EMPTY, local_path(path), list(inputs)
+    path = check_folder(named, kind, overwrite=overwrite, inputs=inputs)
+    with storage_errors(named):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_sibling(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    share_file(Path(folder, name))
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            check_folder(named, kind, overwrite=overwrite, inputs=inputs)
+            _put_in_place(temporary, path, kind)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _fsync(path.parent)
+
+
+def share_file(path: Path) -> None:
+    """Let those read and write a file whom its folder lets in; safetensors writes files for their owner alone."""
+    if not path.is_symlink():
+        with contextlib.suppress(OSError):  # not every file system knows modes
+            path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def remove_folder(path: str | Path, kind: FolderKind) -> None:
+    """Remove a folder of this package, so that it is there as a whole or not at all whenever the process ends.
+
+    Raises:
+        LoraFactoryError: if it holds anything else.
+        StorageError: if it cannot be removed.
+    """
+    real = check_folder(path, kind, overwrite=True)
+    with storage_errors(real, "remove"):
+        aside = _temporary_sibling(real)
+        real.rename(aside)
+        shutil.rmtree(aside)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name[:100]}-{secrets.token_hex(6)}")
+
+
+def _put_in_place(temporary: Path, path: Path, kind: FolderKind) -> None:
+    """Rename `temporary` to `path`; what was there is renamed aside first and comes back if that fails."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    aside = _temporary_sibling(path)
+    path.rename(aside)
+    try:
+        if foreign := kind.foreign(aside):  # it came between the check and the renaming
+            raise LoraFactoryError(f"{path / foreign} has just been written by somebody else; nothing is replaced")
+        temporary.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    """Make a file's or folder's content durable; a folder cannot be opened for that on Windows."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

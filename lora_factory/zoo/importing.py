@@ -1,0 +1,408 @@
+"""Take adapters that others trained into a zoo: PEFT folders and Hub ids, checked and brought into one form."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_factory._version import __version__
+from lora_factory.adapters.canonical import canonical_layout, canonicalise
+from lora_factory.adapters.folder import ADAPTER_FILE, MAX_ADAPTER_BYTES, load_adapter
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.arguments import ImportArguments
+from lora_factory.errors import LoraFactoryError
+from lora_factory.hub.card_reading import CARD_FILE, card_description, card_license, read_card
+from lora_factory.hub.client import download_files
+from lora_factory.utils.paths import local_path, recorded_name, safe_name, sha256_file
+from lora_factory.utils.safe_files import (
+    MAX_CONFIG_BYTES,
+    checked_file,
+    is_hub_id,
+    read_json_object,
+    read_text,
+    reading,
+)
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import AdapterZoo
+
+ORIGIN_FILE = "import.json"
+_CONFIG_FILE, _PICKLE_FILE = "adapter_config.json", "adapter_model.bin"
+_LIMITS = {_CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, CARD_FILE: MAX_CONFIG_BYTES}
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
+_NO_COMMIT = (None, "", "main")
+_LIST_BYTES = 16 << 20
+_WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_FOLDERS = ("", "model", "models", "checkpoints", "out", "output", "outputs", "base", "pretrained", "weights", "data")
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """One adapter to import.
+
+    Attributes:
+        source: PEFT folder, or Hub id, which may end in "@" and a revision.
+        task: Name of its task; default: the name of the folder or repository.
+        descriptions: What it does; default: the first paragraph of its model card.
+        run: Name of its run; default: `ImportArguments.run_name`.
+    """
+
+    source: str
+    task: str | None = None
+    descriptions: tuple[str, ...] = ()
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did.
+
+    Attributes:
+        zoo: The zoo.
+        imported: The task and run of every source that is in the zoo now, as "task/run".
+        refused: Why the other sources are not.
+    """
+
+    zoo: AdapterZoo
+    imported: dict[str, str]
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An adapter whose configuration was found right; its weights are read later, one adapter at a time."""
+
+    source: str
+    commit: str | None
+    folder: Path
+    layout: AdapterLayout
+    task: str
+    run: str
+    descriptions: tuple[str, ...]
+    license: str | None
+
+
+def import_adapters(
+    sources: Sequence[str | Path | AdapterSource],
+    output_dir: str | Path,
+    arguments: ImportArguments | None = None,
+    *,
+    token: str | bool | None = None,
+) -> ImportReport:
+    """Take PEFT adapters into a zoo, each as a run of its task.
+
+    Adapters that share the zoo's ranks and scaling are stored bit for bit. Where they differ, all of a new zoo are
+    rewritten in canonical form, padded to the largest rank, which changes nothing of what they do; an existing zoo
+    keeps its ranks and scaling. The folder's ``checkpoint-*`` folders become the run's snapshots; the adapter in the
+    folder itself comes last, unless it equals the last checkpoint.
+
+    Args:
+        sources: PEFT folders, Hub ids, or text files that list such: see `read_list`.
+        output_dir: The zoo's folder; made when missing, continued when it is there.
+        arguments: Base model, rank and form.
+        token: Access token for the Hub.
+
+    Returns:
+        The zoo, and which sources are in it; one that is refused does not stop the others.
+
+    Raises:
+        LoraFactoryError: When no source can be imported; names the reasons.
+    """
+    arguments = arguments or ImportArguments()
+    if arguments.base_model:
+        arguments = replace(arguments, base_model=recorded_name(arguments.base_model))
+    refused: dict[str, str] = {}
+    candidates: list[_Candidate] = []
+    for entry in _entries(sources):
+        try:
+            candidates.append(_candidate(entry, arguments, token, candidates))
+        except LoraFactoryError as error:
+            refused[entry.source] = str(error)
+    imported: dict[str, str] = {}
+    if candidates:
+        zoo, canonical = _open_zoo(local_path(output_dir), candidates, arguments)
+        for candidate in candidates:
+            try:
+                _take_in(zoo, candidate, arguments, canonical)
+                imported[candidate.source] = f"{candidate.task}/{candidate.run}"
+            except LoraFactoryError as error:
+                refused[candidate.source] = str(error)
+    if not imported:
+        reasons = "; ".join(f"{source}: {reason}" for source, reason in refused.items())
+        raise LoraFactoryError(f"nothing was imported: {reasons or 'no adapter was named'}")
+    return ImportReport(AdapterZoo(output_dir), imported, refused)
+
+
+def read_list(path: str | Path) -> list[AdapterSource]:
+    """Read a text file that lists adapters, one a line.
+
+    A line holds the folder (relative to the file) or Hub id, then, each after a tab and as far as wanted, the names
+    and texts that `AdapterSource` has: task, description, run. Empty lines and those that start with # are skipped.
+    """
+    path = local_path(path)
+    try:
+        text = read_text(path, _LIST_BYTES)
+    except LoraFactoryError as error:
+        raise LoraFactoryError(f"{error}; to import one adapter, name its folder, {path.parent}") from error
+    entries = []
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        source, task, description, run, *_ = [*(part.strip() for part in line.split("\t")), "", "", ""]
+        with contextlib.suppress(LoraFactoryError, OSError):  # a name that cannot be a folder's may be a Hub id
+            beside = path.parent / local_path(source)
+            source = str(beside) if beside.is_dir() else source
+        entries.append(AdapterSource(source, task or None, (description,) if description else (), run or None))
+    return entries
+
+
+def _entries(sources: Sequence[str | Path | AdapterSource]) -> list[AdapterSource]:
+    entries: list[AdapterSource] = []
+    for source in sources:
+        if isinstance(source, AdapterSource):
+            entries.append(source)
+            continue
+        path = local_path(source)
+        try:
+            is_file = path.is_file()
+        except OSError:  # the name is too long for a file
+            is_file = False
+        if is_file and (path.suffix in _WEIGHTS_ENDINGS or path.name == _CONFIG_FILE):
+            raise LoraFactoryError(f"{path} is one file of an adapter; name its folder, {path.parent}")
+        entries += read_list(path) if is_file else [AdapterSource(str(source))]
+    return entries
+
+
+def _candidate(
+    entry: AdapterSource, arguments: ImportArguments, token: str | bool | None, others: Sequence[_Candidate]
+) -> _Candidate:
+    """Find an adapter's files and read its configuration and card."""
+    folder, commit = local_path(entry.source), None
+    name = folder.absolute().name
+    with reading(entry.source[:300], "name a folder or a Hub id"):  # a name may be too long for the file system
+        is_folder = folder.is_dir()
+    if not is_folder:
+        repo_id, _, revision = entry.source.partition("@")
+        name, seen = repo_id.rpartition("/")[2], set()
+
+        def limit_of(file: str) -> int:
+            seen.add(file)
+            inside, _, last = file.rpartition("/")
+            return _LIMITS.get(last, 0) if not inside or _CHECKPOINT.fullmatch(inside) else 0
+
+        folder = download_files(repo_id, limit_of, revision=revision or None, token=token)
+        commit = folder.name
+        if ADAPTER_FILE not in seen and _PICKLE_FILE in seen:
+            raise _pickle_error(Path(name), f"hf download {repo_id} --local-dir {shlex.quote(name)} && ")
+    parts = _parts(folder)
+    layout = _read(parts[-1][1], arguments.base_model)[0]
+    text = read_card(folder)
+    descriptions = entry.descriptions or tuple(filter(None, [card_description(text)]))
+    if not descriptions:
+        raise LoraFactoryError("it has no model card that says what it does; give a description (--description)")
+    task = safe_name(entry.task or re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", name).strip("-._")[:100])
+    run = safe_name(entry.run or arguments.run_name)
+    if twin := next((other.source for other in others if (other.task, other.run) == (task, run)), None):
+        raise LoraFactoryError(f"it would be {task}/{run}, as {twin} is; give it another name of a task or of a run")
+    return _Candidate(entry.source, commit, folder, layout, task, run, descriptions, card_license(text))
+
+
+def _parts(folder: Path) -> list[tuple[int | None, Path]]:
+    """The steps and folders of an adapter's checkpoints in their order, then the adapter itself where it is there."""
+    numbers = {}
+    for path in folder.iterdir():
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _CONFIG_FILE).exists():
+            numbers[int(match[1])] = path
+    parts: list[tuple[int | None, Path]] = sorted(numbers.items())
+    whole = any((folder / name).exists() for name in (_CONFIG_FILE, ADAPTER_FILE, _PICKLE_FILE))
+    return parts if parts and not whole else [*parts, (None, folder)]
+
+
+def _read(folder: Path, base_model: str = "") -> tuple[AdapterLayout, torch.Tensor]:
+    """The layout and the weights ``(D,)`` of a PEFT folder."""
+    if (folder / _PICKLE_FILE).exists() and not (folder / ADAPTER_FILE).exists():
+        raise _pickle_error(folder)
+    layout, state_dict = load_adapter(folder, base_model=base_model or None)
+    return layout, layout.flatten(state_dict)
+
+
+def _pickle_error(folder: Path, before: str = "") -> LoraFactoryError:
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "save_file({k: v.contiguous() for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
+    )
+    files = shlex.join([str(folder / _PICKLE_FILE), str(folder / ADAPTER_FILE)])
+    return LoraFactoryError(
+        f"{_PICKLE_FILE} is a pickle, which can run code when it is read; if you trust its author, convert it with: "
+        f"{before}python -c {shlex.quote(code)} {files}"
+    )
+
+
+def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportArguments) -> tuple[AdapterZoo, bool]:
+    """The zoo, made if need be to hold all candidates that fit the first one; and whether all are made canonical."""
+    if (folder / "zoo.json").exists():
+        zoo = AdapterZoo(folder)
+        origins = [zoo.folder / task / run / ORIGIN_FILE for task in zoo.tasks for run in zoo.runs(task)]
+        origin = next((_origin(path) for path in origins if path.is_file()), {})
+        return zoo, arguments.canonical or bool(origin.get("canonical"))
+    commits = (candidate.layout.base_revision for candidate in candidates)
+    revision = arguments.base_revision or next((name for name in commits if name not in _NO_COMMIT), None)
+    base = arguments.base_model or candidates[0].layout.base_model
+    layouts = []
+    for candidate in candidates:  # those for another base model are refused later, by name
+        with contextlib.suppress(LoraFactoryError):
+            layouts.append(_for_base(candidate.layout, base, revision, arguments))
+    if not layouts:
+        _for_base(candidates[0].layout, base, revision, arguments)
+    alike = [layout for layout in layouts if _sizes(layout) == _sizes(layouts[0])]
+    ranks = {max(module.rank for module in layout.modules) for layout in alike}
+    same = len({layout.fingerprint() for layout in alike}) == 1
+    if same and not arguments.canonical and arguments.rank in (0, *ranks):
+        return AdapterZoo.create(folder, layouts[0]), False
+    wanted = arguments.rank or max(ranks)
+    fitting = [layout for layout in alike if max(module.rank for module in layout.modules) <= wanted]
+    if not fitting:
+        raise LoraFactoryError(f"rank={wanted} is below that of all adapters, {min(ranks)}; leave it out")
+    return AdapterZoo.create(folder, canonical_layout(fitting[0], wanted)), True
+
+
+def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments, canonical: bool) -> None:
+    """Check an adapter against the zoo and store its snapshots as a run, unless that was done before."""
+    layout = _for_base(candidate.layout, zoo.layout.base_model, zoo.layout.base_revision, arguments)
+    _check_fit(layout, zoo.layout)
+    digest = sha256_file(_parts(candidate.folder)[-1][1] / ADAPTER_FILE)
+    if zoo.has_run(candidate.task, candidate.run):
+        origin = zoo.folder / candidate.task / candidate.run / ORIGIN_FILE
+        if origin.is_file() and _origin(origin).get("sha256") == digest:
+            return
+        raise LoraFactoryError(
+            f"the zoo has another run {candidate.run} of task {candidate.task}; give it another name of a task or run"
+        )
+    steps, rows = _snapshots(candidate, arguments)
+    canonical = canonical or layout.fingerprint() != zoo.layout.fingerprint()
+    if canonical:
+        rows = canonicalise(layout, rows.float(), zoo.layout)
+    config, shared = candidate.layout.lora_config, zoo.layout.lora_config
+    origin_facts = {
+        "source": candidate.source,
+        "commit": candidate.commit,
+        "sha256": digest,
+        "canonical": canonical,
+        **{name: config.get(name) for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")},
+    }
+    names = sorted({module.path.rpartition(".")[2] for module in zoo.layout.modules})
+    record = RunRecord(
+        task=candidate.task,
+        run=candidate.run,
+        descriptions=candidate.descriptions,
+        seed=0,
+        base_model=zoo.layout.base_model,
+        base_revision=zoo.layout.base_revision,
+        steps=steps[-1],
+        snapshot_steps=steps,
+        validation_losses=(),
+        train_tokens=0,
+        data_fingerprint="",
+        versions={"lora-factory": __version__},
+        # What stage 2 needs to attach a LoRA of this kind to the base model; the rest is not known.
+        arguments={"rank": shared["r"], "lora_alpha": shared["lora_alpha"], "target_modules": ",".join(names)},
+        license=candidate.license,
+    )
+    zoo.add_run(record, rows, extra_files={ORIGIN_FILE: json.dumps(origin_facts, indent=2) + "\n"})
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    """What an import wrote down of a run."""
+    return read_json_object(checked_file(path.parent, path.name, MAX_CONFIG_BYTES))
+
+
+def _snapshots(candidate: _Candidate, arguments: ImportArguments) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The steps (0 where none is known) and weights ``(K, D)`` of an adapter's checkpoints and of itself.
+
+    Only what is kept is read, one file at a time.
+    """
+
+    def vector(folder: Path) -> torch.Tensor:
+        layout, weights = _read(folder, arguments.base_model)
+        if layout.modules != candidate.layout.modules:
+            raise LoraFactoryError(f"{folder.name} has other modules, ranks or scaling than the adapter itself")
+        return weights
+
+    parts = _parts(candidate.folder)
+    last = vector(parts[-1][1])
+    if parts[-1][0] is None and len(parts) > 1:
+        step, folder = parts[-2]
+        if torch.equal(last, vector(folder)):  # a trainer saves its last checkpoint in the folder itself, too
+            parts.pop()
+        else:
+            parts[-1] = ((step or 0) + 1, candidate.folder)
+    parts = parts[-arguments.snapshots :]
+    rows = last.new_empty(len(parts), len(last))
+    rows[-1] = last
+    for number, (_, folder) in enumerate(parts[:-1]):
+        row = vector(folder)
+        if row.dtype != rows.dtype:
+            rows = rows.float()
+        rows[number] = row
+    return tuple(step or 0 for step, _ in parts), rows
+
+
+def _for_base(layout: AdapterLayout, base: str, revision: str | None, arguments: ImportArguments) -> AdapterLayout:
+    """The layout under the zoo's name of the base model, once it was found to be for that."""
+    vouched = arguments.base_model == base and _may_be(layout.base_model, base)
+    if layout.base_model != base and not vouched:
+        raise LoraFactoryError(
+            f"it is for the base model {layout.base_model}, the zoo is for {base}; import it into another zoo"
+            + (
+                f", or pass base_model={base!r} if that folder is a copy of it"
+                if _may_be(layout.base_model, base)
+                else ""
+            )
+        )
+    if layout.base_revision not in (*_NO_COMMIT, revision):
+        raise LoraFactoryError(
+            f"it is for commit {layout.base_revision} of {base}, the zoo for {revision or 'no commit in particular'}; "
+            "import it into another zoo"
+        )
+    return replace(layout, base_model=base, base_revision=revision)
+
+
+def _may_be(stored: str, base: str) -> bool:
+    """Whether the name that an adapter has for its base model may stand for the one that the user names.
+
+    It does not where it is the Hub id of a model of another name. A name without an owner and one below a folder such
+    as ``models/`` are as likely paths of the machine that trained the adapter.
+    """
+    owner, _, name = stored.rpartition("/")
+    same = name.lower() == base.rpartition("/")[2].lower()
+    return same or not is_hub_id(stored) or owner in _FOLDERS or Path(stored).exists()
+
+
+def _check_fit(layout: AdapterLayout, wanted: AdapterLayout) -> None:
+    """Check that an adapter has the zoo's modules, and no higher ranks."""
+    here, there = _sizes(layout), _sizes(wanted)
+    if here != there:
+        different = sorted(path for path in here.keys() | there.keys() if here.get(path) != there.get(path))
+        first = different[0]
+        raise LoraFactoryError(
+            f"{len(different)} modules differ from the zoo's, first {first}: sizes {here.get(first, 'none')} here, "
+            f"{there.get(first, 'none')} in the zoo; import it into a zoo of such adapters"
+        )
+    for module, room in zip(layout.modules, wanted.modules, strict=True):
+        if module.rank > room.rank:
+            raise LoraFactoryError(
+                f"{module.path} has rank {module.rank}, the zoo has room for {room.rank}; import it into a new zoo, "
+                "with --rank of the largest"
+            )
+
+
+def _sizes(layout: AdapterLayout) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """What of every module has nothing to do with its rank: A's shape but for the first number, B's but the second."""
+    return {module.path: (module.shape_a[1:], (module.shape_b[0], *module.shape_b[2:])) for module in layout.modules}

@@ -1,0 +1,365 @@
+"""The adapter zoo: a folder with one PEFT adapter, its last K snapshots and its record for every task and run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import natural_key
+from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.files import atomic_folder, write_json, write_text
+from lora_factory.utils.paths import local_path, safe_name, sha256_file
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
+from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from lora_factory.hub.client import PushOptions
+
+
+ZOO_FILE = "zoo.json"
+HIDDEN_FOLDER = ".collection"  # of a collection: leases, states, failures, logs, tokens
+RECORD_FILE = "run.json"
+_CONFIG_FILE = "adapter_config.json"
+_ADAPTER_FILE = "adapter_model.safetensors"
+CHECKPOINTS_FILE = "checkpoints.safetensors"
+_HEADER_BYTES = 16 << 20  # what a safetensors file may hold besides its tensors
+_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
+
+
+class AdapterZoo:
+    """A folder of runs that share one layout: `<task>/<run>/`, each run folder a PEFT adapter that loads by itself.
+
+    Opening reads `zoo.json` alone, and nothing of the folder is remembered: what another process adds is there at
+    once. A file's SHA-256 is checked when this object, or a selection of it, first reads the file as a whole, and
+    again when its size or time has changed. Temporary folders that a crash left behind are not seen.
+
+    Attributes:
+        folder: the zoo's folder.
+        layout: the layout that all runs share.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open an existing zoo.
+
+        Raises:
+            LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
+        """
+        self.folder = local_path(folder)
+        path = self.folder / ZOO_FILE
+        if not path.exists():
+            raise LoraFactoryError(
+                f"no zoo in {self.folder} ({ZOO_FILE} is missing); "
+                f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
+            )
+        try:
+            values = read_json_object(checked_file(self.folder, ZOO_FILE, MAX_CONFIG_BYTES))
+            check_version(values, "zoo")
+            self.layout = AdapterLayout.from_dict(json_object(values.get("layout")))
+        except LoraFactoryError as error:
+            raise LoraFactoryError(_located(path, error)) from error
+        self._whole_files: dict[Path, tuple[int, int]] = {}
+        self._selected: dict[str, set[str]] | None = None
+
+    @classmethod
+    def create(cls, folder: str | Path, layout: AdapterLayout) -> AdapterZoo:
+        """Make an empty zoo, or open the one that is there if its layout has the same fingerprint.
+
+        Raises:
+            LoraFactoryError: if the folder holds a zoo of another layout, or is a file.
+        """
+        folder = local_path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
+        path = folder / ZOO_FILE
+        if not path.exists():
+            write_json(path, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
+        zoo = cls(folder)
+        if zoo.layout.fingerprint() != layout.fingerprint():
+            raise LoraFactoryError(
+                f"{folder} holds a zoo of {zoo.layout.size} weights on {zoo.layout.base_model}, expected "
+                f"{layout.size} on {layout.base_model} with the same modules; choose another folder or the same LoRA "
+                "settings"
+            )
+        return zoo
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of all tasks with at least one run, sorted; looks at the folder of every task."""
+        with os.scandir(self.folder) as entries:
+            return sorted(entry.name for entry in entries if next(self._run_names(entry.name), None) is not None)
+
+    def runs(self, task: str) -> list[str]:
+        """Return the names of a task's runs in natural order; looks at the folder of that task alone.
+
+        Raises:
+            LoraFactoryError: if the zoo has no run of that task; names the tasks it has.
+        """
+        runs = list(self._run_names(safe_name(task)))
+        if not runs:
+            raise LoraFactoryError(
+                f"the zoo {self.folder} has no task {task!r}; it has {', '.join(self.tasks) or 'none yet'}"
+            )
+        return sorted(runs, key=natural_key)
+
+    def select(self, tasks: Collection[str], runs: Collection[str] | None = None) -> AdapterZoo:
+        """The same zoo as if it held these tasks alone, for example the seen tasks of a leave-tasks-out fold.
+
+        Args:
+            tasks: names of tasks; each must have a run.
+            runs: names of runs, for example `["seed-0"]`; all by default.
+
+        Raises:
+            LoraFactoryError: if the zoo has no such task or run.
+        """
+        chosen = {task: {run for run in self.runs(task) if runs is None or run in runs} for task in tasks}
+        if missing := sorted(task for task, found in chosen.items() if not found):
+            raise LoraFactoryError(f"the zoo {self.folder} has none of the runs {runs} of {', '.join(missing)}")
+        view = AdapterZoo(self.folder)
+        view._whole_files, view._selected = self._whole_files, chosen
+        return view
+
+    def has_run(self, task: str, run: str) -> bool:
+        """Whether the run is there, whole."""
+        path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
+        return self._is_selected(task, run) and path.is_file()
+
+    def record(self, task: str, run: str) -> RunRecord:
+        """Read a run's record.
+
+        Raises:
+            LoraFactoryError: if there is no such run, or its `run.json` is damaged or another run's.
+        """
+        path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
+        if not self.has_run(task, run):
+            raise LoraFactoryError(f"the zoo {self.folder} has no run {run!r} of task {task!r}; see AdapterZoo.runs")
+        try:
+            record = RunRecord.from_dict(read_json_object(checked_file(path.parent, RECORD_FILE, MAX_CONFIG_BYTES)))
+            if (record.task, record.run) != (task, run):
+                raise LoraFactoryError(f"it is the record of {record.task}/{record.run}")
+            if not set(_REQUIRED_FILES) <= set(record.sha256):
+                raise LoraFactoryError(f"it lacks the SHA-256 of one of {', '.join(_REQUIRED_FILES)}")
+        except LoraFactoryError as error:
+            raise LoraFactoryError(f"{_located(path, error)}; {_remedy(path.parent)}") from error
+        return record
+
+    def add_run(self, record: RunRecord, snapshots: Tensor, *, extra_files: Mapping[str, str] | None = None) -> None:
+        """Store a run; its folder appears as a whole or not at all.
+
+        Args:
+            record: the run's record; `sha256` is filled in here.
+            snapshots: (K, D) flat adapters, one for each of `record.snapshot_steps`; the last is the final adapter.
+            extra_files: more text files for the run folder, {name: content}.
+
+        Raises:
+            LoraFactoryError: if the run is already there, belongs to another base model, or the snapshots have
+                another shape or are not finite.
+        """
+        extra_files = extra_files or {}
+        self._check_new_run(record, snapshots, extra_files)
+        checkpoints = self.layout.unflatten(snapshots.detach().cpu())
+        from lora_factory.adapters.folder import (
+            save_adapter_config,  # here: a zoo is read without peft and transformers
+        )
+
+        with atomic_folder(self.folder / record.task / record.run) as folder:
+            save_adapter_config(self.layout, folder)
+            final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}
+            save_file(final, folder / _ADAPTER_FILE, metadata={"format": "pt"})
+            save_file(checkpoints, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
+            for name, text in extra_files.items():
+                write_text(folder / name, text)
+            sha256 = {name: sha256_file(folder / name) for name in sorted((*_REQUIRED_FILES, *extra_files))}
+            write_json(folder / RECORD_FILE, replace(record, sha256=sha256).to_dict())
+
+    def describe(self, record: RunRecord, descriptions: Sequence[str]) -> None:
+        """Replace the descriptions of a stored run; its weights stay as they are."""
+        changed = replace(record, descriptions=tuple(descriptions))
+        write_json(self.folder / record.task / record.run / RECORD_FILE, changed.to_dict())
+
+    def snapshots(
+        self, task: str, run: str | None = None, *, rows: slice = slice(None), verify: bool | None = None
+    ) -> Tensor:
+        """Read snapshots as float32 vectors.
+
+        Args:
+            task: the task's name.
+            run: one run; all runs of the task in natural order by default.
+            rows: which of the K snapshots of every run; only these are read (the file is memory-mapped).
+            verify: whether the SHA-256 of the whole file is checked first, unless that was done before; by default
+                only when all rows are read. Shapes, and that all numbers are finite, are checked always.
+
+        Returns:
+            (n, D), on the CPU.
+
+        Raises:
+            LoraFactoryError: if a file is missing, cut short or altered; names it and what to do.
+        """
+        runs = self.runs(task) if run is None else [run]
+        verify = rows == slice(None) if verify is None else verify
+        parts = [self._read_vectors(self.record(task, name), CHECKPOINTS_FILE, rows, verify) for name in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def final(self, task: str, run: str) -> Tensor:
+        """Read a run's final adapter: (D,) in float32, on the CPU; errors as in `snapshots`."""
+        return self._read_vectors(self.record(task, run), _ADAPTER_FILE, None, True)
+
+    def descriptions(self, task: str) -> tuple[str, ...]:
+        """Return the descriptions of a task, those of all its runs, each once."""
+        return tuple(dict.fromkeys(text for run in self.runs(task) for text in self.record(task, run).descriptions))
+
+    def verify(self) -> list[str]:
+        """Read every file of every run anew.
+
+        Returns:
+            One sentence for each problem (missing, cut short, altered, not finite), none when all is well.
+        """
+        self._whole_files.clear()
+        problems = []
+        for task in self.tasks:
+            for run in self.runs(task):
+                problems += self.problems(task, run)
+        return problems
+
+    def problems(self, task: str, run: str) -> list[str]:
+        """What is wrong with one run, as `verify` says it; files that were found whole are not hashed again."""
+        try:
+            record = self.record(task, run)
+        except LoraFactoryError as error:
+            return [str(error)]
+        problems = []
+        for name in record.sha256:
+            try:
+                self._whole_file(record, name)
+                if name in (_ADAPTER_FILE, CHECKPOINTS_FILE):
+                    self._read_vectors(record, name, slice(None) if name == CHECKPOINTS_FILE else None, False)
+            except LoraFactoryError as error:
+                problems.append(str(error))
+        return problems
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the sorted SHA-256 of all runs' records, which hold those of their files."""
+        digests = sorted(
+            f"{path.parent.parent.name}/{path.parent.name} {sha256_file(path)}" for path in self._record_paths()
+        )
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
+        """Push the zoo as a data set repository in one commit, unless a file is damaged; options: `PushOptions`."""
+        from lora_factory.zoo.hub import push_zoo  # here: a zoo that is not pushed needs no network code
+
+        return push_zoo(self, repo_id, tags=tags, **options)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterZoo:
+        """Download a zoo that `push_to_hub` wrote, and open it in the Hub's cache, to be read and not changed.
+
+        Args:
+            repo_id: Hub id of the data set repository.
+            revision: branch, tag or commit.
+            token: access token.
+
+        Raises:
+            LoraFactoryError: if it is no zoo, a file is larger than its record allows, or the Hub refuses.
+        """
+        from lora_factory.zoo.hub import download_zoo  # here: a zoo that is not pulled needs no network code
+
+        return download_zoo(repo_id, revision=revision, token=token)
+
+    def _record_paths(self) -> list[Path]:
+        """All `<task>/<run>/run.json`, but none in a temporary or hidden folder."""
+        return [self.folder / task / run / RECORD_FILE for task in self.tasks for run in self._run_names(task)]
+
+    def _run_names(self, task: str) -> Iterator[str]:
+        """The runs in a task's folder, if it is one, in no order."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / task) as entries:
+            for entry in entries:
+                hidden = task.startswith(".") or entry.name.startswith(".")
+                whole = not hidden and os.path.isfile(os.path.join(entry.path, RECORD_FILE))
+                if whole and self._is_selected(task, entry.name):
+                    yield entry.name
+
+    def _is_selected(self, task: str, run: str) -> bool:
+        return self._selected is None or run in self._selected.get(task, ())
+
+    def _check_new_run(self, record: RunRecord, snapshots: Tensor, extra_files: Mapping[str, str]) -> None:
+        where = f"{record.task}/{record.run}"
+        base = (self.layout.base_model, self.layout.base_revision)
+        if (record.base_model, record.base_revision) != base:
+            raise LoraFactoryError(
+                f"{where} is for {record.base_model} ({record.base_revision}), the zoo {self.folder} for "
+                f"{base[0]} ({base[1]}); choose another zoo folder"
+            )
+        expected = (len(record.snapshot_steps), self.layout.size)
+        if tuple(snapshots.shape) != expected:
+            raise LoraFactoryError(f"{where}: snapshots have shape {tuple(snapshots.shape)}, expected {expected}")
+        bad = (~torch.isfinite(snapshots)).any(dim=1).nonzero().flatten().tolist()
+        if bad or not snapshots.is_floating_point():
+            raise LoraFactoryError(
+                f"{where}: snapshots {bad} hold NaN or infinity, or integers; lower the learning rate"
+            )
+        if (self.folder / where).exists():
+            raise LoraFactoryError(
+                f"{self.folder / where} is already there; delete that folder to collect the run again"
+            )
+        for name in extra_files:
+            if safe_name(name) in (*_REQUIRED_FILES, RECORD_FILE):
+                raise LoraFactoryError(
+                    f"{where}: {name} is written by the zoo itself; give the extra file another name"
+                )
+
+    def _read_vectors(self, record: RunRecord, name: str, rows: slice | None, verify: bool) -> Tensor:
+        path = self._whole_file(record, name) if verify else self._file(record, name)
+        leading = () if rows is None else (len(record.snapshot_steps),)
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = file.keys()
+                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+                self.layout.check_shapes(shapes, leading)  # the header fits before a weight is read
+                tensors = {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in keys}
+            return self.layout.flatten(tensors).float()
+        except (SafetensorError, LoraFactoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise LoraFactoryError(f"{path}: {error}; {_remedy(path.parent)}") from error
+
+    def _file(self, record: RunRecord, name: str) -> Path:
+        path = self.folder / record.task / record.run / name
+        if not path.exists():
+            raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
+        weights = _HEADER_BYTES + 8 * self.layout.size * len(record.snapshot_steps)
+        return checked_file(path.parent, name, weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES)
+
+    def _whole_file(self, record: RunRecord, name: str) -> Path:
+        """The path of a run's file, whose SHA-256 was found right since it last changed."""
+        path = self._file(record, name)
+        status = path.stat()
+        state = (status.st_size, status.st_mtime_ns)
+        if self._whole_files.get(path) == state:
+            return path
+        digest = sha256_file(path)
+        if digest != record.sha256[name]:
+            raise LoraFactoryError(
+                f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {RECORD_FILE} says "
+                f"{record.sha256[name][:12]}...; {_remedy(path.parent)}"
+            )
+        self._whole_files[path] = state
+        return path
+
+
+def _located(path: Path, error: LoraFactoryError) -> str:
+    return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+
+
+def _remedy(run_folder: Path) -> str:
+    return f"delete the folder {run_folder} and collect that run again"

@@ -1,0 +1,170 @@
+"""What is done to whole zoos: remove runs or snapshots, put several zoos together, download one."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.files import atomic_folder, remove_folder, write_json
+from lora_factory.utils.folders import FolderKind, check_folder, run_kind
+from lora_factory.utils.paths import local_path, sha256_file
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES
+from lora_factory.zoo.run_record import RunRecord
+from lora_factory.zoo.store import CHECKPOINTS_FILE, RECORD_FILE, ZOO_FILE, AdapterZoo
+
+_HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
+_NUMBER_BYTES = 4  # of the widest numbers that a zoo holds
+
+
+def prune(
+    zoo: AdapterZoo,
+    *,
+    tasks: Collection[str] = (),
+    runs: Collection[str] = (),
+    damaged: bool = False,
+    keep_last: int = 0,
+    dry_run: bool = False,
+) -> list[str]:
+    """Remove runs, or the older snapshots of runs.
+
+    Args:
+        zoo: The zoo.
+        tasks: Look at the runs of these tasks only; default: of all.
+        runs: Look at runs of these names only; default: at all.
+        damaged: Remove those among them that ``AdapterZoo.problems`` finds fault with.
+        keep_last: Remove no run, but all of its snapshots except for the last ones, as many as this.
+        dry_run: Change nothing.
+
+    Returns:
+        One sentence for each change.
+
+    Raises:
+        LoraFactoryError: When it is not said what to remove, a task or run is not there, or one whose snapshots are
+            to be removed is damaged.
+    """
+    if keep_last < 0 or (damaged and keep_last) or not (tasks or runs or damaged or keep_last):
+        raise LoraFactoryError("say what to remove: name tasks or runs, or give either damaged or keep_last")
+    pairs = [(task, run) for task in tasks or zoo.tasks for run in zoo.runs(task) if not runs or run in runs]
+    if missing := set(runs) - {run for _, run in pairs}:
+        raise LoraFactoryError(f"the zoo {zoo.folder} has no run named {', '.join(sorted(missing))} there")
+    done = []
+    for task, run in pairs:
+        if keep_last:
+            record = zoo.record(task, run)
+            surplus = len(record.snapshot_steps) - keep_last
+            if surplus > 0:
+                if not dry_run:
+                    _keep_last(zoo, record, keep_last)
+                done.append(f"{task}/{run}: removed {surplus} of {len(record.snapshot_steps)} snapshots")
+            continue
+        problems = zoo.problems(task, run) if damaged else []
+        if problems or not damaged:
+            kind = _kind_of(zoo, task, run)
+            check_folder(zoo.folder / task / run, kind, overwrite=True)
+            if not dry_run:
+                remove_folder(zoo.folder / task / run, kind)
+                with contextlib.suppress(OSError):  # it has other runs
+                    (zoo.folder / task).rmdir()
+            done.append(f"{task}/{run}: removed" + (f", since {problems[0]}" if problems else ""))
+    return done
+
+
+def merge(sources: Iterable[AdapterZoo], output_dir: str | Path) -> AdapterZoo:
+    """Copy the runs of several zoos of one layout into one.
+
+    Args:
+        sources: The zoos; a run that several of them have in the same form is copied once.
+        output_dir: The zoo's folder; made when missing. What it holds already counts as one of the sources.
+
+    Raises:
+        LoraFactoryError: When layouts or commits differ, two zoos have different runs of one name, or a run is
+            damaged; except for the last, nothing is written then.
+    """
+    sources, folder = list(sources), local_path(output_dir)
+    if not sources:
+        raise LoraFactoryError("there is nothing to merge; name at least one zoo")
+    layout = sources[0].layout
+    there = AdapterZoo(folder) if (folder / ZOO_FILE).exists() else None
+    zoos = [*([there] if there else []), *sources]
+    for zoo in zoos:
+        if (zoo.layout.fingerprint(), zoo.layout.base_revision) != (layout.fingerprint(), layout.base_revision):
+            raise LoraFactoryError(
+                f"{zoo.folder} holds {zoo.layout.size} weights on {zoo.layout.base_model} "
+                f"({zoo.layout.base_revision}), {sources[0].folder} {layout.size} on {layout.base_model} "
+                f"({layout.base_revision}), or with other modules; merge zoos of one layout"
+            )
+    chosen: dict[tuple[str, str], tuple[AdapterZoo, RunRecord]] = {}
+    conflicts = []
+    for zoo in zoos:
+        for task in zoo.tasks:
+            for run in zoo.runs(task):
+                record = zoo.record(task, run)
+                first, other = chosen.setdefault((task, run), (zoo, record))
+                if other != record:
+                    conflicts.append(f"{task}/{run} of {first.folder} and {zoo.folder}")
+    if conflicts:
+        raise LoraFactoryError(
+            f"{len(conflicts)} runs have the same name and are not the same: {', '.join(conflicts[:5])}; "
+            "rename or prune one of each"
+        )
+    target = AdapterZoo.create(folder, layout)
+    for zoo, record in chosen.values():
+        if not target.has_run(record.task, record.run):
+            _copy_run(zoo, record, target)
+    return target
+
+
+def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
+    """The files of a run, below the zoo's folder, with the most bytes that each may have."""
+    weights = _HEADER_BYTES + _NUMBER_BYTES * zoo.layout.size * len(record.snapshot_steps)
+    return {
+        f"{record.task}/{record.run}/{name}": weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
+        for name in (*record.sha256, RECORD_FILE)
+    }
+
+
+def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:
+    """What belongs to a run: the files of its record, or all plain files beside a damaged record."""
+    try:
+        return run_kind([*zoo.record(task, run).sha256, RECORD_FILE])
+    except LoraFactoryError:
+        return FolderKind("a run", r"[^/]+")
+
+
+def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
+    """Write a run anew with its last snapshots alone; numbers stay bit for bit."""
+    if problems := zoo.problems(record.task, record.run):
+        raise LoraFactoryError(problems[0])
+    run = zoo.folder / record.task / record.run
+    with safe_open(run / CHECKPOINTS_FILE, framework="pt") as file:
+        last = {key: file.get_slice(key)[-count:].contiguous() for key in file.keys()}
+    with atomic_folder(run, run_kind([*record.sha256, RECORD_FILE]), overwrite=True) as folder:
+        for name in set(record.sha256) - {CHECKPOINTS_FILE}:
+            shutil.copyfile(run / name, folder / name)
+        save_file(last, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
+        changed = replace(
+            record,
+            snapshot_steps=record.snapshot_steps[-count:],
+            validation_losses=record.validation_losses[-count:],
+            sha256=dict(record.sha256) | {CHECKPOINTS_FILE: sha256_file(folder / CHECKPOINTS_FILE)},
+        )
+        write_json(folder / RECORD_FILE, changed.to_dict())
+
+
+def _copy_run(zoo: AdapterZoo, record: RunRecord, target: AdapterZoo) -> None:
+    """Copy a run; the copies' SHA-256 must be those of the record."""
+    run = zoo.folder / record.task / record.run
+    with atomic_folder(target.folder / record.task / record.run) as folder:
+        for name, digest in record.sha256.items():
+            if not (run / name).is_file() or sha256_file(shutil.copyfile(run / name, folder / name)) != digest:
+                raise LoraFactoryError(
+                    f"{run / name} is missing, cut short or altered; prune damaged runs of {zoo.folder} first"
+                )
+        write_json(folder / RECORD_FILE, record.to_dict())
