@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make demo   the whole pipeline on an embedded real model; ARGS=--fast for a two-minute tour"
 	@echo "make test   all tests, offline; ARGS is handed to pytest"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and the contract of imports"
 	@echo "make clean  remove the environment and the caches"
 
 demo: $(STAMP)
@@ -27,6 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

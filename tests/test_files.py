@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.tasks.local_rows import read_paragraphs
 from lora_factory.utils import files
 from lora_factory.utils.files import atomic_folder, write_json, write_text
 from lora_factory.utils.folders import FolderKind
@@ -234,7 +235,7 @@ def test_kill_inside_atomic_folder_leaves_only_a_temporary_folder_and_the_next_t
         "    (folder / 'run.json').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = str(Path(files.__file__).parent.parent)
+    root = str(Path(files.__file__).parents[2])
     result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], cwd=root, check=False)
     assert result.returncode == -9
     assert [name[:9] for name in os.listdir(tmp_path)] == [".tmp-run-"]
@@ -244,20 +245,20 @@ def test_kill_inside_atomic_folder_leaves_only_a_temporary_folder_and_the_next_t
 
 
 def test_the_module_imports_nothing_heavy():
-    root = str(Path(files.__file__).parent.parent)
-    script = "import sys, lora_factory.files; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    root = str(Path(files.__file__).parents[2])
+    script = "import sys, lora_factory.utils.files; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
     file = tmp_path / "examples.txt"
     file.write_text("\n\none\n  two\n \n\nthree\n", encoding="utf-8")
-    assert files.read_paragraphs(file) == ["one\n  two", "three"]
+    assert read_paragraphs(file) == ["one\n  two", "three"]
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(LoraFactoryError, match="name a text file"):
-        files.read_paragraphs(file)
+        read_paragraphs(file)
     file.write_text(" \n\n")
     with pytest.raises(LoraFactoryError, match="is empty"):
-        files.read_paragraphs(file)
+        read_paragraphs(file)
     with pytest.raises(LoraFactoryError, match="cannot read"):
-        files.read_paragraphs(tmp_path)
+        read_paragraphs(tmp_path)

@@ -13,13 +13,13 @@ import numpy
 import pytest
 import torch
 from conftest import TRAINING_TEXT, attach
-from lora_factory.cli.commands.main import main
 from peft import get_peft_model_state_dict
 from test_sequences import with_template
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import CollectArguments
+from lora_factory.cli.commands import main
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation.perplexity import evaluate_adapters, score_examples
 from lora_factory.generator.configuration import CVAELoRAConfig

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from hub_fixtures import LocalHub
 from image_fixtures import bright_or_dark, brightness_task, picture, save_classifier
-from lora_factory.cli.commands.main import main
 from peft import PeftModel
 from test_hub import ask
 from transformers import AutoModelForImageClassification
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
 from lora_factory.arguments import CollectArguments, TrainArguments
+from lora_factory.cli.commands import main
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.multitask import train_multitask
 from lora_factory.collection.trainer import classifier_factory

@@ -8,8 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 from image_fixtures import brightness_task, picture
-from lora_factory.cli.commands.main import main
 
+from lora_factory.cli.commands import main
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.image_files import read_image
 from lora_factory.tasks.images import ImageTask, LabelledImage

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from image_fixtures import picture, save_classifier
-from lora_factory.cli.commands.main import build_parser, main
 
+from lora_factory.cli.commands import build_parser, main
 from lora_factory.tasks.task_file import load_tasks
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from lora_factory.adapters.folder import ADAPTER_FILE, CONDITION_FILE, GENERATIO
 from lora_factory.arguments import REFINE_STEPS
 from lora_factory.generator.given import as_examples, as_images, as_temperature, as_text, as_vectors, as_whole_number
 from lora_factory.generator.refine import refine_state_dict
+from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
@@ -26,9 +26,6 @@ from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_file
 from lora_factory.utils.safe_files import is_hub_id
 from lora_factory.utils.versions import package_versions
-
-if TYPE_CHECKING:
-    from lora_factory.generator.modeling import CVAELoRAGenerator
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Order:
 
 
 def fulfil(
-    generator: CVAELoRAGenerator, order: Order, base: FrozenBase | None = None
+    generator: ConditionalVAE, order: Order, base: FrozenBase | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Generate an adapter and, where examples are given, refine it on them.
 
@@ -101,7 +98,7 @@ def fulfil(
 
 
 @torch.no_grad()
-def write_weights(generator: CVAELoRAGenerator, order: Order) -> dict[str, Tensor]:
+def write_weights(generator: ConditionalVAE, order: Order) -> dict[str, Tensor]:
     """The adapter of an order's text and task vectors, as the network writes it: float32 on the CPU."""
     vectors = generator.conditions(order.text, order.conditions)
     rows = {name: vector[None].to(generator.bias) for name, vector in vectors.items()}
@@ -114,9 +111,7 @@ def write_weights(generator: CVAELoRAGenerator, order: Order) -> dict[str, Tenso
     return state_dict
 
 
-def write_adapter(
-    generator: CVAELoRAGenerator, folder: Path, order: Order, base: FrozenBase | None = None
-) -> Generation:
+def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: FrozenBase | None = None) -> Generation:
     """Generate an adapter into an existing folder: what PEFT writes, and ``generation.json``; the card is not written.
 
     Raises:
@@ -152,13 +147,13 @@ def write_adapter(
     return generation
 
 
-def zoo_distance(generator: CVAELoRAGenerator, modalities: list[str]) -> float | None:
+def zoo_distance(generator: ConditionalVAE, modalities: list[str]) -> float | None:
     """The median over training tasks of the cosine distance from the nearest other one; None for fewer than two."""
     distances = _neighbour_distances(generator, modalities)
     return round(median(distances), 4) if distances else None
 
 
-def warn_of_a_stranger(generator: CVAELoRAGenerator, text: str | None) -> None:
+def warn_of_a_stranger(generator: ConditionalVAE, text: str | None) -> None:
     """Warn of a text that is farther from its nearest task than any task of the zoo is from its own nearest one."""
     if text is None or len(generator.config.tasks or []) < 2:
         return
@@ -173,7 +168,7 @@ def warn_of_a_stranger(generator: CVAELoRAGenerator, text: str | None) -> None:
         )
 
 
-def _neighbour_distances(generator: CVAELoRAGenerator, modalities: Sequence[str]) -> list[float]:
+def _neighbour_distances(generator: ConditionalVAE, modalities: Sequence[str]) -> list[float]:
     """The cosine distance of every training task from its nearest other one; none for fewer than two."""
     rows = [functional.normalize(generator.get_buffer(f"{name}_task_vectors").float(), dim=-1) for name in modalities]
     similarity = torch.stack([row @ row.T for row in rows]).mean(0)

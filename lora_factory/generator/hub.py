@@ -1,42 +1,35 @@
-"""What a generator and a zoo push to the Hub: their files, the card written last."""
+"""What a generator pushes to the Hub: its files and cards, and those of adapters that it writes."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
 
-from huggingface_hub import CommitInfo
 from torch import Tensor
 
 from lora_factory.adapters.folder import Generation
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.files import TRAINING_FILE, WEIGHTS_FILE, is_public_name
+from lora_factory.generator.files import is_public_name
 from lora_factory.generator.generation import Order, write_adapter
+from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.hub.base_kinds import base_kind
 from lora_factory.hub.cards import AdapterCard, GeneratorCard, Origins
 from lora_factory.hub.client import (
     CARD_FILE,
-    PushOptions,
     Writer,
     about_model,
     check_base_model,
-    collect_repositories,
-    push,
 )
-from lora_factory.utils.files import share_file, write_json, write_text
-from lora_factory.utils.folders import check_saving
-from lora_factory.utils.paths import local_path, safe_name
+from lora_factory.utils.files import write_json, write_text
+from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
 from lora_factory.utils.versions import package_versions
 
-if TYPE_CHECKING:
-    from lora_factory.generator.modeling import CVAELoRAGenerator
-
 
 def generator_card(
-    generator: CVAELoRAGenerator,
+    generator: ConditionalVAE,
     title: str,
     *,
     origins: Origins | None = None,
@@ -80,7 +73,7 @@ def generator_card(
 
 
 def origins_of(
-    generator: CVAELoRAGenerator, base_license: str | None = None, base_config: Mapping[str, Any] | None = None
+    generator: ConditionalVAE, base_license: str | None = None, base_config: Mapping[str, Any] | None = None
 ) -> Origins:
     """Base model and training tasks of a generator.
 
@@ -103,152 +96,14 @@ COMPARISON_FILE = "comparison.json"
 PLOT_FILE = "headroom.svg"
 
 
-class HubMixin:
-    """What a generator does on the Hub: push itself, or adapters that it writes.
-
-    Every push writes a folder first and uploads it in one commit, so that it arrives whole or not at all; what people
-    added to the card that is there stays in it. When a push fails, the folder is kept and the error names it.
-    """
-
-    def push_to_hub(  # type: ignore[misc]  # the mixin's host is always a generator
-        self: CVAELoRAGenerator,
-        repo_id: str,
-        *,
-        comparison: Mapping[str, Any] | str | Path | None = None,
-        tags: Sequence[str] = (),
-        **options: Unpack[PushOptions],
-    ) -> CommitInfo:
-        """Push the generator: config, weights and card, with the comparison's results if there is one.
-
-        Args:
-            repo_id: Hub id, ``user/name``.
-            comparison: What ``comparison.compare`` returned for this generator, or its ``comparison.json``.
-            tags: More tags for the card.
-            **options: ``private``, ``revision``, ``commit_message``, ``create_pr``, ``token``; see `PushOptions`.
-
-        Returns:
-            The commit, with ``commit_url`` and ``pr_url``.
-
-        Raises:
-            LoraFactoryError: When the generator names a base model or an encoder that others cannot load, or the Hub
-                refuses or cannot be reached.
-        """
-        write = generator_writer(self, comparison=comparison, tags=tags, token=options.get("token"))
-        commit = push(write, repo_id, default_message="Push generator", **options)
-        if not options.get("create_pr"):
-            self.config.name_or_path, self.config._commit_hash = commit.repo_url.repo_id, commit.oid
-        return commit
-
-    def save_pretrained(  # type: ignore[misc]
-        self: CVAELoRAGenerator,
-        save_directory: str | Path,
-        *args: Any,  # noqa: ANN401
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Save the generator, as in transformers, and its ``training.json``; with ``push_to_hub`` push it then.
-
-        Args:
-            save_directory: The folder.
-            *args: As in transformers.
-            push_to_hub: Push as well, with a card, as `push_to_hub` does it.
-            repo_id: Where to; default: the folder's name in the user's own namespace.
-            **kwargs: As in transformers, and with ``push_to_hub`` its options.
-        """
-        options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
-        save_directory = check_saving(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
-            share_file(weights)
-        if self.training_record is not None:
-            write_json(Path(save_directory, TRAINING_FILE), self.training_record)
-        if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, **options)
-
-    def push_adapter(  # type: ignore[misc]
-        self: CVAELoRAGenerator,
-        text: str | None,
-        repo_id: str,
-        *,
-        conditions: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        temperature: float = 0.0,
-        tags: Sequence[str] = (),
-        **options: Unpack[PushOptions],
-    ) -> CommitInfo:
-        """Generate an adapter and push it as a PEFT repository, which loads without this package.
-
-        Args:
-            text: What the adapter is for.
-            repo_id: Hub id, ``user/name``.
-            conditions: Task vectors by modality, instead of or beside ``text``.
-            seed: Seed of the sample; of no effect at temperature 0.
-            temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
-            tags: More tags for the card.
-            **options: ``private``, ``revision``, ``commit_message``, ``create_pr``, ``token``; see `PushOptions`.
-
-        Returns:
-            The commit, with ``commit_url`` and ``pr_url``.
-
-        Raises:
-            LoraFactoryError: As for ``save_adapter``, and when the Hub refuses or cannot be reached.
-        """
-        write = adapter_writer(
-            self, text, conditions, seed=seed, temperature=temperature, tags=tags, token=options.get("token")
-        )
-        return push(write, repo_id, default_message="Push generated adapter", **options)
-
-    def push_adapters(  # type: ignore[misc]
-        self: CVAELoRAGenerator,
-        texts: Mapping[str, str],
-        repo_id: str,
-        *,
-        collection: str | None = None,
-        seed: int = 0,
-        temperature: float = 0.0,
-        tags: Sequence[str] = (),
-        **options: Unpack[PushOptions],
-    ) -> list[CommitInfo]:
-        """Generate several adapters and push them: into one repository, or into one each and a collection of these.
-
-        Args:
-            texts: What each adapter is for, by its name.
-            repo_id: Hub id. One repository gets a folder an adapter, in one commit; with ``collection`` each adapter
-                goes to the repository ``<repo_id>-<name>``.
-            collection: Title of the collection, made in the namespace of ``repo_id`` if it is not there.
-            seed: Seed of the samples; of no effect at temperature 0.
-            temperature: As in `push_adapter`.
-            tags: More tags for the cards.
-            **options: As in `push_adapter`.
-
-        Returns:
-            The commits.
-
-        Raises:
-            LoraFactoryError: As for `push_adapter`; adapters pushed before the failing one stay.
-        """
-        check_base_model(self.layout)
-        names = [safe_name(name) for name in texts]
-        if not names:
-            raise LoraFactoryError('texts is empty; name at least one adapter: {"legal": "Legal notices"}')
-        if collection is not None:
-            how: dict[str, Any] = {"seed": seed, "temperature": temperature, "tags": tags, **options}
-            commits = [self.push_adapter(text, f"{repo_id}-{name}", **how) for name, text in texts.items()]
-            collect_repositories(collection, [commit.repo_url.repo_id for commit in commits], **options)
-            return commits
-        write = adapters_writer(self, texts, seed=seed, temperature=temperature, tags=tags, token=options.get("token"))
-        return [push(write, repo_id, default_message=f"Push {len(names)} generated adapters", **options)]
-
-
 def generator_writer(
-    generator: CVAELoRAGenerator,
+    generator: ConditionalVAE,
     *,
     comparison: Mapping[str, Any] | str | Path | None = None,
     tags: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Writer:
-    """What writes all files of a generator's repository, the card last; see `HubMixin.push_to_hub`.
+    """What writes all files of a generator's repository, the card last; see `CVAELoRAGenerator.push_to_hub`.
 
     Raises:
         LoraFactoryError: When the comparison cannot be read, or is one of another base model.
@@ -287,7 +142,7 @@ def generator_writer(
 
 
 def adapter_writer(
-    generator: CVAELoRAGenerator,
+    generator: ConditionalVAE,
     text: str | None,
     conditions: Mapping[str, Tensor] | None = None,
     *,
@@ -296,7 +151,7 @@ def adapter_writer(
     tags: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Writer:
-    """What writes all files of a generated adapter's repository; see `HubMixin.push_adapter`."""
+    """What writes all files of a generated adapter's repository; see `CVAELoRAGenerator.push_adapter`."""
     check_base_model(generator.layout)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
@@ -311,7 +166,7 @@ def adapter_writer(
 
 
 def adapters_writer(
-    generator: CVAELoRAGenerator,
+    generator: ConditionalVAE,
     texts: Mapping[str, str],
     *,
     seed: int = 0,
@@ -319,7 +174,7 @@ def adapters_writer(
     tags: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Writer:
-    """What writes a repository with a folder for each of several adapters; see `HubMixin.push_adapters`."""
+    """What writes a repository with a folder for each of several adapters; see `CVAELoRAGenerator.push_adapters`."""
     check_base_model(generator.layout)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 

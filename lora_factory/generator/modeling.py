@@ -1,93 +1,57 @@
-"""The generator: a Transformers model that writes LoRA adapters from a task vector."""
+"""The generator: from a text, images or examples to a ``peft.PeftModel``, a PEFT folder, or the Hub."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftModel
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters.attach import attach_adapter
-from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import REFINE_STEPS
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
-from lora_factory.generator.familiarity import familiarity
-from lora_factory.generator.files import GeneratorSource, read_generator, read_training_record
-from lora_factory.generator.generation import Order, fulfil, write_adapter
-from lora_factory.generator.hub import HubMixin, origins_of
-from lora_factory.generator.networks import (
-    ConditionStandardiser,
-    ConvCVAE,
-    Gaussian,
-    GeneratorOutput,
-    TokenCVAE,
-    group_means,
-    spread_over_weights,
-    token_scales,
+from lora_factory.generator.files import (
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    GeneratorSource,
+    read_generator,
+    read_training_record,
 )
-from lora_factory.generator.recall import certainty, hedged, task_posterior
-from lora_factory.generator.task_vectors import ConditionMixin, open_base, open_reader
+from lora_factory.generator.generation import Order, fulfil, write_adapter
+from lora_factory.generator.hub import adapter_writer, adapters_writer, generator_writer, origins_of
+from lora_factory.generator.task_vectors import open_base, open_reader
+from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.hub.cards import AdapterCard, handwritten, with_handwritten
+from lora_factory.hub.client import (
+    PushOptions,
+    check_base_model,
+    collect_repositories,
+    push,
+)
 from lora_factory.hub.errors import explain
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
-from lora_factory.utils.files import atomic_folder, write_text
-from lora_factory.utils.folders import ADAPTER, check_folder
-from lora_factory.utils.paths import local_path
+from lora_factory.utils.files import atomic_folder, share_file, write_json, write_text
+from lora_factory.utils.folders import ADAPTER, check_folder, check_saving
+from lora_factory.utils.paths import local_path, safe_name
 from lora_factory.utils.quiet import quiet_transformers
-from lora_factory.zoo.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 
 
-class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ignore[misc]  # our own push_to_hub
-    """Conditional VAE over LoRA weights: from a sentence to a ``peft.PeftModel``.
+class CVAELoRAGenerator(ConditionalVAE):
+    """Writes LoRA adapters: from a sentence to a ``peft.PeftModel``.
 
-    The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one
-    floored standard deviation a token. The known tasks' own adapters are remembered, for conditions that mean one of
-    them. Train one with :func:`lora_factory.train_generator`; load a published one with
+    Train one with :func:`lora_factory.train_generator`; load a published one with
     ``CVAELoRAGenerator.from_pretrained("user/generator")``.
+
+    Every push writes a folder first and uploads it in one commit, so that it arrives whole or not at all; what people
+    added to the card that is there stays in it. When a push fails, the folder is kept and the error names it.
     """
-
-    config_class = CVAELoRAConfig
-    base_model_prefix = "generator"
-    main_input_name = "adapters"
-    token_scale: torch.Tensor
-    training_record: dict[str, Any] | None = None  # what training.json holds, if the generator has one
-
-    def __init__(self, config: CVAELoRAConfig) -> None:
-        super().__init__(config)
-        if config.layout is None or not config.modalities:
-            raise LoraFactoryError(
-                "a generator's config needs layout and modalities; train_generator(zoo, output_dir) writes both"
-            )
-        self.layout = AdapterLayout.from_dict(config.layout)
-        widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
-        tasks = max(1, len(config.tasks or []))
-        self.standardiser = ConditionStandardiser(widths, {"text": tasks})
-        coordinates = self.standardiser.widths
-        self.network: TokenCVAE | ConvCVAE
-        if config.decoder == "conv1d":
-            self.network = ConvCVAE(
-                self.layout, coordinates, channels=tuple(config.channels), latent_size=config.latent_size
-            )
-        else:
-            self.network = TokenCVAE(
-                self.layout, coordinates, width=config.width, depth=config.depth, latent_size=config.latent_size
-            )
-        self.bias = nn.Parameter(torch.zeros(self.layout.size), requires_grad=False)
-        self.register_buffer("token_scale", torch.ones(self.layout.num_tokens))
-        for name, width in widths.items():
-            self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
-        if config.recall is not None:
-            self.register_buffer("known_adapters", torch.zeros(tasks, self.layout.size))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation stands: ``from_pretrained`` below refuses files that leave a weight out."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # transformers lists every option; they pass through here
@@ -128,123 +92,6 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
         model.config.name_or_path, model.config._commit_hash = source.name, source.commit
         model.training_record = read_training_record(source)
         return (model, info) if wants_info else model
-
-    def forward(
-        self,
-        adapters: torch.Tensor,
-        conditions: Mapping[str, torch.Tensor],
-        *,
-        kl_factor: float = 1.0,
-        generator: torch.Generator | None = None,
-        return_loss: bool = True,
-    ) -> GeneratorOutput:
-        """The training objective (Eq. 8) on a batch of adapters.
-
-        Args:
-            adapters: Weights of shape ``(batch, D)``.
-            conditions: Task vectors ``(batch, width)`` for any subset of the config's modalities.
-            kl_factor: Warm-up factor of the KL term.
-            generator: Source of the latent noise; PyTorch's global one by default.
-            return_loss: Transformers' ``Trainer`` asks for it; the loss is always there.
-        """
-        weights, condition = self.encode_inputs(adapters, conditions)
-        posterior, prior = self.network.posterior(weights, condition), self.network.prior(condition)
-        kl = posterior.kl(prior)
-        if isinstance(self.network, ConvCVAE):
-            mean, _ = self.network.decode(posterior.sample(generator=generator), condition)
-            reconstruction = (mean - weights).square().mean()
-            loss = reconstruction + self.config.kl_weight * kl_factor * kl.sum(-1).mean()
-        else:
-            loss, reconstruction = self._token_loss(weights, condition, posterior, prior, kl, kl_factor, generator)
-        active = (kl.mean(0) > 0.01).sum()
-        return GeneratorOutput(loss=loss, reconstruction=reconstruction, kl=kl.sum(-1).mean(), active_latents=active)
-
-    def encode_inputs(
-        self, adapters: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardised weights ``(batch, D)`` and the embedded condition ``(batch, width)`` of a training batch."""
-        weights = (adapters - self.bias) / self.weight_scale
-        return weights, self.network.embed_condition(self.standardiser.all(conditions), len(adapters))
-
-    def recall(self, mean: torch.Tensor, coordinates: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The known tasks' adapters instead of ``mean``, as far as a condition is recognised as one of these tasks.
-
-        Args:
-            mean: What the network writes, shape ``(batch, D)``.
-            coordinates: Of the conditions, shape ``(batch, directions)``, by modalities that tell the tasks apart.
-        """
-        known = {name: self.known_coordinates(name) for name in coordinates}
-        posterior = task_posterior(self.config.recall, known, coordinates)
-        nearness = familiarity(self.config.recall, known, coordinates, len(mean))
-        relied = certainty(posterior) * (hedged(nearness) if self.config.reach is None else nearness)
-        return mean + relied.to(mean) * (posterior.to(mean) @ self.get_buffer("known_adapters") - mean)
-
-    def known_coordinates(self, name: str) -> torch.Tensor:
-        """The zoo's task vectors of one modality, as the network reads them: ``(tasks, directions)``."""
-        return self.standardiser(name, self.get_buffer(f"{name}_task_vectors"))
-
-    def _token_loss(
-        self,
-        weights: torch.Tensor,
-        condition: torch.Tensor,
-        posterior: Gaussian,
-        prior: Gaussian,
-        kl: torch.Tensor,
-        kl_factor: float,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Half squared error and KL an element; every other row is decoded from the prior's mean.
-
-        That is the latent which generation at temperature 0 uses, so the decoder learns to do well on it.
-        """
-        even = torch.arange(len(weights), device=weights.device)[:, None] % 2 == 0
-        latent = torch.where(even, prior.mean, posterior.sample(generator=generator))
-        mean, _ = self.network.decode(latent, condition)
-        errors = (mean - weights).square().mean(-1)
-        charged = kl.mean(0).clamp_min(self.config.free_bits).sum()
-        penalty = self.config.kl_weight * kl_factor * charged / self.layout.size
-        return 0.5 * errors.mean() + penalty, errors[::2].mean()
-
-    def generate_vector(
-        self, conditions: Mapping[str, torch.Tensor], *, seed: int = 0, temperature: float = 0.0
-    ) -> torch.Tensor:
-        """Adapter weights of shape ``(batch, D)`` for task vectors of shape ``(batch, width)``.
-
-        At temperature 0 the prior's mean is decoded, whatever the seed; above, z and the predicted spread are sampled
-        with their standard deviations times ``temperature`` (Eq. 9). The convolutional decoder, whose prior knows
-        nothing of the condition, decodes its mean or a sample in the same way. Differentiable.
-        """
-        standard = self.standard_vector(conditions, len(next(iter(conditions.values()))), seed, temperature)
-        return self.bias + standard * self.weight_scale
-
-    def standard_vector(
-        self, conditions: Mapping[str, torch.Tensor], batch: int, seed: int = 0, temperature: float = 0.0
-    ) -> torch.Tensor:
-        """What :meth:`generate_vector` adds to the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
-
-        No condition at all is a valid one: every modality is then replaced by its learned absence. A known task's
-        adapter, where one is recalled, has nothing of z, and varies by the predicted spread alone. After stage 2 with
-        specialists it shrinks with the distance from all known tasks, see `familiarity.py`.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        coordinates = self.standardiser.all(conditions)
-        condition = self.network.embed_condition(coordinates, batch)
-        latent = self.network.prior(condition).sample(temperature, generator)
-        mean, log_std = self.network.decode(latent, condition)
-        if telling := {name: rows for name, rows in coordinates.items() if name in (self.config.recall or {})}:
-            mean = self.recall(mean, telling)
-        if self.config.reach is not None:
-            known = {name: self.known_coordinates(name) for name in conditions}
-            mean = mean * familiarity(self.config.reach, known, coordinates, batch).to(mean)
-        if temperature > 0:
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-            mean = mean + temperature * torch.exp(log_std) * noise
-        return mean
-
-    @property
-    def weight_scale(self) -> torch.Tensor:
-        """The floored standard deviation of every weight's token, shape ``(D,)``."""
-        return spread_over_weights(self.layout, self.token_scale)
 
     @torch.no_grad()
     def generate_state_dict(
@@ -375,28 +222,135 @@ class CVAELoRAGenerator(HubMixin, ConditionMixin, PreTrainedModel):  # type: ign
             write_text(folder / "README.md", with_handwritten(card.text, output))
         return local_path(save_directory)
 
-    @torch.no_grad()
-    def fit_statistics(
-        self, weights: Mapping[str, SnapshotRows], features: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> ZooStatistics:
-        """Set bias adapter, token scales, task vectors and their standardisation from a zoo, whose statistics return.
+    def push_to_hub(  # type: ignore[override]  # our options
+        self,
+        repo_id: str,
+        *,
+        comparison: Mapping[str, Any] | str | Path | None = None,
+        tags: Sequence[str] = (),
+        **options: Unpack[PushOptions],
+    ) -> CommitInfo:
+        """Push the generator: config, weights and card, with the comparison's results if there is one.
 
         Args:
-            weights: Snapshots ``(n, D)`` of every task.
-            features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
+            repo_id: Hub id, ``user/name``.
+            comparison: What ``comparison.compare`` returned for this generator, or its ``comparison.json``.
+            tags: More tags for the card.
+            **options: ``private``, ``revision``, ``commit_message``, ``create_pr``, ``token``; see `PushOptions`.
+
+        Returns:
+            The commit, with ``commit_url`` and ``pr_url``.
+
+        Raises:
+            LoraFactoryError: When the generator names a base model or an encoder that others cannot load, or the Hub
+                refuses or cannot be reached.
         """
-        self.bias.copy_((statistics := zoo_statistics(weights)).mean)
-        self.token_scale.copy_(token_scales(self.layout, statistics.deviation))
-        vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
-        differing, within = dict(vectors), {}
-        if "image" in features:
-            differing["image"] = torch.cat([group_means(rows) for rows in features["image"].values()])
-        if "hidden" in features:
-            within["hidden"] = torch.cat([rows - rows.mean(0) for rows in features["hidden"].values()])
-        self.standardiser.fit(differing, within)
-        for name, rows in vectors.items():
-            self.get_buffer(f"{name}_task_vectors").copy_(rows)
-        return statistics
+        write = generator_writer(self, comparison=comparison, tags=tags, token=options.get("token"))
+        commit = push(write, repo_id, default_message="Push generator", **options)
+        if not options.get("create_pr"):
+            self.config.name_or_path, self.config._commit_hash = commit.repo_url.repo_id, commit.oid
+        return commit
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *args: Any,  # noqa: ANN401
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Save the generator, as in transformers, and its ``training.json``; with ``push_to_hub`` push it then.
+
+        Args:
+            save_directory: The folder.
+            *args: As in transformers.
+            push_to_hub: Push as well, with a card, as `push_to_hub` does it.
+            repo_id: Where to; default: the folder's name in the user's own namespace.
+            **kwargs: As in transformers, and with ``push_to_hub`` its options.
+        """
+        options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
+        save_directory = check_saving(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
+            share_file(weights)
+        if self.training_record is not None:
+            write_json(Path(save_directory, TRAINING_FILE), self.training_record)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **options)
+
+    def push_adapter(
+        self,
+        text: str | None,
+        repo_id: str,
+        *,
+        conditions: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        tags: Sequence[str] = (),
+        **options: Unpack[PushOptions],
+    ) -> CommitInfo:
+        """Generate an adapter and push it as a PEFT repository, which loads without this package.
+
+        Args:
+            text: What the adapter is for.
+            repo_id: Hub id, ``user/name``.
+            conditions: Task vectors by modality, instead of or beside ``text``.
+            seed: Seed of the sample; of no effect at temperature 0.
+            temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
+            tags: More tags for the card.
+            **options: ``private``, ``revision``, ``commit_message``, ``create_pr``, ``token``; see `PushOptions`.
+
+        Returns:
+            The commit, with ``commit_url`` and ``pr_url``.
+
+        Raises:
+            LoraFactoryError: As for ``save_adapter``, and when the Hub refuses or cannot be reached.
+        """
+        write = adapter_writer(
+            self, text, conditions, seed=seed, temperature=temperature, tags=tags, token=options.get("token")
+        )
+        return push(write, repo_id, default_message="Push generated adapter", **options)
+
+    def push_adapters(
+        self,
+        texts: Mapping[str, str],
+        repo_id: str,
+        *,
+        collection: str | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        tags: Sequence[str] = (),
+        **options: Unpack[PushOptions],
+    ) -> list[CommitInfo]:
+        """Generate several adapters and push them: into one repository, or into one each and a collection of these.
+
+        Args:
+            texts: What each adapter is for, by its name.
+            repo_id: Hub id. One repository gets a folder an adapter, in one commit; with ``collection`` each adapter
+                goes to the repository ``<repo_id>-<name>``.
+            collection: Title of the collection, made in the namespace of ``repo_id`` if it is not there.
+            seed: Seed of the samples; of no effect at temperature 0.
+            temperature: As in `push_adapter`.
+            tags: More tags for the cards.
+            **options: As in `push_adapter`.
+
+        Returns:
+            The commits.
+
+        Raises:
+            LoraFactoryError: As for `push_adapter`; adapters pushed before the failing one stay.
+        """
+        check_base_model(self.layout)
+        names = [safe_name(name) for name in texts]
+        if not names:
+            raise LoraFactoryError('texts is empty; name at least one adapter: {"legal": "Legal notices"}')
+        if collection is not None:
+            how: dict[str, Any] = {"seed": seed, "temperature": temperature, "tags": tags, **options}
+            commits = [self.push_adapter(text, f"{repo_id}-{name}", **how) for name, text in texts.items()]
+            collect_repositories(collection, [commit.repo_url.repo_id for commit in commits], **options)
+            return commits
+        write = adapters_writer(self, texts, seed=seed, temperature=temperature, tags=tags, token=options.get("token"))
+        return [push(write, repo_id, default_message=f"Push {len(names)} generated adapters", **options)]
 
 
 AutoConfig.register("cvae_lora", CVAELoRAConfig)

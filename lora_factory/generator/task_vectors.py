@@ -1,10 +1,10 @@
-"""What a generator is asked: task vectors by modality, checked, made of examples, and compared with the zoo's."""
+"""Task vectors: check them, open the model that reads examples, and find the nearest known tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,110 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.given import as_examples, as_images, as_vectors
 from lora_factory.models.classifiers import is_image_classifier, load_image_classifier
-from lora_factory.models.hidden_states import example_states, task_vector
-from lora_factory.models.image_encoders import ImageEncoder
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.models.losses import FrozenBase
-from lora_factory.models.text_encoders import TextEncoder
 from lora_factory.tasks.examples import Example, ImageExample
-from lora_factory.tasks.image_files import ImageLike
-
-if TYPE_CHECKING:
-    from lora_factory.generator.modeling import CVAELoRAGenerator
-
-
-class ConditionMixin:
-    """How a generator is told what to write: texts, examples and images become task vectors, a modality each."""
-
-    _text_encoder: TextEncoder | None = None
-    _image_encoder: ImageEncoder | None = None
-
-    def conditions(  # type: ignore[misc]  # the mixin's host is always a generator
-        self: CVAELoRAGenerator, text: str | None = None, conditions: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Task vectors of shape ``(width,)`` by modality, checked against the config."""
-        vectors = as_vectors(conditions)
-        if text is not None:
-            vectors["text"] = self.text_encoder.encode([text])[0]
-        check_conditions(vectors, self.config.modalities or {})
-        return vectors
-
-    def encode_examples(  # type: ignore[misc]
-        self: CVAELoRAGenerator,
-        examples: Sequence[Example | ImageExample | str],
-        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-    ) -> dict[str, Tensor]:
-        """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
-
-        Args:
-            examples: Texts, prompts with their completions (as pairs or as ``{"prompt", "completion"}``), or images
-                with both; from 4 to 32 is what training saw.
-            base_model: Model, folder or Hub id; by default the one that the generator's layout names.
-            tokenizer: Tokenizer or processor of a live model; a folder or Hub id has its own.
-
-        Returns:
-            ``{"hidden": vector}``, to be passed as ``conditions``.
-
-        Raises:
-            LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
-                without its tokenizer.
-        """
-        self._refuse_unheard("hidden", "examples", "train_generator(zoo, output_dir, tasks=tasks)")
-        examples = as_examples(examples)
-        base = open_reader(self.layout, examples, base_model, tokenizer)
-        return {"hidden": task_vector(example_states(base, examples))}
-
-    def encode_images(self: CVAELoRAGenerator, images: Sequence[ImageLike]) -> dict[str, Tensor]:  # type: ignore[misc]
-        """A few images of a task as a condition: the mean of their vectors.
-
-        Args:
-            images: Files or images in memory, of any size and mode, at least one.
-
-        Returns:
-            ``{"image": vector}``, to be passed as ``conditions``.
-
-        Raises:
-            LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
-        """
-        self._refuse_unheard("image", "images", "train_generator(zoo, output_dir, arguments, images=images)")
-        images = as_images(images)
-        return {"image": task_vector(self.image_encoder.encode(images))}
-
-    def nearest_tasks(  # type: ignore[misc]
-        self: CVAELoRAGenerator, vectors: Mapping[str, Tensor], count: int = 3
-    ) -> list[dict[str, Any]]:
-        """The zoo's tasks whose vectors are nearest by cosine similarity, best first: ``{"task", "similarity"}``."""
-        known = {name: self.get_buffer(f"{name}_task_vectors") for name in vectors}
-        return nearest_tasks([task["name"] for task in self.config.tasks or []], known, vectors, count)
-
-    @property
-    def text_encoder(self: CVAELoRAGenerator) -> TextEncoder:  # type: ignore[misc]
-        """The sentence encoder that the config names, loaded on first use."""
-        if self._text_encoder is None:
-            if self.config.text_encoder is None:
-                raise LoraFactoryError("this generator was trained without texts; pass conditions= instead of text")
-            self._text_encoder = TextEncoder(self.config.text_encoder)
-        return self._text_encoder
-
-    @property
-    def image_encoder(self: CVAELoRAGenerator) -> ImageEncoder:  # type: ignore[misc]
-        """The image encoder that the config names, loaded on first use."""
-        if self._image_encoder is None:
-            if self.config.image_encoder is None:
-                raise LoraFactoryError("this generator's config names no image encoder; pass conditions= instead")
-            self._image_encoder = ImageEncoder(self.config.image_encoder)
-        return self._image_encoder
-
-    def _refuse_unheard(self: CVAELoRAGenerator, modality: str, noun: str, remedy: str) -> None:  # type: ignore[misc]
-        modalities = self.config.modalities or {}
-        if modality not in modalities:
-            raise LoraFactoryError(
-                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, or train one with "
-                f"{remedy}"
-            )
 
 
 def check_conditions(vectors: Mapping[str, Tensor], modalities: Mapping[str, int]) -> None:

@@ -1,6 +1,7 @@
 """Talk to the Hub: one commit a push, bounded downloads, and model cards.
 
-In: a function that writes a folder, or a repository's name. Out: a commit, or checked files. Cards are made from data, never from live models.
+In: a function that writes a folder, or the name of a repository. Out: a commit, or checked files.
+Cards are made from data, never from live models.
 """
 
 from lora_factory._lazy import lazy
