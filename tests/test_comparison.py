@@ -28,7 +28,7 @@ from lora_factory.evaluation.perplexity import score_examples
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
-from lora_factory.tasks.text import SPLITS
+from lora_factory.tasks.text import SPLITS, DataSource
 from lora_factory.training.train import train_generator
 from lora_factory.zoo import snapshots
 from lora_factory.zoo.store import AdapterZoo
@@ -195,6 +195,13 @@ def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path
         own = own or name in ("generated from examples", "multi-task LoRA, refined")
         if not own:
             assert torch.equal(clean.methods[name](fold.unseen[0], 0), dirty.methods[name](poison, 0)), name
+
+
+def test_data_is_read_before_anything_is_scored(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
+    broken = dataclasses.replace(fold, unseen=(Task("broken", ("Nothing.",), DataSource(str(tmp_path / "no.jsonl"))),))
+    with pytest.raises(LoraFactoryError, match=r"task 'broken' cannot be used: .*no\.jsonl"):
+        compare([fold, broken], pico_model_folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
 
 
 def test_a_fold_that_leaks_is_refused(fold: Fold) -> None:

@@ -25,6 +25,7 @@ from lora_factory.reporting.summary import headroom
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import save_tasks
+from lora_factory.tasks.text import DataSource
 from lora_factory.utils.safe_files import read_json
 
 LONG = "The quick brown fox jumps over the lazy dog, and the café owner reads: def add(left, right). " * 4
@@ -291,6 +292,14 @@ def test_adapters_are_scored_in_the_template_that_their_record_names(
     for zoo in (None, chat):
         with pytest.raises(LoraFactoryError, match=r"chat_template \(.*: true, .*: false\); evaluate the two kinds"):
             evaluate_adapters([run, other], [task], base, zoo=zoo)
+
+    said: list[str] = []
+    broken = Task("broken", ("Nothing.",), DataSource(str(tmp_path / "no.jsonl")))
+    without = Task.from_examples("without", ["No prompts."], ["a b", "b c", "c d", "d e"])
+    for last, reason in ((broken, "no.jsonl"), (without, "chat_template needs prompts")):
+        with pytest.raises(LoraFactoryError, match=rf"task '{last.name}' cannot be used: .*{reason}"):
+            evaluate_adapters([run], [task, last], base, progress=said.append)
+    assert not said, "all data is read before anything is scored"
 
     save_tasks([task], tmp_path / "tasks.json")
     words = ["evaluate", "--tasks", str(tmp_path / "tasks.json"), "--adapter", str(copied), "--zoo", str(chat.folder)]

@@ -278,7 +278,7 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.generator.modeling import CVAELoRAGenerator
     from lora_factory.reporting.report import terminal_tables, write_report
     from lora_factory.tasks.images import language_tasks
-    from lora_factory.tasks.task_file import check_tasks, load_tasks
+    from lora_factory.tasks.task_file import load_tasks
     from lora_factory.training.train import training_history
     from lora_factory.utils.folders import COMPARISON_FILES, check_reports
     from lora_factory.zoo.store import AdapterZoo
@@ -294,7 +294,6 @@ def _compare(options: argparse.Namespace) -> None:
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
         history=training_history(options.generator),
     )
-    check_tasks([*fold.seen, *fold.unseen])
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
     console = _console()
@@ -307,13 +306,12 @@ def _compare(options: argparse.Namespace) -> None:
 def _evaluate_adapters(options: argparse.Namespace) -> None:
     from lora_factory.evaluation.perplexity import evaluate_adapters
     from lora_factory.tasks.images import language_tasks
-    from lora_factory.tasks.task_file import check_tasks, load_tasks
+    from lora_factory.tasks.task_file import load_tasks
     from lora_factory.utils.files import write_json
     from lora_factory.utils.folders import check_reports
     from lora_factory.zoo.store import AdapterZoo
 
     tasks = language_tasks(load_tasks(options.tasks))
-    check_tasks(tasks)
     console = _console()
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
     with console.status("scoring") as status:

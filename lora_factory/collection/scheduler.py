@@ -1,9 +1,10 @@
 """The work of a collection: which run is next, what becomes of one that fails, and when all is done.
 
 Processes take runs by leases on disk (filelock's), whichever launch they belong to, so that a slow run holds up
-nobody's list and the runs of a dead process are taken over; nothing but the choice of a name for the launch needs the
-others to answer. A counter in the process group's store would do for one launch, but not for two, nor after a death.
-A lease saves double work and no more: a run is the same whoever makes it, and lands by one rename.
+nobody's list and the runs of a dead process are taken over; nothing but the choice of a name for the launch and the
+check of the tasks, both before the first run, needs the others to answer. A counter in the process group's store would
+do for one launch, but not for two, nor after a death. A lease saves double work and no more: a run is the same whoever
+makes it, and lands by one rename.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from filelock import SoftFileLease, Timeout
 
@@ -31,10 +32,11 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import Progress
 from lora_factory.collection.trainer import AdapterFactory, TrainingTask, comparable_settings
 from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.checkpoint import RunCheckpoint, writing_into
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_text
-from lora_factory.utils.safe_files import read_json
+from lora_factory.utils.safe_files import read_json_object, reading
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.store import HIDDEN_FOLDER, AdapterZoo
 
@@ -98,6 +100,27 @@ class Collection:
         done = len(runs) - len(self.left)
         self.progress = Progress(self.accelerator, factory.arguments, len(runs), done)
         self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """Encode what the runs that are left will read; the processes of a launch share the tasks.
+
+        Raises:
+            LoraFactoryError: When a chat template or a length does not fit a task; names all such tasks.
+        """
+        tasks = list({run.task.name: run.task for run in self.runs}.values())
+        left = {run.task.name for run in self.left}
+        share = tasks[self.accelerator.process_index :: self.accelerator.num_processes]
+        fault = []
+        try:
+            check_tasks([task for task in share if task.name in left], self._encode)
+        except LoraFactoryError as error:
+            fault = [str(error)]
+        if faults := gather_object(fault):
+            raise LoraFactoryError("\n".join(faults))
+
+    def _encode(self, task: TrainingTask) -> None:
+        self.factory.encode(task.examples("train"))
+        self.factory.validation(task)
 
     def collect(self) -> None:
         """Train until every run is in the zoo or given up, by this process or another.
@@ -338,7 +361,12 @@ class Failures:
         self._path(name).unlink(missing_ok=True)
 
     def _attempts(self, name: str) -> list[dict[str, Any]]:
-        return list(read_json(self._path(name))["attempts"]) if self._path(name).is_file() else []
+        path = self._path(name)
+        if not path.is_file():
+            return []
+        with reading(path, "delete it"):
+            attempts = read_json_object(path)["attempts"]
+            return [{**attempt, "reason": str(attempt["reason"])} for attempt in attempts]
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

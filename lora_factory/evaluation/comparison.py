@@ -24,6 +24,7 @@ from lora_factory.evaluation.methods import Contenders
 from lora_factory.evaluation.perplexity import TextScore, score_examples
 from lora_factory.reporting.summary import GENERATED
 from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.cache import CellLog
 from lora_factory.utils.files import write_json
 from lora_factory.utils.folders import COMPARISON_FILES, check_reports
@@ -49,12 +50,14 @@ def compare(
         ``report.py``. Storage and points are those of the first fold.
 
     Raises:
-        LoraFactoryError: When a fold does not hold together, or an adapter does not fit the base model.
+        LoraFactoryError: When a fold does not hold together, the data of a task cannot be used (nothing is scored
+            then), or an adapter does not fit the base model.
     """
     arguments, output_dir = arguments or CompareArguments(), check_reports(output_dir, *COMPARISON_FILES)
     folds = [folds] if isinstance(folds, Fold) else list(folds)
     if not folds:
         raise LoraFactoryError("no fold to compare; pass at least one Fold")
+    check_tasks({task.name: task for fold in folds for task in (*fold.seen, *fold.unseen)}.values())
     log = CellLog(output_dir / "cells.jsonl")
     cells: list[dict[str, Any]] = []
     diagnostics, curves, budgets = [], {}, Counter[str]()

@@ -17,7 +17,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.utils.paths import local_path
-from lora_factory.utils.safe_files import read_json
+from lora_factory.utils.safe_files import read_json_object
 from lora_factory.zoo.store import RECORD_FILE, ZOO_FILE, AdapterZoo
 
 if TYPE_CHECKING:
@@ -144,20 +144,24 @@ def evaluate_adapters(
         One row a model (``"base model"``, then the adapters as they were named), one score a task in each.
 
     Raises:
-        LoraFactoryError: When an adapter cannot be read or does not fit the base model, or the adapters are of zoos
-            with and without the chat template.
+        LoraFactoryError: When an adapter cannot be read or does not fit the base model, the data of a task cannot be
+            used (nothing is scored then), or the adapters are of zoos with and without the chat template.
     """
     from lora_factory.models.loading import load_base_model
+    from lora_factory.tasks.task_file import check_tasks
 
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     named = None if base_model is None else str(base_model)
     loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
     layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
+    check_tasks(tasks)
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
     else:
         model, tokenizer = load_base_model(base_model)
+    if chat_template:
+        check_tasks(tasks, lambda task: [render_chat(tokenizer, example) for example in task.examples("test")])
 
     def score(name: str, model: PreTrainedModel | PeftModel) -> dict[str, TextScore]:
         row = {}
@@ -204,7 +208,7 @@ def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> 
             record = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
             given[str(folder)] = record.arguments.get("chat_template")
         elif (folder / GENERATION_FILE).is_file():
-            given[str(folder)] = read_json(folder / GENERATION_FILE).get("chat_template")
+            given[str(folder)] = read_json_object(folder / GENERATION_FILE).get("chat_template")
     used = {name: value for name, value in given.items() if isinstance(value, bool)}
     if len(set(used.values())) > 1:
         told = ", ".join(f"{name}: {str(value).lower()}" for name, value in used.items())

@@ -36,7 +36,7 @@ from lora_factory.utils.checkpoint import TrainingCheckpoint
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json, write_text
 from lora_factory.utils.folders import GENERATOR, WORKING, check_folder
 from lora_factory.utils.paths import local_path, recorded_name, sha256_text
-from lora_factory.utils.safe_files import read_json
+from lora_factory.utils.safe_files import read_json_object, reading
 from lora_factory.zoo.snapshots import open_snapshots
 from lora_factory.zoo.store import AdapterZoo
 
@@ -184,9 +184,16 @@ def save_generator(
 
 
 def training_history(folder: str | Path) -> list[dict[str, float]]:
-    """The training losses that a generator's folder has in ``training.json``; none where there is no such file."""
+    """The training losses that a generator's folder has in ``training.json``; none where there is no such file.
+
+    Raises:
+        LoraFactoryError: When the file is damaged.
+    """
     path = local_path(folder) / "training.json"
-    return list(read_json(path)["history"]) if path.is_file() else []
+    if not path.is_file():
+        return []
+    with reading(path, "delete it to go on without the training's curve"):
+        return [dict(row) for row in read_json_object(path)["history"]]
 
 
 def zoo_factory(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import atomic_file
+from lora_factory.utils.folders import storage_errors
 from lora_factory.utils.paths import sha256_text
+from lora_factory.utils.safe_files import reading
 
 
 class TensorCache:
@@ -32,10 +36,10 @@ class TensorCache:
     def read(self, *key: str) -> dict[str, Tensor] | None:
         """The tensors of a key; None when there are none, or when their file is damaged and will be written anew."""
         try:
-            with safe_open(self._file(key), framework="pt") as file:
+            with reading(self._file(key)), safe_open(self._file(key), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 digest = (file.metadata() or {}).get("sha256")
-        except (OSError, SafetensorError):
+        except LoraFactoryError:
             return None
         return tensors if digest == _digest(tensors) else None
 
@@ -57,26 +61,40 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(save(dict(tensors))).hexdigest()
 
 
+_LOGGER = logging.getLogger(__name__)
+
+
 class CellLog:
     """A file with one JSON object a finished cell, keyed by a fingerprint of everything that the cell depends on.
 
-    A line that a crash cut off is dropped when the file is opened; a cell counts once its whole line is on disk.
+    A line that a crash cut off is dropped when the file is opened; a cell counts once its whole line is on disk. A
+    damaged line is passed over, so that its cell is computed again.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Read the finished cells of ``path``; it is made with the first new one."""
+        """Read the finished cells of ``path``; it is made with the first new one.
+
+        Raises:
+            StorageError: When the file cannot be read, or not be cut to whole lines.
+        """
         self.path = Path(path)
         self._cells: dict[str, dict[str, Any]] = {}
         whole = b""
-        if self.path.is_file():
-            raw = self.path.read_bytes()
-            whole = raw[: raw.rfind(b"\n") + 1]
-            if len(whole) < len(raw):
-                with self.path.open("r+b") as file:
-                    file.truncate(len(whole))
-        for line in whole.splitlines():
-            cell = json.loads(line)
-            self._cells[cell["key"]] = cell
+        with storage_errors(self.path, "read"):
+            if self.path.is_file():
+                raw = self.path.read_bytes()
+                whole = raw[: raw.rfind(b"\n") + 1]
+                if len(whole) < len(raw):
+                    with self.path.open("r+b") as file:
+                        file.truncate(len(whole))
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                cell = json.loads(line)
+                if cell.pop("sha256") != _digest(cell):
+                    raise ValueError("it was altered")
+                self._cells[cell["key"]] = cell
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                _LOGGER.warning("%s, line %d is damaged, its cell is computed again: %s", self.path, number, error)
 
     def get_or_compute(self, facts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The cell of these facts, from the file or computed now.
@@ -84,17 +102,26 @@ class CellLog:
         Args:
             facts: JSON values that fix the result: task, method, seeds, fingerprints of data and weights.
             compute: Makes the cell's figures when it is not there.
+
+        Raises:
+            StorageError: When the file cannot be written.
         """
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        key = _digest(facts)
         if key not in self._cells:
             cell = {"key": key, **facts, **compute()}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            line = json.dumps({**cell, "sha256": _digest(cell)}) + "\n"
+            with storage_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
             self._cells[key] = cell
         return self._cells[key]
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class FeatureCache(TensorCache):
