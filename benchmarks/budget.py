@@ -24,8 +24,8 @@ from lora_factory import AdapterZoo
 from lora_factory.comparison import score_task
 from lora_factory.contenders import MULTITASK
 from lora_factory.evaluation import headroom
-from lora_factory.files import read_json
 from lora_factory.generation import package_versions
+from lora_factory.safe_files import read_json
 from lora_factory.summaries import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL
 from lora_factory.training import zoo_factory
 

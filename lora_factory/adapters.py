@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lora_factory.adapted_modules import check_plain_lora, exact_targets, lora_weights, module_paths, plain_json
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import local_path, read_json, write_json
+from lora_factory.files import local_path, write_json
 from lora_factory.layout import AdapterLayout
 from lora_factory.live_models import (
     base_of,
@@ -37,7 +37,7 @@ from lora_factory.live_models import (
     unmerge,
     without_adapters,
 )
-from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json_object
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json, read_json_object
 from lora_factory.targets import last_names, linear_modules
 
 ADAPTER_FILE = "adapter_model.safetensors"

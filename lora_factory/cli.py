@@ -233,9 +233,10 @@ def _train(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from lora_factory.data_source import read_examples
-    from lora_factory.files import local_path, read_json
+    from lora_factory.files import local_path
     from lora_factory.generation import GENERATION_FILE
     from lora_factory.modeling import CVAELoRAGenerator
+    from lora_factory.safe_files import read_json
 
     if options.text is None and options.examples is None and options.images is None:
         raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several of them")

@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import atomic_folder, local_path, read_json, write_json
+from lora_factory.files import atomic_folder, local_path, write_json
 from lora_factory.folders import FolderKind
 from lora_factory.networks import ConditionStandardiser
+from lora_factory.safe_files import read_json
 from lora_factory.snapshots import SnapshotRows, in_parts, mean_snapshot
 
 FORMAT_VERSION = 1

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import AdapterSlot, attach_adapter, load_adapter
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import local_path, read_json
+from lora_factory.files import local_path
 from lora_factory.generation import GENERATION_FILE
 from lora_factory.model_inputs import positions
+from lora_factory.safe_files import read_json
 from lora_factory.sequences import render_chat, text_tokens
 from lora_factory.zoo import RECORD_FILE, ZOO_FILE, AdapterZoo
 

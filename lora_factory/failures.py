@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import read_json, write_json
+from lora_factory.files import write_json
+from lora_factory.safe_files import read_json
 
 
 def may_pass(error: Exception) -> bool:

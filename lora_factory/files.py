@@ -22,7 +22,6 @@ from typing import Any
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.folders import FolderKind, check_folder, storage_errors
-from lora_factory.safe_files import read_json as read_json
 
 _EMPTY = FolderKind("nothing", r"(?!)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

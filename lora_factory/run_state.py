@@ -20,8 +20,9 @@ from safetensors.torch import load, save_file
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.files import atomic_folder, read_json, sha256_file, write_json
+from lora_factory.files import atomic_folder, sha256_file, write_json
 from lora_factory.folders import STATE
+from lora_factory.safe_files import read_json
 from lora_factory.training_state import optimizer_tensors, restore_optimizer
 
 _STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"

@@ -22,7 +22,6 @@ from lora_factory.features import example_features
 from lora_factory.files import (
     atomic_folder,
     local_path,
-    read_json,
     recorded_name,
     remove_folder,
     sha256_text,
@@ -38,6 +37,7 @@ from lora_factory.model_card import generator_card, handwritten, with_handwritte
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.open_factory import open_factory
 from lora_factory.reconstruction import calibrate_spread, fit
+from lora_factory.safe_files import read_json
 from lora_factory.snapshots import open_snapshots
 from lora_factory.specialists import specialise
 from lora_factory.tasks import Task, check_tasks

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_factory.files import atomic_folder, read_json, write_json
+from lora_factory.files import atomic_folder, write_json
 from lora_factory.folders import STATE
+from lora_factory.safe_files import read_json
 
 STATE_FILE, WEIGHTS_FILE = "state.json", "state.safetensors"
 

@@ -31,7 +31,8 @@ from lora_factory.data_source import DataSource
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory
 from lora_factory.failures import CollectionError
-from lora_factory.files import read_json, write_json
+from lora_factory.files import write_json
+from lora_factory.safe_files import read_json
 from lora_factory.tasks import Task, save_tasks
 from lora_factory.zoo import AdapterZoo
 

@@ -26,7 +26,7 @@ from lora_factory.evaluation import (
     headroom,
     score_examples,
 )
-from lora_factory.files import read_json
+from lora_factory.safe_files import read_json
 from lora_factory.sequences import IGNORED, collate, encode_example, scored_tokens
 from lora_factory.tasks import Task, save_tasks
 

@@ -14,7 +14,6 @@ from lora_factory import files
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import (
     atomic_folder,
-    read_json,
     safe_name,
     sha256_file,
     sha256_text,
@@ -22,6 +21,7 @@ from lora_factory.files import (
     write_text,
 )
 from lora_factory.folders import FolderKind
+from lora_factory.safe_files import read_json
 
 OWN = FolderKind("a test's folder", "old|new|sub/old|file")
 

@@ -23,12 +23,13 @@ from lora_factory.cond_p_diff import CondPDiff
 from lora_factory.corpus import build_corpus
 from lora_factory.demo import run_demo
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.files import atomic_folder, read_json, recorded_name, write_text
+from lora_factory.files import atomic_folder, recorded_name, write_text
 from lora_factory.folders import ADAPTER, GENERATOR, check_folder
 from lora_factory.importing import AdapterSource, import_adapters
 from lora_factory.layout import AdapterLayout
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.report import write_report
+from lora_factory.safe_files import read_json
 from lora_factory.tasks import load_tasks, save_tasks
 from lora_factory.training import save_generator, train_generator
 from lora_factory.zoo import AdapterZoo
