@@ -20,7 +20,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.files import local_path
 from lora_factory.generation import GENERATION_FILE
 from lora_factory.model_inputs import positions
-from lora_factory.safe_files import read_json
+from lora_factory.safe_files import read_json_object
 from lora_factory.sequences import render_chat, text_tokens
 from lora_factory.zoo import RECORD_FILE, ZOO_FILE, AdapterZoo
 
@@ -277,7 +277,7 @@ def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> 
             record = AdapterZoo(folder.parent.parent).record(folder.parent.name, folder.name)
             given[str(folder)] = record.arguments.get("chat_template")
         elif (folder / GENERATION_FILE).is_file():
-            given[str(folder)] = read_json(folder / GENERATION_FILE).get("chat_template")
+            given[str(folder)] = read_json_object(folder / GENERATION_FILE).get("chat_template")
     used = {name: value for name, value in given.items() if isinstance(value, bool)}
     if len(set(used.values())) > 1:
         told = ", ".join(f"{name}: {str(value).lower()}" for name, value in used.items())

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import write_json
-from lora_factory.safe_files import read_json
+from lora_factory.safe_files import read_json_object, reading
 
 
 def may_pass(error: Exception) -> bool:
@@ -88,7 +88,12 @@ class Failures:
         self._path(name).unlink(missing_ok=True)
 
     def _attempts(self, name: str) -> list[dict[str, Any]]:
-        return list(read_json(self._path(name))["attempts"]) if self._path(name).is_file() else []
+        path = self._path(name)
+        if not path.is_file():
+            return []
+        with reading(path, "delete it"):
+            attempts = read_json_object(path)["attempts"]
+            return [{**attempt, "reason": str(attempt["reason"])} for attempt in attempts]
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

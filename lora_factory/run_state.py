@@ -5,27 +5,20 @@ The folder holds a JSON and a safetensors file, no pickle, and is replaced in on
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.files import atomic_folder, sha256_file, write_json
-from lora_factory.folders import STATE
-from lora_factory.safe_files import read_json
-from lora_factory.training_state import optimizer_tensors, restore_optimizer
+from lora_factory.errors import StorageError
+from lora_factory.training_state import optimizer_tensors, read_state, restore_optimizer, write_state
 
-_STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -70,15 +63,9 @@ class RunCheckpoint:
         Returns:
             The state and the adapter's weights ``(D,)`` then; a new state and None where there is none to go on from.
         """
-        if not self.folder.is_dir():
+        if (found := read_state(self.folder, self.key)) is None:
             return RunState(), None
-        try:
-            values, tensors = self._read()
-        except (LoraFactoryError, SafetensorError, OSError, KeyError, TypeError) as error:
-            _LOGGER.warning("%s is damaged, the run starts over: %s", self.folder, error)
-            return RunState(), None
-        if values["key"] != self.key:
-            return RunState(), None
+        values, tensors = found
         restore_optimizer(optimizer, tensors)
         schedule.load_state_dict(values["schedule"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -120,24 +107,14 @@ class RunCheckpoint:
         tensors = {"weights": weights, "random": random, **optimizer_tensors(optimizer)}
         if state.snapshots:
             tensors["snapshots"] = torch.stack(state.snapshots)
-        with writing_into(self.folder.parent), atomic_folder(self.folder, STATE, overwrite=True) as folder:
-            tensors_file = folder / _TENSORS_FILE
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, tensors_file)
-            values = {"key": self.key, "step": state.step, "tokens": state.tokens, "losses": state.losses}
-            values |= {"schedule": schedule.state_dict(), "sha256": sha256_file(tensors_file)}
-            write_json(folder / _STATE_FILE, values)
+        values = {"step": state.step, "tokens": state.tokens, "losses": state.losses}
+        values["schedule"] = schedule.state_dict()
+        with writing_into(self.folder.parent):
+            write_state(self.folder, self.key, values, tensors)
 
     def is_due(self, step: int) -> bool:
         """Whether the state is to be saved after this step."""
         return self.every > 0 and step % self.every == 0
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        values, path = read_json(self.folder / _STATE_FILE), self.folder / _TENSORS_FILE
-        values = {name: values[name] for name in ("key", "step", "tokens", "losses", "schedule", "sha256")}
-        content = path.read_bytes()  # not mapped into memory: the file is replaced while its tensors are in use
-        if hashlib.sha256(content).hexdigest() != values["sha256"]:
-            raise LoraFactoryError(f"{path} was cut short or altered")
-        return values, load(content)
 
 
 @contextmanager

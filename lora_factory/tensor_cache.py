@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_file, sha256_text
+from lora_factory.safe_files import reading
 
 
 class TensorCache:
@@ -27,10 +29,10 @@ class TensorCache:
     def read(self, *key: str) -> dict[str, Tensor] | None:
         """The tensors of a key; None when there are none, or when their file is damaged and will be written anew."""
         try:
-            with safe_open(self._file(key), framework="pt") as file:
+            with reading(self._file(key)), safe_open(self._file(key), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 digest = (file.metadata() or {}).get("sha256")
-        except (OSError, SafetensorError):
+        except LoraFactoryError:
             return None
         return tensors if digest == _digest(tensors) else None
 

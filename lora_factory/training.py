@@ -37,7 +37,7 @@ from lora_factory.model_card import generator_card, handwritten, with_handwritte
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.open_factory import open_factory
 from lora_factory.reconstruction import calibrate_spread, fit
-from lora_factory.safe_files import read_json
+from lora_factory.safe_files import read_json_object, reading
 from lora_factory.snapshots import open_snapshots
 from lora_factory.specialists import specialise
 from lora_factory.tasks import Task, check_tasks
@@ -190,9 +190,16 @@ def save_generator(
 
 
 def training_history(folder: str | Path) -> list[dict[str, float]]:
-    """The training losses that a generator's folder has in ``training.json``; none where there is no such file."""
+    """The training losses that a generator's folder has in ``training.json``; none where there is no such file.
+
+    Raises:
+        LoraFactoryError: When the file is damaged.
+    """
     path = local_path(folder) / "training.json"
-    return list(read_json(path)["history"]) if path.is_file() else []
+    if not path.is_file():
+        return []
+    with reading(path, "delete it to go on without the training's curve"):
+        return [dict(row) for row in read_json_object(path)["history"]]
 
 
 def zoo_factory(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
-from lora_factory.files import atomic_folder, write_json
+from lora_factory.errors import LoraFactoryError
+from lora_factory.files import atomic_folder, sha256_file, sha256_text, write_json
 from lora_factory.folders import STATE
-from lora_factory.safe_files import read_json
+from lora_factory.safe_files import read_json_object
 
-STATE_FILE, WEIGHTS_FILE = "state.json", "state.safetensors"
+_STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,12 +82,9 @@ class TrainingCheckpoint:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, source: torch.Generator, accelerator: Accelerator
     ) -> TrainingState | None:
         """Put model, optimizer and random numbers where the saved training was; None when there is no such state."""
-        if not (self.folder / STATE_FILE).is_file():
+        if (found := read_state(self.folder, f"{self.key} {accelerator.num_processes}")) is None:
             return None
-        values = read_json(self.folder / STATE_FILE)
-        if values["key"] != self.key or values["processes"] != accelerator.num_processes:
-            return None
-        tensors = load_file(self.folder / WEIGHTS_FILE)
+        values, tensors = found
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
@@ -90,7 +93,6 @@ class TrainingCheckpoint:
         model.load_state_dict(parts["model"])
         restore_optimizer(optimizer, tensors)
         source.set_state(tensors["random"][accelerator.process_index])
-        values = {name: values[name] for name in ("step", "running", "tokens", "best", "history")}
         values["best"] = math.inf if values["best"] is None else values["best"]
         return TrainingState(**values, best_weights=parts["best"] or None)
 
@@ -114,13 +116,52 @@ class TrainingCheckpoint:
         tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in (state.best_weights or {}).items()}
         tensors |= optimizer_tensors(optimizer)
-        with atomic_folder(self.folder, STATE, overwrite=True) as folder:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE
-            )
-            values = {"key": self.key, "processes": accelerator.num_processes, "step": state.step}
-            values |= {"running": state.running, "tokens": state.tokens, "history": state.history}
-            write_json(folder / STATE_FILE, values | {"best": state.best if math.isfinite(state.best) else None})
+        values = {"step": state.step, "running": state.running, "tokens": state.tokens, "history": state.history}
+        values["best"] = state.best if math.isfinite(state.best) else None
+        write_state(self.folder, f"{self.key} {accelerator.num_processes}", values, tensors)
+
+
+def write_state(folder: Path, key: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace the state in a folder, in one rename.
+
+    Args:
+        folder: Made when missing.
+        key: What the state belongs to.
+        values: JSON values.
+        tensors: What else is kept.
+    """
+    with atomic_folder(folder, STATE, overwrite=True) as temporary:
+        path = temporary / _TENSORS_FILE
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        digest = _digest(values, sha256_file(path))
+        write_json(temporary / _STATE_FILE, {"key": key, "values": values, "sha256": digest})
+
+
+def read_state(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """The values and tensors of a state.
+
+    Returns:
+        None when there is no state, when it belongs to another key, or when a file is damaged, which is said.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        state = read_json_object(folder / _STATE_FILE)
+        if state["key"] != key:
+            return None
+        # Not mapped into memory: the file is replaced while its tensors are in use.
+        content = (folder / _TENSORS_FILE).read_bytes()
+        if state["sha256"] != _digest(state["values"], hashlib.sha256(content).hexdigest()):
+            raise LoraFactoryError(f"{_STATE_FILE} or {_TENSORS_FILE} was cut short or altered")
+        return state["values"], load(content)
+    except Exception as error:  # whatever has become of the files, the run can start over
+        _LOGGER.warning("%s is damaged, the run starts over: %s", folder, error)
+        return None
+
+
+def _digest(values: Mapping[str, Any], tensors: str) -> str:
+    """SHA-256 of all that a state holds; ``tensors`` is that of the tensors' file."""
+    return sha256_text(json.dumps(values, sort_keys=True) + tensors)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

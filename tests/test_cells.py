@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_factory.cells import CellLog
+from lora_factory.errors import StorageError
 
 
 class Counted:
@@ -82,3 +84,31 @@ def test_a_failed_cell_is_not_remembered(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         log.get_or_compute({"task": "a"}, fails)
     assert log.get_or_compute({"task": "a"}, Counted())["loss"] == 1.1
+
+
+def test_a_cell_whose_line_was_altered_is_computed_again(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    before = filled(path, "abc")
+    whole, chance = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 3])):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        assert filled(path, "abc") == before
+    path.write_bytes(whole.replace(b'"loss": 1', b'"loss": 2'))
+    assert filled(path, "abc") == before
+
+
+@pytest.mark.parametrize("line", ["[]", "7", "{}", '{"key": []}', "[" * 100_000, "\N{BLACK HEART SUIT}"])
+def test_a_line_of_something_else_is_passed_over(tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "cells.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    filled(path, "a")
+    assert f"{path}, line 1 is damaged" in caplog.text
+
+
+def test_cells_that_cannot_be_written_end_in_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        filled(tmp_path / "file" / "cells.jsonl", "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from test_collect import SMALL, text_task
 
-from lora_factory import run_state
-from lora_factory.errors import StorageError
+from lora_factory import training_state
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.factory import AdapterFactory
+from lora_factory.failures import Failures
 from lora_factory.run_record import RunRecord
 from lora_factory.run_state import RunCheckpoint
+from lora_factory.training_state import read_state, write_state
 
 SETTINGS = replace(SMALL, steps=8, snapshots=6, gradient_accumulation=2)
 TASK = text_task("prose")
@@ -83,7 +86,12 @@ def lose(folder: Path) -> None:
     (folder / "state.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, spoil, lose])
+def alter(folder: Path) -> None:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, spoil, lose, alter])
 def test_a_damaged_state_is_named_and_not_used(
     factory: AdapterFactory, tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -94,6 +102,33 @@ def test_a_damaged_state_is_named_and_not_used(
     assert f"{tmp_path / 'state'} is damaged, the run starts over" in caplog.text
     assert len(steps) == SETTINGS.steps
     assert torch.equal(resumed, train(factory)[1])
+
+
+def test_a_state_with_bytes_altered_at_random_is_whole_or_not_there(tmp_path: Path) -> None:
+    folder, chance = tmp_path / "state", random.Random(0)
+    values, weights = {"step": 3, "losses": [0.5, None], "schedule": {"rate": 1e-4}}, torch.arange(20.0)
+    for number in range(200):
+        write_state(folder, "key", values, {"weights": weights})
+        path = folder / chance.choice(["state.json", "state.safetensors"])
+        content = bytearray(path.read_bytes())
+        if number % 3 == 0:
+            content = content[: chance.randrange(len(content))]
+        else:
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        if found := read_state(folder, "key"):
+            assert found[0] == values and torch.equal(found[1]["weights"], weights)
+        assert read_state(folder, "another") is None
+
+
+def test_a_note_of_failures_that_was_altered_is_named(tmp_path: Path) -> None:
+    failures = Failures(tmp_path, "launch")
+    failures.add("a@seed-0", ValueError("too long"))
+    assert failures.reasons(["a@seed-0"]) == {"a@seed-0": "ValueError: too long"}
+    for text in ("{", "[]", "{}", '{"attempts": 3}', '{"attempts": [3]}', '{"attempts": [{}]}'):
+        (tmp_path / "a@seed-0.json").write_text(text)
+        with pytest.raises(LoraFactoryError, match=r"a@seed-0\.json"):
+            failures.reasons(["a@seed-0"])
 
 
 def test_the_state_of_other_settings_is_not_taken_up(factory: AdapterFactory, tmp_path: Path) -> None:
@@ -118,7 +153,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_state(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"cannot write.*No space left.*make room"):
-        patch.setattr(run_state, "save_file", full)
+        patch.setattr(training_state, "save_file", full)
         train(factory, tmp_path / "state")
     _, resumed, steps = train(factory, tmp_path / "state")
     assert steps[0] == 4

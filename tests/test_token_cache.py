@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TRAINING_TEXT, make_tokenizer
 from test_collect import SMALL, tasks
 from test_collection import contents
@@ -23,6 +25,7 @@ from lora_factory.model_inputs import CausalInputs, Seq2SeqInputs
 from lora_factory.progress import make_accelerator
 from lora_factory.pushing import zoo_writer
 from lora_factory.sequences import TokenSequence
+from lora_factory.tensor_cache import TensorCache
 from lora_factory.token_cache import TokenCache
 from lora_factory.training import zoo_factory
 from lora_factory.zoo import HIDDEN_FOLDER
@@ -142,3 +145,23 @@ def test_a_zoo_is_tokenised_once(pico_model_folder: Path, tmp_path: Path, read: 
     assert not (zoo.folder / HIDDEN_FOLDER).exists(), "only a collection makes the place for them"
     collect_adapters(work, pico_model_folder, tmp_path / "two", both, base_model_name="pico/llama")
     assert contents(tmp_path / "two") == contents(zoo.folder)
+
+
+def test_a_file_altered_at_random_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    cache, chance = TensorCache(tmp_path), random.Random(0)
+    tensors = {"ids": torch.arange(20), "lengths": torch.tensor([7, 13], dtype=torch.int32)}
+    cache.write(tensors, "key")
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for number in range(400):
+        content = bytearray(whole)
+        if number % 4 == 0:
+            content = content[: chance.randrange(len(content))]
+        else:
+            content[chance.randrange(min(len(content), 300))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        found = cache.read("key")
+        assert found is None or all(torch.equal(found[name], tensors[name]) for name in tensors)
+    path.unlink()
+    path.mkdir()
+    assert cache.read("key") is None

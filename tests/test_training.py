@@ -374,3 +374,10 @@ def test_the_losses_of_a_training_stay_beside_it(trained: tuple[CVAELoRAGenerato
     history = training_history(trained[1])
     assert history[0]["step"] == 0 and history[-1]["step"] == 49
     assert training_history(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"history": 3}', '{"history": [3]}'])
+def test_a_damaged_training_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(LoraFactoryError, match=r"training\.json"):
+        training_history(tmp_path)
