@@ -317,7 +317,7 @@ class AdapterZoo:
                 )
 
     def _read_vectors(self, record: RunRecord, name: str, rows: slice | None, verify: bool) -> Tensor:
-        path = self._whole_file(record, name) if verify else self._file(record, name)
+        path = self._whole_file(record, name) if verify else self.file(record, name)
         leading = () if rows is None else (len(record.snapshot_steps),)
         try:
             with safe_open(path, framework="pt") as file:
@@ -329,7 +329,12 @@ class AdapterZoo:
         except (SafetensorError, LoraFactoryError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise LoraFactoryError(f"{path}: {error}; {_remedy(path.parent)}") from error
 
-    def _file(self, record: RunRecord, name: str) -> Path:
+    def file(self, record: RunRecord, name: str) -> Path:
+        """The path of a run's file.
+
+        Raises:
+            LoraFactoryError: if it is missing, larger than expected, no ordinary file, or a link out of the run.
+        """
         path = self.folder / record.task / record.run / name
         if not path.exists():
             raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
@@ -338,7 +343,7 @@ class AdapterZoo:
 
     def _whole_file(self, record: RunRecord, name: str) -> Path:
         """The path of a run's file, whose SHA-256 was found right since it last changed."""
-        path = self._file(record, name)
+        path = self.file(record, name)
         status = path.stat()
         state = (status.st_size, status.st_mtime_ns)
         if self._whole_files.get(path) == state:

@@ -164,11 +164,11 @@ def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
     if problems := zoo.problems(record.task, record.run):
         raise LoraFactoryError(problems[0])
     run = zoo.folder / record.task / record.run
-    with safe_open(run / CHECKPOINTS_FILE, framework="pt") as file:
+    with safe_open(zoo.file(record, CHECKPOINTS_FILE), framework="pt") as file:
         last = {key: file.get_slice(key)[-count:].contiguous() for key in file.keys()}
     with atomic_folder(run, run_kind([*record.sha256, RECORD_FILE]), overwrite=True) as folder:
         for name in set(record.sha256) - {CHECKPOINTS_FILE}:
-            shutil.copyfile(run / name, folder / name)
+            shutil.copyfile(zoo.file(record, name), folder / name)
         save_file(last, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
         changed = replace(
             record,
@@ -181,11 +181,9 @@ def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
 
 def _copy_run(zoo: AdapterZoo, record: RunRecord, target: AdapterZoo) -> None:
     """Copy a run; the copies' SHA-256 must be those of the record."""
-    run = zoo.folder / record.task / record.run
     with atomic_folder(target.folder / record.task / record.run) as folder:
         for name, digest in record.sha256.items():
-            if not (run / name).is_file() or sha256_file(shutil.copyfile(run / name, folder / name)) != digest:
-                raise LoraFactoryError(
-                    f"{run / name} is missing, cut short or altered; prune damaged runs of {zoo.folder} first"
-                )
+            path = zoo.file(record, name)
+            if sha256_file(shutil.copyfile(path, folder / name)) != digest:
+                raise LoraFactoryError(f"{path} was cut short or altered; prune damaged runs of {zoo.folder} first")
         write_json(folder / RECORD_FILE, record.to_dict())

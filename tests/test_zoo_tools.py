@@ -137,11 +137,25 @@ def test_merging_names_conflicts_and_writes_nothing(zoo: AdapterZoo, layout: Ada
             merge([zoo, AdapterZoo.create(tmp_path / str(number), stranger)], tmp_path / "all")
     assert not (tmp_path / "all").exists()
     damage(other, "c", "seed-0")
-    with pytest.raises(LoraFactoryError, match=r"c/seed-0/checkpoints.safetensors is missing, cut short or altered"):
+    with pytest.raises(LoraFactoryError, match=r"c/seed-0/checkpoints.safetensors was cut short or altered"):
         merge([other], tmp_path / "all")
     assert AdapterZoo(tmp_path / "all").tasks == ["b"]
     with pytest.raises(LoraFactoryError, match="nothing to merge"):
         merge([], tmp_path / "all")
+
+
+def test_a_link_out_of_a_zoo_is_not_followed(zoo: AdapterZoo, layout: AdapterLayout, tmp_path: Path) -> None:
+    note, private = zoo.folder / "b" / "seed-0" / "note.txt", tmp_path / "private"
+    note.rename(private)
+    note.symlink_to(private)
+    with pytest.raises(LoraFactoryError, match=r"note\.txt is a link to .*private, outside of its folder"):
+        merge([zoo], tmp_path / "all")
+    assert not (tmp_path / "all" / "b" / "seed-0").exists()
+    with pytest.raises(LoraFactoryError, match="outside of its folder"):
+        prune(zoo, tasks=["b"], keep_last=1)
+    note.unlink()
+    with pytest.raises(LoraFactoryError, match=r"note\.txt is missing"):
+        merge([zoo], tmp_path / "more")
 
 
 def test_push_and_pull(hub: LocalHub, zoo: AdapterZoo, tmp_path: Path) -> None:
