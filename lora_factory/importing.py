@@ -42,6 +42,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 _NO_COMMIT = (None, "", "main")
 _LIST_BYTES = 16 << 20
 _WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+# An adapter may record a folder of the machine that trained it, models/llama, which has the form of a Hub id.
 _FOLDERS = ("", "model", "models", "checkpoints", "out", "output", "outputs", "base", "pretrained", "weights", "data")
 
 
