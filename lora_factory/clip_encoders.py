@@ -60,6 +60,7 @@ class OpenClipText(OpenClip):
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
         super().__init__(name, revision, device)
         self._model.visual = None  # the image tower's memory is not needed
+        self.limit = int(self._tokenizer.context_length)
         with torch.no_grad():
             self.width = self(["a"]).shape[-1]
 
@@ -67,6 +68,13 @@ class OpenClipText(OpenClip):
         """Vectors of shape ``(texts, width)``."""
         vectors: Tensor = self._model.encode_text(self._tokenizer(list(texts)).to(self._device))
         return vectors
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        inner = getattr(self._tokenizer, "tokenizer", None)  # transformers', in open_clip's wrapper
+        if inner is not None:
+            return len(inner(text, verbose=False).input_ids)
+        return len(self._tokenizer.encode(text)) + 2  # open_clip's own puts a token before and one behind
 
 
 class OpenClipImage(OpenClip):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,7 +64,7 @@ class TextEncoder:
         """Encode texts; each vector depends on its own text alone.
 
         Args:
-            texts: Any number of texts; what is beyond the encoder's length is not read.
+            texts: Any number of texts; what is beyond the encoder's length is not read, which a warning says.
             batch_size: Texts a forward pass.
 
         Returns:
@@ -75,6 +76,14 @@ class TextEncoder:
         _refuse_empty(texts)
         if not texts:
             return torch.empty(0, self.width)
+        limit = self._tower.limit
+        if long := [(text, count) for text in texts if (count := self._tower.count(text)) > limit]:
+            text, count = long[0]
+            warnings.warn(
+                f"{len(long)} of {len(texts)} texts are longer than the {limit} tokens that the text encoder reads; "
+                f"{text[:60]!r}... has {count}, and the rest of it is not read; write it shorter",
+                stacklevel=2,
+            )
         with torch.no_grad():
             batches = [self._tower(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size)]
         return functional.normalize(torch.cat(batches).float().cpu(), dim=-1)
@@ -221,6 +230,10 @@ class _SentenceEncoder:
         )
         self.model.to(device)
         self._two_towers = self.model.config.model_type in TWO_TOWERS
+        if self._two_towers:
+            self.limit = int(self.model.config.text_config.max_position_embeddings)
+        else:
+            self.limit = min(MAX_TEXT_TOKENS, self.tokenizer.model_max_length)
         with torch.no_grad():
             self.width: int = self(["a"]).shape[-1]
         self.identifier = weights_identifier(name, revision)
@@ -232,10 +245,14 @@ class _SentenceEncoder:
             texts,
             padding=True,
             truncation=True,
-            max_length=min(MAX_TEXT_TOKENS, self.tokenizer.model_max_length),
+            max_length=self.limit,
             return_tensors="pt",
         ).to(self.model.device)
         return masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.tokenizer(text, verbose=False).input_ids)
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +143,25 @@ def test_open_clip_text_tower(clip_folder: Path) -> None:
     expected = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)
     torch.testing.assert_close(vectors, expected)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_a_text_that_is_cut_is_named_with_its_length(kind: str, request: pytest.FixtureRequest) -> None:
+    is_open_clip = kind == "open_clip"
+    folder = request.getfixturevalue("clip_folder" if is_open_clip else "pico_encoder_folder")
+    encoder = TextEncoder(f"open_clip:local-dir:{folder}" if is_open_clip else folder)
+    fitting, long = ("fox " * 75, "fox " * 76) if is_open_clip else ("x", "fox " * 300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode([fitting])
+    with pytest.warns(UserWarning) as caught:
+        encoder.encode(["a task", long])
+    (warning,) = caught
+    limit = 77 if is_open_clip else AutoTokenizer.from_pretrained(folder).model_max_length
+    length = 78 if is_open_clip else len(AutoTokenizer.from_pretrained(folder)(long).input_ids)
+    said = str(warning.message)
+    assert f"1 of 2 texts are longer than the {limit} tokens" in said and warning.filename == __file__
+    assert f"'{long[:60]}'... has {length}, and the rest" in said
 
 
 def test_open_clip_named_model_with_a_checkpoint(clip_folder: Path, tmp_path: Path) -> None:
