@@ -12,8 +12,14 @@ from typing import Any
 
 import httpx2
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 from safetensors import safe_open
 from torch import nn
@@ -34,11 +40,16 @@ from lora_factory.safe_files import (
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE = "training.json"
-# What else a folder may be that is given as a generator's, by a file of it; and what takes it.
+# What else may be given as a generator, by a file of it: its type of repository on the Hub, and what takes it.
 _OTHERS = {
-    "zoo.json": "a zoo, not a generator; train a generator on it with lora-factory train --zoo, or train_generator",
-    "adapter_config.json": "an adapter, not a generator; load it with peft, or score it with lora-factory evaluate "
-    "--adapter",
+    "zoo.json": (
+        "dataset",
+        "a zoo, not a generator; train a generator on it with lora-factory train --zoo, or train_generator",
+    ),
+    "adapter_config.json": (
+        "model",
+        "an adapter, not a generator; load it with peft, or score it with lora-factory evaluate --adapter",
+    ),
 }
 MAX_KINDS = 1024  # each has heads of its own; DeepSeek-V3 with LoRA on every expert has 780
 MAX_MODALITIES, MAX_TASKS = 16, 1 << 16
@@ -161,8 +172,7 @@ def read_generator(
     Returns:
         The configuration, and the weights.
     """
-    check_is_generator(source)
-    config = read_config(source.file(CONFIG_FILE, MAX_CONFIG_BYTES))
+    config = read_config(_config_file(source))
     if source.is_downloaded:
         check_public_names(config, source.name)
     with torch.device("meta"):
@@ -171,19 +181,27 @@ def read_generator(
     return config, read_weights(source.file(WEIGHTS_FILE, limit), expected)
 
 
-def check_is_generator(source: GeneratorSource) -> None:
-    """Check that a name is not that of a file, a zoo or an adapter here.
+def _config_file(source: GeneratorSource) -> Path:
+    """The path of a generator's configuration.
 
     Raises:
-        LoraFactoryError: Says what it is, and what takes it.
+        LoraFactoryError: When the name is that of a file, a zoo or an adapter; says what it is, and what takes it.
     """
     path = Path(source.name)
     if path.is_file():
         raise LoraFactoryError(f"{source.name!r} is a file; name the generator's folder")
     if source.is_folder and not (path / CONFIG_FILE).exists():
-        for name, what in _OTHERS.items():
+        for name, (_, what) in _OTHERS.items():
             if (path / name).exists():
                 raise LoraFactoryError(f"{source.name!r} is {what}")
+    try:
+        return source.file(CONFIG_FILE, MAX_CONFIG_BYTES)
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
+        where: Any = {"repo_id": source.name, "revision": source.revision}
+        for name, (kind, what) in _OTHERS.items():
+            if HfApi(token=source.token).file_exists(**where, filename=name, repo_type=kind):
+                raise LoraFactoryError(f"{source.name!r} is {what}") from None
+        raise
 
 
 def read_training_record(source: GeneratorSource) -> dict[str, Any] | None:

@@ -253,6 +253,8 @@ result += [attempt(AdapterZoo({str(zoo)!r}).push_to_hub, "alice/zoo")]
 def test_what_a_failing_push_and_a_failing_load_say(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     hub.add_repo("alice/open", {"a": "1"})
     hub.add_repo("bob/closed", contents(folder))
+    hub.add_repo("bob/adapter", {"adapter_config.json": "{}"})
+    hub.add_repo("bob/zoo", {"zoo.json": "{}"}, repo_type="dataset")
     hub.fail("^/storage/", "PUT", status=403, message="No space for you", times=1)
     hub.fail("/bob/closed/", status=403, times=None)
     hub.fail("/alice/forbidden-card/resolve/", status=403, times=None)
@@ -296,6 +298,8 @@ result["modes"] = [oct(path.stat().st_mode) for path in kept.iterdir()]
 result |= {{
     "zoo": attempt(load, here / "zoo"),
     "adapter": attempt(load, here / "adapter"),
+    "zoo on the Hub": attempt(load, "bob/zoo"),
+    "adapter on the Hub": attempt(load, "bob/adapter"),
     "file": attempt(load, here / "adapter" / "adapter_config.json"),
     "nothing": attempt(load, "bob/no-folder"),
 }}
@@ -318,7 +322,9 @@ result |= {{
     assert "was interrupted" in result["Ctrl-C"] and set(result["modes"]) == {"0o100644"}
     assert "set TMPDIR to another folder; nothing was pushed" in result["full disk"]
     assert "is a zoo, not a generator; train a generator on it" in result["zoo"]
+    assert "'bob/zoo' is a zoo, not a generator; train a generator on it" in result["zoo on the Hub"]
     assert "is an adapter, not a generator" in result["adapter"]
+    assert "'bob/adapter' is an adapter, not a generator" in result["adapter on the Hub"]
     assert "is a file; name the generator's folder" in result["file"]
     assert "no folder of that name here, and there is no repository bob/no-folder" in result["nothing"]
     assert "no folder of that name here, and the connection to the Hub failed" in offline
