@@ -246,10 +246,9 @@ def _upload(
             elif has_handwriting(old):
                 gone.discard(name)
     additions = [CommitOperationAdd(name, str(path)) for name, path in sorted(pushed.items())]
-    options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-    api.preupload_lfs_files(**where, additions=additions, free_memory=False, **options)
+    api.preupload_lfs_files(**where, additions=additions, free_memory=False, revision=revision, create_pr=create_pr)
     deletions = [CommitOperationDelete(name, is_folder=False) for name in sorted(gone)]
-    return _commit(api, where, [*deletions, *additions], message, parent, **options)
+    return _Commit(api, where, (*deletions, *additions), message, parent, revision, create_pr).send()
 
 
 @dataclass(frozen=True)
@@ -398,70 +397,71 @@ def _files_of(api: HfApi, where: Mapping[str, Any], revision: str) -> dict[str, 
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _commit(
-    api: HfApi,
-    where: Mapping[str, Any],
-    operations: Sequence[CommitOperationAdd | CommitOperationDelete],
-    message: str,
-    parent: str | None,
-    *,
-    revision: str | None,
-    create_pr: bool,
-) -> CommitInfo:
-    """Commit once: after a failure that passes, see whether the commit has arrived before it is sent again.
+@dataclass(frozen=True)
+class _Commit:
+    """A commit that is to follow ``parent``."""
 
-    An answer that is lost says nothing of the commit. ``parent`` keeps a request that is still on its way from being
-    carried out after the next one.
-    """
-    options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": parent}
-    maybe_there = False
-    for wait in (*_WAITS, None):
-        try:
-            return api.create_commit(**where, operations=operations, commit_message=message, **options)
-        except (*_PASSING_ERRORS, HfHubHTTPError) as error:
-            raced = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
-            maybe_there = maybe_there or _passes(error)
-            if not (_passes(error) or (raced and maybe_there)):
-                raise
+    api: HfApi
+    where: Mapping[str, Any]
+    operations: Sequence[CommitOperationAdd | CommitOperationDelete]
+    message: str
+    parent: str | None
+    revision: str | None
+    create_pr: bool
+
+    def send(self) -> CommitInfo:
+        """Commit once: after a failure that passes, see whether the commit has arrived before it is sent again.
+
+        An answer that is lost says nothing of the commit. ``parent`` keeps a request that is still on its way from
+        being carried out after the next one.
+        """
+        options: dict[str, Any] = {"operations": self.operations, "commit_message": self.message}
+        options |= {"parent_commit": self.parent, "revision": self.revision, "create_pr": self.create_pr}
+        maybe_there = False
+        for wait in (*_WAITS, None):
             try:
-                arrived = _arrived(api, where, operations, message, parent, revision, create_pr)
-            except (httpx2.HTTPError, OSError, ValueError) as unknown:
-                raise LoraFactoryError(
-                    f"{explain(error, where['repo_id'])}; whether the commit has arrived is not known, since the Hub "
-                    f"does not say; look at {api.endpoint}/{_address(where)}/commits/{revision or 'main'} first"
-                ) from unknown
-            if arrived is not None:
-                return arrived
-            if raced or wait is None:
-                raise
-            time.sleep(max(wait, _asked_wait(error)))
-    raise AssertionError("unreachable")
+                return self.api.create_commit(**self.where, **options)
+            except (*_PASSING_ERRORS, HfHubHTTPError) as error:
+                raced = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+                maybe_there = maybe_there or _passes(error)
+                if not (_passes(error) or (raced and maybe_there)):
+                    raise
+                try:
+                    arrived = self._arrived()
+                except (httpx2.HTTPError, OSError, ValueError) as unknown:
+                    raise LoraFactoryError(
+                        f"{explain(error, self.where['repo_id'])}; whether the commit has arrived is not known, since "
+                        f"the Hub does not say; look at {self._url}/commits/{self.revision or 'main'} first"
+                    ) from unknown
+                if arrived is not None:
+                    return arrived
+                if raced or wait is None:
+                    raise
+                time.sleep(max(wait, _asked_wait(error)))
+        raise AssertionError("unreachable")
 
+    @property
+    def _url(self) -> str:
+        kind = self.where["repo_type"]
+        return f"{self.api.endpoint}/{'' if kind == 'model' else kind + 's/'}{self.where['repo_id']}"
 
-def _arrived(
-    api: HfApi,
-    where: Mapping[str, Any],
-    operations: Sequence[CommitOperationAdd | CommitOperationDelete],
-    message: str,
-    parent: str | None,
-    revision: str | None,
-    create_pr: bool,
-) -> CommitInfo | None:
-    """The commit that follows ``parent``, if it leaves the repository as these operations do."""
-    url = f"{api.endpoint}/{_address(where)}"
-    branches: dict[str, str | None] = {revision or "main": None}
-    if create_pr:
-        pulls = [it for it in api.get_repo_discussions(**where) if it.is_pull_request and it.title == message]
-        branches = {f"refs/pr/{pull.num}": f"{url}/discussions/{pull.num}" for pull in pulls}
-    for branch, pull_url in branches.items():
-        history = [commit.commit_id for commit in api.list_repo_commits(**where, revision=branch)]
-        if parent is not None and parent not in history:
-            continue
-        place = len(history) if parent is None else history.index(parent)
-        if place > 0 and _holds(_files_of(api, where, history[place - 1]), operations):
-            commit = history[place - 1]
-            return CommitInfo(f"{url}/commit/{commit}", message, "", commit, api.endpoint, pull_url)
-    return None
+    def _arrived(self) -> CommitInfo | None:
+        """The commit that follows ``parent``, if it leaves the repository as these operations do."""
+        api, parent = self.api, self.parent
+        branches: dict[str, str | None] = {self.revision or "main": None}
+        if self.create_pr:
+            discussions = api.get_repo_discussions(**self.where)
+            pulls = [it for it in discussions if it.is_pull_request and it.title == self.message]
+            branches = {f"refs/pr/{pull.num}": f"{self._url}/discussions/{pull.num}" for pull in pulls}
+        for branch, pull_url in branches.items():
+            history = [commit.commit_id for commit in api.list_repo_commits(**self.where, revision=branch)]
+            if parent is not None and parent not in history:
+                continue
+            place = len(history) if parent is None else history.index(parent)
+            if place > 0 and _holds(_files_of(api, self.where, history[place - 1]), self.operations):
+                commit = history[place - 1]
+                return CommitInfo(f"{self._url}/commit/{commit}", self.message, "", commit, api.endpoint, pull_url)
+        return None
 
 
 def _holds(files: Mapping[str, RepoFile], operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> bool:
@@ -481,10 +481,6 @@ def _holds(files: Mapping[str, RepoFile], operations: Sequence[CommitOperationAd
                 if file.blob_id != git_hash(content.read()):
                     return False
     return True
-
-
-def _address(where: Mapping[str, Any]) -> str:
-    return where["repo_id"] if where["repo_type"] == "model" else f"{where['repo_type']}s/{where['repo_id']}"
 
 
 @contextmanager
