@@ -280,7 +280,7 @@ def _compare(options: argparse.Namespace) -> None:
     from lora_factory.image_tasks import language_tasks
     from lora_factory.modeling import CVAELoRAGenerator
     from lora_factory.report import terminal_tables, write_report
-    from lora_factory.tasks import check_tasks, load_tasks
+    from lora_factory.tasks import load_tasks
     from lora_factory.training import training_history
     from lora_factory.zoo import AdapterZoo
 
@@ -295,7 +295,6 @@ def _compare(options: argparse.Namespace) -> None:
         generator=CVAELoRAGenerator.from_pretrained(options.generator),
         history=training_history(options.generator),
     )
-    check_tasks([*fold.seen, *fold.unseen])
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
     console = _console()
@@ -310,11 +309,10 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
     from lora_factory.files import write_json
     from lora_factory.folders import check_reports
     from lora_factory.image_tasks import language_tasks
-    from lora_factory.tasks import check_tasks, load_tasks
+    from lora_factory.tasks import load_tasks
     from lora_factory.zoo import AdapterZoo
 
     tasks = language_tasks(load_tasks(options.tasks))
-    check_tasks(tasks)
     console = _console()
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
     with console.status("scoring") as status:

@@ -52,8 +52,9 @@ def collect_adapters(
             model, or memory that ran out more often than ``arguments.retries`` allows. It is a LoraFactoryError, and
             the other runs are stored.
         StorageError: When the folder cannot be written; it is a LoraFactoryError as well.
-        LoraFactoryError: When the data of a task cannot be used (nothing is trained then, and all such tasks are
-            named), the base model cannot be loaded, or the zoo holds runs of other settings.
+        LoraFactoryError: When the data of a task cannot be read, or not be put before the base model (nothing is
+            trained then, and all such tasks are named), the base model cannot be loaded, or the zoo holds runs of
+            other settings.
     """
     arguments = arguments or CollectArguments()
     if isinstance(tasks, Task | ImageTask):
@@ -71,5 +72,7 @@ def collect_adapters(
         zoo = AdapterZoo.create(output_dir, factory.layout)
         (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
     factory.keep_tokens(zoo.folder)
-    Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
+    collection = Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks])
+    collection.check()
+    collection.collect()
     return AdapterZoo(output_dir)

@@ -1,9 +1,10 @@
 """The work of a collection: which run is next, what becomes of one that fails, and when all is done.
 
 Processes take runs by leases on disk (filelock's), whichever launch they belong to, so that a slow run holds up
-nobody's list and the runs of a dead process are taken over; nothing but the choice of a name for the launch needs the
-others to answer. A counter in the process group's store would do for one launch, but not for two, nor after a death.
-A lease saves double work and no more: a run is the same whoever makes it, and lands by one rename.
+nobody's list and the runs of a dead process are taken over; nothing but the choice of a name for the launch and the
+check of the tasks, both before the first run, needs the others to answer. A counter in the process group's store would
+do for one launch, but not for two, nor after a death. A lease saves double work and no more: a run is the same whoever
+makes it, and lands by one rename.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from filelock import SoftFileLease, Timeout
 
@@ -30,6 +31,7 @@ from lora_factory.failures import CollectionError, Failures, may_pass
 from lora_factory.files import sha256_text
 from lora_factory.progress import Progress
 from lora_factory.run_state import RunCheckpoint, writing_into
+from lora_factory.tasks import check_tasks
 from lora_factory.zoo import HIDDEN_FOLDER, AdapterZoo
 
 _LOOK_SECONDS = 0.5  # between two looks at what other processes have done
@@ -92,6 +94,27 @@ class Collection:
         done = len(runs) - len(self.left)
         self.progress = Progress(self.accelerator, factory.arguments, len(runs), done)
         self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """Encode what the runs that are left will read; the processes of a launch share the tasks.
+
+        Raises:
+            LoraFactoryError: When a chat template or a length does not fit a task; names all such tasks.
+        """
+        tasks = list({run.task.name: run.task for run in self.runs}.values())
+        left = {run.task.name for run in self.left}
+        share = tasks[self.accelerator.process_index :: self.accelerator.num_processes]
+        fault = []
+        try:
+            check_tasks([task for task in share if task.name in left], self._encode)
+        except LoraFactoryError as error:
+            fault = [str(error)]
+        if faults := gather_object(fault):
+            raise LoraFactoryError("\n".join(faults))
+
+    def _encode(self, task: TrainingTask) -> None:
+        self.factory.encode(task.examples("train"))
+        self.factory.validation(task)
 
     def collect(self) -> None:
         """Train until every run is in the zoo or given up, by this process or another.

@@ -26,7 +26,7 @@ from lora_factory.fold import Fold
 from lora_factory.folders import COMPARISON_FILES, check_reports
 from lora_factory.metrics import task_accuracy
 from lora_factory.summaries import GENERATED
-from lora_factory.tasks import Task
+from lora_factory.tasks import Task, check_tasks
 
 __all__ = ["Fold", "compare"]
 
@@ -50,12 +50,14 @@ def compare(
         ``report.py``. Storage and points are those of the first fold.
 
     Raises:
-        LoraFactoryError: When a fold does not hold together, or an adapter does not fit the base model.
+        LoraFactoryError: When a fold does not hold together, the data of a task cannot be used (nothing is scored
+            then), or an adapter does not fit the base model.
     """
     arguments, output_dir = arguments or CompareArguments(), check_reports(output_dir, *COMPARISON_FILES)
     folds = [folds] if isinstance(folds, Fold) else list(folds)
     if not folds:
         raise LoraFactoryError("no fold to compare; pass at least one Fold")
+    check_tasks({task.name: task for fold in folds for task in (*fold.seen, *fold.unseen)}.values())
     log = CellLog(output_dir / "cells.jsonl")
     cells: list[dict[str, Any]] = []
     diagnostics, curves, budgets = [], {}, Counter[str]()

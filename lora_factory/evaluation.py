@@ -176,20 +176,24 @@ def evaluate_adapters(
         One row a model (``"base model"``, then the adapters as they were named), one score a task in each.
 
     Raises:
-        LoraFactoryError: When an adapter cannot be read or does not fit the base model, or the adapters are of zoos
-            with and without the chat template.
+        LoraFactoryError: When an adapter cannot be read or does not fit the base model, the data of a task cannot be
+            used (nothing is scored then), or the adapters are of zoos with and without the chat template.
     """
     from lora_factory.base_models import load_base_model
+    from lora_factory.tasks import check_tasks
 
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     named = None if base_model is None else str(base_model)
     loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
     layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
+    check_tasks(tasks)
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
     else:
         model, tokenizer = load_base_model(base_model)
+    if chat_template:
+        check_tasks(tasks, lambda task: [render_chat(tokenizer, example) for example in task.examples("test")])
 
     def score(name: str, model: PreTrainedModel | PeftModel) -> dict[str, TextScore]:
         row = {}

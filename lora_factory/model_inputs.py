@@ -114,6 +114,8 @@ class ImageInputs:
         """One row an example; images are not opened, and an over-long answer loses its end."""
         rows = []
         for example in _only(ImageExample, examples):
+            if self.processor.chat_template:
+                self._as_chat(example.prompt)  # what cannot be rendered is found here
             prompt = text_tokens(self.tokenizer, example.prompt, begins=True) or [0]
             answer = answer_tokens(
                 self.tokenizer, example.completion, arguments.sequence_length, special=self.is_encoder_decoder
@@ -168,7 +170,12 @@ class ImageInputs:
     def _as_chat(self, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         message: Any = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # the base model's own template: whatever it raises, it cannot be used
+            raise LoraFactoryError(
+                f"the processor's chat template fails for the prompt {prompt[:60]!r}: {error}; give another prompt"
+            ) from error
 
     def _continued(self, inputs: dict[str, Tensor], answers: Sequence[list[int]]) -> dict[str, Tensor]:
         """Prompts padded on the left, continued by their answers; what the answer's end needs is masked padding."""

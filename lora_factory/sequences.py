@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments
@@ -161,7 +160,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example
     try:
         start = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, ValueError) as error:
+    except Exception as error:  # the base model's own template: whatever it raises, it cannot be used
         raise LoraFactoryError(f"the tokenizer's chat template fails: {error}; leave out chat_template") from error
     if not whole.startswith(start):
         raise LoraFactoryError(

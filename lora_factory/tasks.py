@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -298,10 +298,13 @@ def _check_length(content: object, path: str) -> None:
         left += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
-def check_tasks(tasks: Iterable[Task | ImageTask]) -> None:
+def check_tasks(tasks: Iterable[Task | ImageTask], read: Callable[[Any], object] | None = None) -> None:
     """Read the data of all tasks, so that a fault in the last is found before the first run trains.
 
-    Files, columns and splits of every task are read and kept; an image file must exist and name its size.
+    Args:
+        tasks: The tasks.
+        read: Does with a task what is to be tried. By default the files, columns and splits are read and kept; an
+            image file must exist and name its size.
 
     Raises:
         LoraFactoryError: Names every task whose data cannot be used, each with its reason.
@@ -309,13 +312,7 @@ def check_tasks(tasks: Iterable[Task | ImageTask]) -> None:
     faults = {}
     for task in tasks:
         try:
-            if isinstance(task, Task):
-                for split in SPLITS:
-                    for example in task.examples(split):
-                        if isinstance(example, ImageExample):
-                            _ = example.image.size
-            else:
-                check_images(task)
+            (read or _read_data)(task)
         except LoraFactoryError as error:
             faults[task.name] = str(error)
     if len(faults) == 1:
@@ -323,6 +320,16 @@ def check_tasks(tasks: Iterable[Task | ImageTask]) -> None:
     if faults:
         reasons = "\n".join(f"- {name}: {reason}" for name, reason in faults.items())
         raise LoraFactoryError(f"the data of {len(faults)} tasks cannot be used:\n{reasons}")
+
+
+def _read_data(task: Task | ImageTask) -> None:
+    if not isinstance(task, Task):
+        check_images(task)
+        return
+    for split in SPLITS:
+        for example in task.examples(split):
+            if isinstance(example, ImageExample):
+                _ = example.image.size
 
 
 def _tasks_of(entry: object, path: Path, number: int) -> Sequence[Task | ImageTask]:

@@ -136,6 +136,17 @@ def test_data_is_checked_before_the_first_run(pico_model_folder: Path, tmp_path:
     assert not (tmp_path / "zoo").exists()
 
 
+def test_what_the_model_cannot_read_is_found_before_the_first_run(pico_model_folder: Path, tmp_path: Path) -> None:
+    work = [*tasks("prose"), text_task("long", "fox " * 3000)]
+    wide = replace(SMALL, sequence_length=4000, packing=False)
+    with pytest.raises(LoraFactoryError, match=r"task 'long' cannot be used: a sequence of \d+ tokens is longer than"):
+        collect_adapters(work, pico_model_folder, tmp_path / "zoo", wide)
+    assert not AdapterZoo(tmp_path / "zoo").tasks
+    with pytest.raises(LoraFactoryError, match=r"the data of 2 tasks (.|\n)*prose: .*template(.|\n)*long: .*template"):
+        collect_adapters(work, pico_model_folder, tmp_path / "zoo", replace(SMALL, chat_template=True))
+    assert not AdapterZoo(tmp_path / "zoo").tasks
+
+
 def test_a_task_that_fails_stops_no_other(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

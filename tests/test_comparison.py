@@ -22,7 +22,7 @@ from lora_factory.base_models import load_base_model
 from lora_factory.collect import collect_adapters
 from lora_factory.comparison import compare
 from lora_factory.contenders import Contenders
-from lora_factory.data_source import Example
+from lora_factory.data_source import DataSource, Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import score_examples
 from lora_factory.fold import Fold
@@ -192,6 +192,13 @@ def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path
         own = own or name in ("generated from examples", "multi-task LoRA, refined")
         if not own:
             assert torch.equal(clean.methods[name](fold.unseen[0], 0), dirty.methods[name](poison, 0)), name
+
+
+def test_data_is_read_before_anything_is_scored(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
+    broken = dataclasses.replace(fold, unseen=(Task("broken", ("Nothing.",), DataSource(str(tmp_path / "no.jsonl"))),))
+    with pytest.raises(LoraFactoryError, match=r"task 'broken' cannot be used: .*no\.jsonl"):
+        compare([fold, broken], pico_model_folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
 
 
 def test_a_fold_that_leaks_is_refused(fold: Fold) -> None:

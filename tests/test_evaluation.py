@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from lora_factory import cli
 from lora_factory.base_models import load_base_model
 from lora_factory.collect import collect_adapters
-from lora_factory.data_source import Example
+from lora_factory.data_source import DataSource, Example
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation import (
     TextScore,
@@ -294,6 +294,14 @@ def test_adapters_are_scored_in_the_template_that_their_record_names(
     for zoo in (None, chat):
         with pytest.raises(LoraFactoryError, match=r"chat_template \(.*: true, .*: false\); evaluate the two kinds"):
             evaluate_adapters([run, other], [task], base, zoo=zoo)
+
+    said: list[str] = []
+    broken = Task("broken", ("Nothing.",), DataSource(str(tmp_path / "no.jsonl")))
+    without = Task.from_examples("without", ["No prompts."], ["a b", "b c", "c d", "d e"])
+    for last, reason in ((broken, "no.jsonl"), (without, "chat_template needs prompts")):
+        with pytest.raises(LoraFactoryError, match=rf"task '{last.name}' cannot be used: .*{reason}"):
+            evaluate_adapters([run], [task, last], base, progress=said.append)
+    assert not said, "all data is read before anything is scored"
 
     save_tasks([task], tmp_path / "tasks.json")
     words = ["evaluate", "--tasks", str(tmp_path / "tasks.json"), "--adapter", str(copied), "--zoo", str(chat.folder)]
