@@ -90,7 +90,7 @@ class CellLog:
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 cell = json.loads(line)
-                if cell.pop("sha256") != _digest(cell):
+                if cell.pop("sha256") != _json_digest(cell):
                     raise ValueError("it was altered")
                 self._cells[cell["key"]] = cell
             except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -106,10 +106,10 @@ class CellLog:
         Raises:
             StorageError: When the file cannot be written.
         """
-        key = _digest(facts)
+        key = _json_digest(facts)
         if key not in self._cells:
             cell = {"key": key, **facts, **compute()}
-            line = json.dumps({**cell, "sha256": _digest(cell)}) + "\n"
+            line = json.dumps({**cell, "sha256": _json_digest(cell)}) + "\n"
             with storage_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
@@ -120,7 +120,7 @@ class CellLog:
         return self._cells[key]
 
 
-def _digest(value: Mapping[str, Any]) -> str:
+def _json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
