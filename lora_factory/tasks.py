@@ -298,7 +298,7 @@ def _check_length(content: object, path: str) -> None:
         left += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
-def check_tasks(tasks: Iterable[Task | ImageTask], read: Callable[[Any], object] | None = None) -> None:
+def check_tasks(tasks: Iterable[Any], read: Callable[[Any], object] | None = None) -> None:
     """Read the data of all tasks, so that a fault in the last is found before the first run trains.
 
     Args:
