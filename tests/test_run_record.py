@@ -12,7 +12,7 @@ from test_collect import SMALL
 
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.tasks import task_file as tasks_module
+from lora_factory.tasks import task as tasks_module
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import DataSource

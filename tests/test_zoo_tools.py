@@ -17,7 +17,7 @@ from test_zoo import COMMIT, layout_of, record_of, snapshots_of
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.cli import commands as cli
 from lora_factory.errors import LoraFactoryError
-from lora_factory.zoo import tools as zoo_tools
+from lora_factory.zoo import hub as zoo_hub
 from lora_factory.zoo.store import AdapterZoo
 from lora_factory.zoo.tools import merge, prune
 
@@ -192,7 +192,7 @@ def test_what_is_pulled_is_not_trusted(zoo: AdapterZoo, tmp_path: Path, monkeypa
         asked.update({name: limit for name in names if (limit := limit_of(name))})
         return zoo.folder
 
-    monkeypatch.setattr(zoo_tools, "download_files", download)
+    monkeypatch.setattr(zoo_hub, "download_files", download)
     AdapterZoo.from_hub("alice/zoo")
     assert set(asked) == set(names) - {"README.md", "a/seed-0/evil.py", "x.py", "a/b/seed-0/run.json"}
     assert asked["a/seed-0/checkpoints.safetensors"] == (1 << 20) + 3 * 4 * zoo.layout.size
