@@ -15,7 +15,7 @@ from lora_factory.tasks.local_rows import read_paragraphs
 from lora_factory.utils import files
 from lora_factory.utils.files import atomic_folder, write_json, write_text
 from lora_factory.utils.folders import FolderKind
-from lora_factory.utils.paths import safe_name, sha256_file, sha256_text
+from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text
 from lora_factory.utils.safe_files import read_json
 
 OWN = FolderKind("a test's folder", "old|new|sub/old|file")
@@ -262,3 +262,9 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
         read_paragraphs(file)
     with pytest.raises(LoraFactoryError, match="cannot read"):
         read_paragraphs(tmp_path)
+
+
+def test_half_of_a_surrogate_pair_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(LoraFactoryError, match="surrogate pair"), atomic_folder(f"{tmp_path}/\ud800"):
+        pass
+    assert local_path("\udcff") == Path("\udcff")  # how Python reads a name that is no UTF-8

@@ -19,7 +19,7 @@ from lora_factory.adapters.modules import check_plain_lora, exact_targets, lora_
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import local_path
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json, read_json_object
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json, read_json_object
 
 GENERATION_FILE, CONDITION_FILE = "generation.json", "condition.safetensors"
 
@@ -98,6 +98,8 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
     """
     folder = local_path(folder)
     try:
+        if not (folder / "adapter_config.json").exists() and (kind := other_kind(folder)):
+            raise LoraFactoryError(f"it is {kind}, not an adapter; name a folder that PEFT or lora-factory wrote")
         values = read_json_object(
             checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES
         )

@@ -38,7 +38,7 @@ from lora_factory.hub.errors import explain
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import atomic_folder, share_file, write_json, write_text
-from lora_factory.utils.folders import ADAPTER, check_folder, check_saving
+from lora_factory.utils.folders import ADAPTER, check_folder, check_saving, storage_errors
 from lora_factory.utils.paths import local_path, safe_name
 from lora_factory.utils.quiet import quiet_transformers
 
@@ -270,7 +270,8 @@ class CVAELoRAGenerator(ConditionalVAE):
         """
         options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
         save_directory = check_saving(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with storage_errors(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
         if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
             share_file(weights)
         if self.training_record is not None:

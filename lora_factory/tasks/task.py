@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.generator.given import read_example
 from lora_factory.tasks.examples import Example, ImageExample, as_example
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.text import SPLITS, DataSource, Split, load_examples, with_text
@@ -90,9 +92,18 @@ class Task:
         Raises:
             LoraFactoryError: No description, a bad name, metric or choices, or no example with text.
         """
-        task = cls(name, tuple(descriptions), None, license, metric, choices)
+        several = descriptions if isinstance(descriptions, str) else tuple(descriptions)
+        task = cls(name, several, None, license, metric, choices)
         given = dict(zip(SPLITS, (train, validation, test), strict=True))
-        found = {split: with_text(map(as_example, examples)) for split, examples in given.items() if len(examples)}
+        found: dict[Split, list[Any]] = {}
+        for split, examples in given.items():
+            if isinstance(examples, str | bytes | Mapping | Example | ImageExample) or not isinstance(
+                examples, Iterable
+            ):
+                raise LoraFactoryError(f"{split}={str(examples)[:80]!r} of task {name!r} must be a list of examples")
+            nouns = (f"{split} example {number} of task {name!r}" for number in itertools.count())
+            if read := [as_example(read_example(one, noun)) for one, noun in zip(examples, nouns, strict=False)]:
+                found[split] = with_text(read)
         task._examples.update(_complete(found, name))
         return task
 
