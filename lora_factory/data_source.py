@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy
+import pyarrow.parquet
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import local_path, read_paragraphs
@@ -111,7 +112,9 @@ class DataSource:
     @property
     def format(self) -> str | None:
         """The format of local files, None for a local folder and for the Hub."""
-        return self.path if self.path in LOCAL_FORMATS else format_of(self.path)
+        if self.path in LOCAL_FORMATS:
+            return self.path
+        return None if Path(self.path).expanduser().is_dir() else format_of(self.path)
 
     @property
     def hub_id(self) -> str | None:
@@ -187,7 +190,7 @@ def read_examples(path: str | Path) -> list[Example]:
     (name,) = source.local_files()["train"]
     if form == "parquet":
         with _teaching_errors(source, "examples"):
-            columns = datasets.Dataset.from_parquet(glob.escape(name), keep_in_memory=True).column_names
+            columns = list(pyarrow.parquet.read_schema(name).names)
     else:
         columns = list(next(read_rows(name, form), {}))
     if "text" not in columns and {"prompt", "completion"} <= set(columns):
@@ -310,7 +313,14 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
             str(split): [str(Path(name).resolve()) for name in names]
             for split, names in (builder.config.data_files or {}).items()
         }
-    return (form, files) if form in _OWN_FORMATS else None
+    if form not in _OWN_FORMATS:
+        return None
+    if packed := next((name for names in files.values() for name in names if format_of(name) != form), None):
+        raise LoraFactoryError(
+            f"task {task!r}: {packed} in {source.path} is packed or has an ending that is not read; unpack it, or give"
+            " it one of these: .csv, .tsv, .json, .jsonl, .ndjson, .txt, all also with .gz behind"
+        )
+    return form, files
 
 
 def _was_saved(folder: Path) -> bool:
@@ -451,6 +461,8 @@ def _teaching_errors(source: DataSource, task: str) -> Iterator[None]:
             if source.format is None
             else "repair the file"
         )
+        if local_path(source.path).is_dir():
+            hint = "the folder must hold files of data that the package reads, such as train.jsonl or train.csv"
         raise LoraFactoryError(
             f"task {task!r}: cannot load data from {source.path} ({type(reason).__name__}: {reason}); {hint}"
         ) from error
