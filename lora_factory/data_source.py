@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy
-import pyarrow.parquet
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import local_path, read_paragraphs
 from lora_factory.local_rows import as_text, format_of, read_rows, separator_hint
+from lora_factory.safe_files import reading
 
 Split = Literal["train", "validation", "test"]
 Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
@@ -183,18 +183,26 @@ def read_examples(path: str | Path) -> list[Example]:
         LoraFactoryError: The file cannot be read, is empty, or has other columns.
     """
     file = local_path(path)
+    with reading(file, "name a file of examples"):
+        if not file.is_file():
+            raise LoraFactoryError(f"{file} is {'a folder' if file.is_dir() else 'missing'}; name a file of examples")
     form = format_of(file.name)
     if form is None or form == "text":
         return [Example("", text) for text in read_paragraphs(file)]
     source = DataSource(str(file))
     (name,) = source.local_files()["train"]
     if form == "parquet":
-        with _teaching_errors(source, "examples"):
-            columns = list(pyarrow.parquet.read_schema(name).names)
+        with _quiet(), _teaching_errors(source, "examples"):
+            columns = datasets.Dataset.from_parquet(glob.escape(name), keep_in_memory=True).column_names
     else:
         columns = list(next(read_rows(name, form), {}))
     if "text" not in columns and {"prompt", "completion"} <= set(columns):
         source = replace(source, text_column=None, prompt_column="prompt", completion_column="completion")
+    elif "text" not in columns:
+        raise LoraFactoryError(
+            f"{file} has the columns {', '.join(map(str, columns)) or 'of no row'}; examples need a column text, or"
+            " prompt and completion"
+        )
     return load_examples(source, "examples")["train"]
 
 

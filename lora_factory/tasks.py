@@ -115,7 +115,7 @@ class Task:
             LoraFactoryError: No description, a bad name, metric or choices, or no example with text.
         """
         several = descriptions if isinstance(descriptions, str) else tuple(descriptions)
-        task = cls(name, several, None, license, metric, choices)  # type: ignore[arg-type]  # one becomes a tuple
+        task = cls(name, several, None, license, metric, choices)
         given = dict(zip(SPLITS, (train, validation, test), strict=True))
         found: dict[Split, list[Any]] = {}
         for split, examples in given.items():

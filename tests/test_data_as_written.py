@@ -240,3 +240,14 @@ def test_packed_files_of_a_folder_are_named(tmp_path: Path) -> None:
         packed.writestr("train.csv", "text\n007\n")
     with pytest.raises(LoraFactoryError, match=r"train\.zip .*unpack it"):
         load_examples(DataSource(str(tmp_path)), "t")
+
+
+def test_a_file_of_examples_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("q,a\n1,2\n")
+    for path, words in (
+        (tmp_path / "none.jsonl", "is missing; name a file of examples"),
+        (tmp_path, "is a folder; name a file of examples"),
+        (tmp_path / "rows.csv", "has the columns q, a; examples need a column text, or prompt and completion"),
+    ):
+        with pytest.raises(LoraFactoryError, match=words):
+            read_examples(path)
