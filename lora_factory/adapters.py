@@ -37,7 +37,14 @@ from lora_factory.live_models import (
     unmerge,
     without_adapters,
 )
-from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, read_json, read_json_object
+from lora_factory.safe_files import (
+    MAX_CONFIG_BYTES,
+    checked_file,
+    is_hub_id,
+    other_kind,
+    read_json,
+    read_json_object,
+)
 from lora_factory.targets import last_names, linear_modules
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -290,6 +297,8 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
     """
     folder = local_path(folder)
     try:
+        if not (folder / "adapter_config.json").exists() and (kind := other_kind(folder)):
+            raise LoraFactoryError(f"it is {kind}, not an adapter; name a folder that PEFT or lora-factory wrote")
         values = read_json_object(
             checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES
         )

@@ -19,6 +19,7 @@ def _option(default: Any, text: str) -> Any:  # noqa: ANN401
 
 
 REFINE_STEPS = 60  # at most, on a user's examples
+MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # of a generator's network; beyond these a config.json is not believed either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,7 @@ class CollectArguments:
         _positive(self, "sequence_length", "learning_rate", "lora_alpha", "max_grad_norm", "validation_sequences")
         if not self.seeds:
             raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
-        if large := [seed for seed in self.seeds if not -(2**63) <= seed < 2**63]:
-            raise LoraFactoryError(f"seeds holds {large[0]}; a seed has 64 bits, so give a smaller number")
+        _check_seeds(self, *self.seeds)
         if self.max_tokens < 0:
             raise LoraFactoryError(f"max_tokens={self.max_tokens} may not be below 0; 0 means all")
         if self.epochs < 0 or (self.epochs == 0 and self.steps < 1):
@@ -147,7 +147,10 @@ class TrainArguments:
     def __post_init__(self) -> None:
         """Check every value at birth."""
         _convert(self)
+        _check_seeds(self, self.seed)
         _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
+        _at_most(self, MAX_SIZE, "width")
+        _at_most(self, MAX_LAYERS, "depth", "conv_depth")
         _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
         _positive(self, "multitask_learning_rate", "specialist_learning_rate")
         _not_negative(self, "multitask_steps", "base_steps", "specialist_steps", "base_noise", "base_l2")
@@ -178,6 +181,7 @@ class CompareArguments:
         """Check every value at birth."""
         _convert(self)
         _positive(self, "max_tokens", "max_examples", "examples")
+        _check_seeds(self, *self.seeds)
         if not self.seeds or self.window < 4:
             raise LoraFactoryError(f"seeds={self.seeds}, window={self.window}: give a seed, and a window of 4 or more")
 
@@ -298,6 +302,18 @@ def _not_negative(arguments: object, *names: str) -> None:
         value = getattr(arguments, name)
         if value < 0:
             raise LoraFactoryError(f"{name}={value} must not be below 0")
+
+
+def _at_most(arguments: object, most: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) > most:
+            raise LoraFactoryError(f"{name}={value} must be {most:,} or less")
+
+
+def _check_seeds(arguments: object, *seeds: int) -> None:
+    name = "seeds" if hasattr(arguments, "seeds") else "seed"
+    if large := [seed for seed in seeds if not -(2**63) <= seed < 2**63]:
+        raise LoraFactoryError(f"{name} holds {large[0]}; a seed has 64 bits, so give a smaller number")
 
 
 def _one_of(arguments: object, name: str, *values: str) -> None:

@@ -39,6 +39,11 @@ _GENERATED = (
         "please visit [autotrain]",
         "lora adaption weights for",
         "was converted to mlx format",
+        "converted to gguf format using [unsloth]",
+        "the weights were trained using [dreambooth]",
+        "lora for the text encoder was enabled",
+        "special vae used for training",
+        "weights for this model are available in",
     ),
 )
 
@@ -116,9 +121,11 @@ def _prose_lines(body: str) -> list[str]:
 def _own_words(words: list[str]) -> str:
     """A paragraph without the sentences that a training program wrote."""
     sentences: list[list[str]] = [[]]
+    inside = 0  # brackets: the title of a link may hold a colon or a full stop
     for word in words:
         sentences[-1].append(word)
-        if word.endswith((".", ":", "!", "?", "。")):
+        inside = max(0, inside + word.count("[") - word.count("]"))
+        if not inside and word.endswith((".", ":", "!", "?", "。")):
             sentences.append([])
     return " ".join(text for text in map(" ".join, sentences) if text and not _is_generated(text))
 

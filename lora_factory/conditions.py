@@ -66,7 +66,7 @@ class ConditionMixin:
             LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
                 without its tokenizer.
         """
-        self._refuse_unheard("hidden", "examples", "train_generator(zoo, output_dir, tasks=tasks)")
+        self._refuse_unheard("hidden", "examples", "tasks= (--tasks) of the zoo")
         examples = as_examples(examples)
         base = open_reader(self.layout, examples, base_model, tokenizer)
         return {"hidden": task_vector(example_states(base, examples))}
@@ -83,7 +83,7 @@ class ConditionMixin:
         Raises:
             LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
         """
-        self._refuse_unheard("image", "images", "train_generator(zoo, output_dir, arguments, images=images)")
+        self._refuse_unheard("image", "images", "images= (--images) of every task")
         images = as_images(images)
         return {"image": task_vector(self.image_encoder.encode(images))}
 
@@ -116,8 +116,8 @@ class ConditionMixin:
         modalities = self.config.modalities or {}
         if modality not in modalities:
             raise LoraFactoryError(
-                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, or train one with "
-                f"{remedy}"
+                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, or train "
+                f"a generator with {remedy}"
             )
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from lora_factory.arguments import MAX_LAYERS, MAX_SIZE
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name
 
 FORMAT_VERSION = 1
 # What turns the values of an older config.json into those of the next version, by the older version.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # beyond these a config.json is not believed
 PAPER_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 
 

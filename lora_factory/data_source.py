@@ -18,6 +18,7 @@ import numpy
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import local_path, read_paragraphs
 from lora_factory.local_rows import as_text, format_of, read_rows, separator_hint
+from lora_factory.safe_files import reading
 
 Split = Literal["train", "validation", "test"]
 Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
@@ -111,7 +112,9 @@ class DataSource:
     @property
     def format(self) -> str | None:
         """The format of local files, None for a local folder and for the Hub."""
-        return self.path if self.path in LOCAL_FORMATS else format_of(self.path)
+        if self.path in LOCAL_FORMATS:
+            return self.path
+        return None if Path(self.path).expanduser().is_dir() else format_of(self.path)
 
     @property
     def hub_id(self) -> str | None:
@@ -180,18 +183,26 @@ def read_examples(path: str | Path) -> list[Example]:
         LoraFactoryError: The file cannot be read, is empty, or has other columns.
     """
     file = local_path(path)
+    with reading(file, "name a file of examples"):
+        if not file.is_file():
+            raise LoraFactoryError(f"{file} is {'a folder' if file.is_dir() else 'missing'}; name a file of examples")
     form = format_of(file.name)
     if form is None or form == "text":
         return [Example("", text) for text in read_paragraphs(file)]
     source = DataSource(str(file))
     (name,) = source.local_files()["train"]
     if form == "parquet":
-        with _teaching_errors(source, "examples"):
+        with _quiet(), _teaching_errors(source, "examples"):
             columns = datasets.Dataset.from_parquet(glob.escape(name), keep_in_memory=True).column_names
     else:
         columns = list(next(read_rows(name, form), {}))
     if "text" not in columns and {"prompt", "completion"} <= set(columns):
         source = replace(source, text_column=None, prompt_column="prompt", completion_column="completion")
+    elif "text" not in columns:
+        raise LoraFactoryError(
+            f"{file} has the columns {', '.join(map(str, columns)) or 'of no row'}; examples need a column text, or"
+            " prompt and completion"
+        )
     return load_examples(source, "examples")["train"]
 
 
@@ -310,7 +321,14 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
             str(split): [str(Path(name).resolve()) for name in names]
             for split, names in (builder.config.data_files or {}).items()
         }
-    return (form, files) if form in _OWN_FORMATS else None
+    if form not in _OWN_FORMATS:
+        return None
+    if packed := next((name for names in files.values() for name in names if format_of(name) != form), None):
+        raise LoraFactoryError(
+            f"task {task!r}: {packed} in {source.path} is packed or has an ending that is not read; unpack it, or give"
+            " it one of these: .csv, .tsv, .json, .jsonl, .ndjson, .txt, all also with .gz behind"
+        )
+    return form, files
 
 
 def _was_saved(folder: Path) -> bool:
@@ -451,6 +469,8 @@ def _teaching_errors(source: DataSource, task: str) -> Iterator[None]:
             if source.format is None
             else "repair the file"
         )
+        if local_path(source.path).is_dir():
+            hint = "the folder must hold files of data that the package reads, such as train.jsonl or train.csv"
         raise LoraFactoryError(
             f"task {task!r}: cannot load data from {source.path} ({type(reason).__name__}: {reason}); {hint}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -54,7 +55,7 @@ class TextEncoder:
         self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
     ) -> None:
         """Load the encoder."""
-        name = str(name_or_path)
+        name = os.path.expanduser(name_or_path)
         tower = OpenClipText if name.startswith(OPEN_CLIP) else _SentenceEncoder
         self._tower = tower(name, revision, torch.device(device or "cpu"))
         self.width: int = self._tower.width

@@ -36,7 +36,10 @@ def local_path(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise LoraFactoryError(f"{path!r} is no path; name a file or folder")
     try:
+        os.fsencode(path)
         return Path(path).expanduser()
+    except UnicodeEncodeError as error:
+        raise LoraFactoryError(f"{str(path)!a} holds half of a surrogate pair and is no path; rename it") from error
     except RuntimeError as error:
         raise LoraFactoryError(f"{str(path)!r}: {error}; write the path of the home folder instead of ~") from error
 

@@ -69,10 +69,11 @@ def storage_errors(path: Path, doing: str = "write") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:  # of nested ones, the outer path is the user's
+        reason = error.__cause__ if isinstance(error, StorageError) else error
         raise StorageError(
-            f"cannot {doing} {path}: {error}; make room there, allow it, or name another path"
-        ) from error
+            f"cannot {doing} {path}: {reason}; make room there, allow it, or name another path"
+        ) from reason
 
 
 def check_folder(

@@ -17,6 +17,8 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.image_data import ImageExample
 from lora_factory.images import ImageLike
 
+_EXAMPLES = 'a text, a pair (prompt, completion), {"prompt": ..., "completion": ...} or {"text": ...}'
+
 
 def as_examples(examples: Any) -> list[Example | ImageExample | str]:  # noqa: ANN401
     """A user's examples, whatever they come in: texts, pairs, dictionaries, :class:`Example` or :class:`ImageExample`.
@@ -24,27 +26,41 @@ def as_examples(examples: Any) -> list[Example | ImageExample | str]:  # noqa: A
     Raises:
         LoraFactoryError: When there is none, one is of another kind, or a single one stands for a list of them.
     """
-    kinds = 'a text, a pair (prompt, completion), {"prompt": ..., "completion": ...} or {"text": ...}'
-    values = _listed(examples, "examples", kinds)
+    values = _listed(examples, "examples", _EXAMPLES)
     if isinstance(examples, Example):
         raise LoraFactoryError("examples is a single example; give a list of them")
-    read: list[Example | ImageExample | str] = []
+    read = []
     for number, value in enumerate(values):
-        parts: Any = value
-        if isinstance(value, Mapping):
-            parts = [value["text"]] if set(value) == {"text"} else [value.get("prompt"), value.get("completion")]
-        elif isinstance(value, str):
-            parts = [value]
-        if isinstance(value, ImageExample):
-            read.append(value)
-        elif isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(part, str) for part in parts):
-            if not "".join(parts).strip():
-                raise LoraFactoryError(f"example {number} of {len(values)} is empty; give {kinds}")
-            _check_text("".join(parts), f"example {number} of {len(values)}")
-            read.append(parts[0] if len(parts) == 1 else Example(*parts))
-        else:
-            raise LoraFactoryError(f"example {number} of {len(values)} is {str(value)[:80]!r}; give {kinds}")
+        noun = f"example {number} of {len(values)}"
+        one = read_example(value, noun)
+        if not isinstance(one, ImageExample) and not "".join(one).strip():
+            raise LoraFactoryError(f"{noun} is empty; give {_EXAMPLES}")
+        read.append(one)
     return read
+
+
+def read_example(value: Any, noun: str) -> Example | ImageExample | str:  # noqa: ANN401
+    """One of a user's examples, whatever it comes in; it may be blank.
+
+    Args:
+        value: What the user gives.
+        noun: Names it in errors.
+
+    Raises:
+        LoraFactoryError: When it is of another kind, or no text that can be written to a file.
+    """
+    if isinstance(value, ImageExample):
+        return value
+    parts: Any = value
+    if isinstance(value, Mapping):
+        names = ("text",) if "text" in value and "completion" not in value else ("prompt", "completion")
+        parts = [value.get(name) for name in names]
+    elif isinstance(value, str):
+        parts = [value]
+    if not (isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(part, str) for part in parts)):
+        raise LoraFactoryError(f"{noun} is {str(value)[:80]!r}; give {_EXAMPLES}")
+    _check_text("".join(parts), noun)
+    return parts[0] if len(parts) == 1 else Example(*parts)
 
 
 def as_images(images: Any) -> list[ImageLike]:  # noqa: ANN401
@@ -117,7 +133,10 @@ def as_temperature(value: object) -> float:
     Raises:
         LoraFactoryError: When it is no number, not finite or below 0.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
     if not (math.isfinite(number) and number >= 0):
         raise LoraFactoryError(
             f"temperature is {str(value)[:50]!r}; give a number from 0 (the most likely adapter) on, such as 1.0"

@@ -32,7 +32,7 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError
 
 from lora_factory import __version__
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import share_file, write_text
 from lora_factory.hub_errors import LOG_IN, explain
 from lora_factory.model_card import has_handwriting, keep_handwritten
@@ -203,11 +203,12 @@ def _written(write: Writer, repo_id: str) -> Path:
                     raise LoraFactoryError(f"{path.relative_to(folder)} is a link to {path.resolve()}; not pushed")
             elif path.is_file():
                 share_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:
         shutil.rmtree(outer, ignore_errors=True)
+        reason = error.__cause__ or error
         raise LoraFactoryError(
-            f"cannot write the files to be pushed into {folder} ({error}); free space there, or set TMPDIR to another "
-            "folder; nothing was pushed"
+            f"cannot write the files to be pushed into {folder} ({reason}); free space there, or set TMPDIR to "
+            "another folder; nothing was pushed"
         ) from error
     except BaseException:
         shutil.rmtree(outer, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class ImageEncoder:
         self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
     ) -> None:
         """Load the encoder."""
-        name = str(name_or_path)
+        name = os.path.expanduser(name_or_path)
         tower = OpenClipImage if name.startswith(OPEN_CLIP) else _ImageModel
         self._tower = tower(name, revision, torch.device(device or "cpu"))
         self.width: int = self._tower.width

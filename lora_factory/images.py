@@ -38,7 +38,8 @@ def opened_image(source: str | Path | bytes, name: str, remedy: str) -> Iterator
     Image.init()  # without it, Pillow knows some of these formats only after it has met one
     with reading(name, remedy):
         if not isinstance(source, bytes):
-            check_ordinary(Path(source), MAX_IMAGE_BYTES)
+            source = local_path(source)
+            check_ordinary(source, MAX_IMAGE_BYTES)
         # Without formats=, a file of PostScript starts Ghostscript, whatever its name is.
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -66,7 +67,12 @@ def read_image(image: ImageLike, channels: int = 3) -> Image.Image:
     Raises:
         LoraFactoryError: When the file is missing, cut short or no image.
     """
-    if not isinstance(image, Image.Image):
+    if isinstance(image, Image.Image):
+        with reading("the image in memory", "give one that is open"):
+            image.load()
+        if not image.width * image.height:
+            raise LoraFactoryError(f"an image in memory has {image.width} x {image.height} pixels; leave it out")
+    else:
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
         try:
             with opened_image(image, f"image {name}", "give a whole image file") as file:
@@ -118,4 +124,4 @@ def image_fingerprint(image: ImageLike) -> str:
     """SHA-256 of a file's content, or of the size, mode and pixels of an image in memory."""
     if isinstance(image, Image.Image):
         return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else sha256_file(image)
+    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else sha256_file(local_path(image))

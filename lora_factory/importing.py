@@ -19,7 +19,7 @@ from lora_factory.arguments import ImportArguments
 from lora_factory.canonical import canonical_layout, canonicalise
 from lora_factory.card_reading import CARD_FILE, card_description, card_license, read_card
 from lora_factory.errors import LoraFactoryError
-from lora_factory.files import local_path, recorded_name, safe_name, sha256_file
+from lora_factory.files import local_path, recorded_name, safe_name, sha256_file, task_names
 from lora_factory.hub import download_files
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import RunRecord
@@ -93,7 +93,7 @@ class _Candidate:
 
 
 def import_adapters(
-    sources: Sequence[str | Path | AdapterSource],
+    sources: str | Path | AdapterSource | Sequence[str | Path | AdapterSource],
     output_dir: str | Path,
     arguments: ImportArguments | None = None,
     *,
@@ -107,7 +107,7 @@ def import_adapters(
     folder itself comes last, unless it equals the last checkpoint.
 
     Args:
-        sources: PEFT folders, Hub ids, or text files that list such: see `read_list`.
+        sources: PEFT folders, Hub ids, or text files that list such: see `read_list`; one, or several.
         output_dir: The zoo's folder; made when missing, continued when it is there.
         arguments: Base model, rank and form.
         token: Access token for the Hub.
@@ -166,9 +166,9 @@ def read_list(path: str | Path) -> list[AdapterSource]:
     return entries
 
 
-def _entries(sources: Sequence[str | Path | AdapterSource]) -> list[AdapterSource]:
+def _entries(sources: str | Path | AdapterSource | Sequence[str | Path | AdapterSource]) -> list[AdapterSource]:
     entries: list[AdapterSource] = []
-    for source in sources:
+    for source in [sources] if isinstance(sources, str | Path | AdapterSource) else sources:
         if isinstance(source, AdapterSource):
             entries.append(source)
             continue
@@ -206,11 +206,12 @@ def _candidate(
             raise _pickle_error(Path(name), f"hf download {repo_id} --local-dir {shlex.quote(name)} && ")
     parts = _parts(folder)
     layout = _read(parts[-1][1], arguments.base_model)[0]
-    text = read_card(folder)
+    text = read_card(folder) or read_card(parts[-1][1])
     descriptions = entry.descriptions or tuple(filter(None, [card_description(text)]))
     if not descriptions:
         raise LoraFactoryError("it has no model card that says what it does; give a description (--description)")
-    task = safe_name(entry.task or re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", name).strip("-._")[:100])
+    latin = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", name).strip("-._")[:100]
+    task = safe_name(entry.task or latin or task_names([name])[name])  # a name without Latin letters gets a hash
     run = safe_name(entry.run or arguments.run_name)
     if twin := next((other.source for other in others if (other.task, other.run) == (task, run)), None):
         raise LoraFactoryError(f"it would be {task}/{run}, as {twin} is; give it another name of a task or of a run")

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_factory import __version__
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import local_path, safe_name, share_file, write_json, write_text
-from lora_factory.folders import check_saving
+from lora_factory.folders import check_saving, storage_errors
 from lora_factory.generation import Generation, Order, write_adapter
 from lora_factory.generator_files import TRAINING_FILE, WEIGHTS_FILE, is_public_name
 from lora_factory.hub import CARD_FILE, PushOptions, Writer, about_model, collect_repositories, push
@@ -86,7 +86,8 @@ class HubMixin:
         """
         options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
         save_directory = check_saving(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with storage_errors(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
         if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
             share_file(weights)
         if self.training_record is not None:

@@ -188,6 +188,17 @@ def _items(value: dict[str, Any] | list[Any]) -> Collection[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
+def other_kind(folder: Path) -> str | None:
+    """What a folder is by a file that it holds, for a message to somebody who took it for something else."""
+    for name, kind in (("zoo.json", "a zoo"), ("adapter_config.json", "an adapter"), ("config.json", "a model")):
+        if (folder / name).is_file():
+            with contextlib.suppress(LoraFactoryError):
+                values = read_json_object(folder / name, limit=MAX_CONFIG_BYTES)
+                return "a generator" if values.get("model_type") == "cvae_lora" else kind
+            return kind
+    return None
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a Hub id."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from lora_factory.data_source import LOCAL_FORMATS, SPLITS, DataSource, Example,
 from lora_factory.errors import LoraFactoryError
 from lora_factory.files import safe_name, write_json, write_text
 from lora_factory.folders import check_task_file
+from lora_factory.given import read_example
 from lora_factory.image_data import ImageExample, as_example
 from lora_factory.image_sources import CocoSource, ImageRows
 from lora_factory.image_tasks import ImageClasses, ImageTask, check_images
@@ -112,9 +114,18 @@ class Task:
         Raises:
             LoraFactoryError: No description, a bad name, metric or choices, or no example with text.
         """
-        task = cls(name, tuple(descriptions), None, license, metric, choices)
+        several = descriptions if isinstance(descriptions, str) else tuple(descriptions)
+        task = cls(name, several, None, license, metric, choices)
         given = dict(zip(SPLITS, (train, validation, test), strict=True))
-        found = {split: with_text(map(as_example, examples)) for split, examples in given.items() if len(examples)}
+        found: dict[Split, list[Any]] = {}
+        for split, examples in given.items():
+            if isinstance(examples, str | bytes | Mapping | Example | ImageExample) or not isinstance(
+                examples, Iterable
+            ):
+                raise LoraFactoryError(f"{split}={str(examples)[:80]!r} of task {name!r} must be a list of examples")
+            nouns = (f"{split} example {number} of task {name!r}" for number in itertools.count())
+            if read := [as_example(read_example(one, noun)) for one, noun in zip(examples, nouns, strict=False)]:
+                found[split] = with_text(read)
         task._examples.update(_complete(found, name))
         return task
 

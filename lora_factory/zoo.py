@@ -20,7 +20,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.files import atomic_folder, local_path, safe_name, sha256_file, write_json, write_text
 from lora_factory.layout import AdapterLayout
 from lora_factory.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
-from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
+from lora_factory.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -58,6 +58,10 @@ class AdapterZoo:
         self.folder = local_path(folder)
         path = self.folder / ZOO_FILE
         if not path.exists():
+            if kind := other_kind(self.folder):
+                raise LoraFactoryError(
+                    f"{self.folder} is {kind}, not a zoo; name a folder that lora-factory collect or import wrote"
+                )
             raise LoraFactoryError(
                 f"no zoo in {self.folder} ({ZOO_FILE} is missing); "
                 f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from lora_factory.adapters import AdapterSlot, adapter_parameters, load_adapter
 from lora_factory.errors import LoraFactoryError
 from lora_factory.layout import AdapterLayout
+from lora_factory.zoo import AdapterZoo
 
 
 def test_slot_writes_vectors_and_state_dicts_alike(pico_model: LlamaForCausalLM) -> None:
@@ -102,3 +103,23 @@ def test_load_adapter_says_what_is_wrong(pico_model: LlamaForCausalLM, tmp_path:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(LoraFactoryError, match=r"adapter_model\.safetensors is damaged"):
         load_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [("zoo.json", "{}", "a zoo"), ("config.json", '{"model_type": "cvae_lora"}', "a generator")]
+    + [("config.json", content, "a model") for content in ('{"model_type": "llama"}', "[", "{}")],
+)
+def test_another_folder_is_called_what_it_is(tmp_path: Path, name: str, content: str, kind: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LoraFactoryError, match=f"it is {kind}, not an adapter"):
+        load_adapter(tmp_path)
+    if name != "zoo.json":
+        with pytest.raises(LoraFactoryError, match=f"is {kind}, not a zoo"):
+            AdapterZoo(tmp_path)
+
+
+def test_an_adapter_is_no_zoo(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoraFactoryError, match="is an adapter, not a zoo"):
+        AdapterZoo(tmp_path)

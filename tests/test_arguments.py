@@ -73,3 +73,14 @@ def test_every_data_class_converts() -> None:
 def test_no_task_is_refused(pico_model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LoraFactoryError, match="tasks is empty"):
         collect_adapters([], pico_model_folder, tmp_path / "zoo")
+
+
+def test_seeds_and_sizes_beyond_any_machine_are_refused() -> None:
+    for kind in (CollectArguments, CompareArguments):
+        with pytest.raises(LoraFactoryError, match="seeds holds 184467"):
+            kind(seeds=2**64)
+    with pytest.raises(LoraFactoryError, match="seed holds 184467"):
+        TrainArguments(seed=2**64)
+    for name in ("width", "depth", "conv_depth"):
+        with pytest.raises(LoraFactoryError, match=f"{name}=1000000000 must be"):
+            TrainArguments(**{name: 10**9})

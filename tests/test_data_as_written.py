@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -210,3 +211,43 @@ def test_all_faulty_tasks_are_named(tmp_path: Path) -> None:
     broken = [Task(name, ("d",), DataSource(str(tmp_path / f"{name}.jsonl"))) for name in ("one", "two")]
     with pytest.raises(LoraFactoryError, match=r"(?s)2 tasks.*one.jsonl.*two.jsonl"):
         check_tasks([Task.from_examples("good", ["d"], ["a", "b", "c"]), *broken])
+
+
+def test_examples_of_a_task_come_as_people_write_them() -> None:
+    pair = Example("p", "c")
+    for one in ({"prompt": "p", "completion": "c", "id": 3}, ("p", "c"), ["p", "c"], pair):
+        assert Task.from_examples("t", "One text.", [one], ["v"], ["t"]).examples("train") == [pair]
+    rows = ({"text": text, "id": 3} for text in "abc")
+    task = Task.from_examples("t", "One text.", rows)
+    assert task.descriptions == ("One text.",)
+    assert len(task.examples("train")) == 1
+    for wrong in ([1, 2, 3], None, "a text", {"text": "a"}, pair, ["\ud800", "b", "c"], [("a", "b", "c")], [None]):
+        with pytest.raises(LoraFactoryError, match="of task 't'"):
+            Task.from_examples("t", ["d"], wrong)  # type: ignore[arg-type]
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "data.csv"
+    folder.mkdir()
+    with pytest.raises(LoraFactoryError, match="the folder must hold files of data"):
+        load_examples(DataSource(str(folder)), "t")
+    (folder / "part-0.csv").write_text("text\n007\n1.50\n")
+    assert [e.completion for e in load_examples(DataSource(str(folder)), "t")["train"]] == ["007", "1.50"]
+
+
+def test_packed_files_of_a_folder_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as packed:
+        packed.writestr("train.csv", "text\n007\n")
+    with pytest.raises(LoraFactoryError, match=r"train\.zip .*unpack it"):
+        load_examples(DataSource(str(tmp_path)), "t")
+
+
+def test_a_file_of_examples_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("q,a\n1,2\n")
+    for path, words in (
+        (tmp_path / "none.jsonl", "is missing; name a file of examples"),
+        (tmp_path, "is a folder; name a file of examples"),
+        (tmp_path / "rows.csv", "has the columns q, a; examples need a column text, or prompt and completion"),
+    ):
+        with pytest.raises(LoraFactoryError, match=words):
+            read_examples(path)

@@ -298,3 +298,8 @@ def test_cache_holds_real_vectors(pico_encoder_folder: Path, tmp_path: Path) -> 
     assert torch.equal(first, encoder.encode(TEXTS))
     assert torch.equal(cache.get_or_compute(encoder.identifier, TEXTS[::-1], encoder.encode), first.flip(0))
     torch.testing.assert_close(functional.normalize(first, dim=-1), first)
+
+
+def test_encoders_in_the_home_folder(pico_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(pico_encoder_folder.parent))
+    assert TextEncoder(f"~/{pico_encoder_folder.name}").encode(["a"]).shape[0] == 1

@@ -14,6 +14,7 @@ from lora_factory import files
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.files import (
     atomic_folder,
+    local_path,
     safe_name,
     sha256_file,
     sha256_text,
@@ -267,3 +268,9 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
         files.read_paragraphs(file)
     with pytest.raises(LoraFactoryError, match="cannot read"):
         files.read_paragraphs(tmp_path)
+
+
+def test_half_of_a_surrogate_pair_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(LoraFactoryError, match="surrogate pair"), atomic_folder(f"{tmp_path}/\ud800"):
+        pass
+    assert local_path("\udcff") == Path("\udcff")  # how Python reads a name that is no UTF-8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import torch
 from conftest import TRAINING_TEXT, attach
 from peft import get_peft_model_state_dict
 from test_sequences import with_template
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters import load_adapter
 from lora_factory.arguments import CollectArguments
@@ -24,11 +25,12 @@ from lora_factory.base_models import load_base_model
 from lora_factory.cli import main
 from lora_factory.configuration import CVAELoRAConfig
 from lora_factory.data_source import Example
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.evaluation import evaluate_adapters, score_examples
 from lora_factory.modeling import CVAELoRAGenerator
 from lora_factory.sequences import encode_sequences
 from lora_factory.tasks import Task
+from lora_factory.training import save_generator
 
 TEXT, EXAMPLES = "Continue a tale.", [*TRAINING_TEXT[:3] * 4]
 
@@ -151,6 +153,7 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
         ({"temperature": -0.1}, "temperature is '-0.1'"),
         ({"temperature": math.nan}, "temperature is 'nan'"),
         ({"temperature": math.inf}, "temperature is 'inf'"),
+        ({"temperature": 10**400}, "temperature is '1000"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"refine_steps": -1}, "refine_steps is"),
         ({"refine_steps": 2.5}, "refine_steps is"),
@@ -247,3 +250,23 @@ def test_the_command_line_names_the_nearest_tasks(
         assert main([*words, "--output-dir", str(tmp_path / "none"), flag, value]) == 2
         assert f"{named} is '{value}'" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_is_named_when_a_generator_is_saved(
+    generator: CVAELoRAGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/new: .*no space left"):
+        generator.save_pretrained(tmp_path / "new")
+    with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/new: .*no space left"):
+        save_generator(generator, tmp_path / "new", {})
+
+
+def test_what_a_generator_does_not_listen_to_is_said_in_words_of_the_command_line(
+    generator: CVAELoRAGenerator,
+) -> None:
+    with pytest.raises(LoraFactoryError, match=r"train a generator with images= \(--images\) of every task$"):
+        generator.encode_images(["x.png"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.image_data import StoredImage
-from lora_factory.images import image_fingerprint, images_in, read_image
+from lora_factory.images import check_image, image_fingerprint, images_in, read_image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA", "F"])
@@ -83,3 +83,20 @@ def test_images_in_a_folder(tmp_path: Path) -> None:
         with pytest.raises(LoraFactoryError, match="no image in"):
             images_in(folder)
         (tmp_path / "empty").mkdir(exist_ok=True)
+
+
+def test_images_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_image("~/red.png").getpixel((0, 0)) == (255, 0, 0)
+    assert image_fingerprint("~/red.png") == image_fingerprint(tmp_path / "red.png")
+    check_image("~/red.png", "red")
+
+
+def test_images_in_memory_without_pixels(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
+    closed = Image.open(tmp_path / "red.png")
+    closed.close()
+    for image in (closed, Image.new("RGB", (0, 5))):
+        with pytest.raises(LoraFactoryError, match="in memory"):
+            read_image(image)

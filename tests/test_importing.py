@@ -369,6 +369,12 @@ GENERATED = {
     "### Training hyperparameters\n\nThe following hyperparameters were used during training:\n- seed: 42\n",
     "axolotl": "<details><summary>See axolotl config</summary>\n\naxolotl version: `0.4.1`\n```yaml\na b: c\n```\n\n"
     "</details><br>\n\nThis model was trained from scratch on the a b dataset.\n",
+    "dpo": "This model was trained with DPO, a method introduced in [Direct Preference Optimization: Your Language "
+    "Model is Secretly a Reward Model](https://huggingface.co/papers/2305.18290).\n",
+    "gguf": "This model was finetuned and converted to GGUF format using [Unsloth](https://x).\n",
+    "diffusers": "These are me/x LoRA adaption weights for a/b.\n\nThe weights were trained using "
+    "[DreamBooth](https://dreambooth.github.io/).\n\nLoRA for the text encoder was enabled: False.\n\n"
+    "Special VAE used for training: a/b.\n\nWeights for this model are available in Safetensors format.\n",
 }
 
 
@@ -435,3 +441,21 @@ def test_no_card_is_searched_for_long(card: str) -> None:
 )
 def test_descriptions_come_from_the_prose_of_a_card(card: str, expected: str | None) -> None:
     assert card_description(card) == expected
+
+
+def test_one_source_is_no_list_of_letters(copy: Path, tmp_path: Path) -> None:
+    for number, source in enumerate((str(copy), copy, AdapterSource(str(copy)))):
+        assert len(import_adapters(source, tmp_path / str(number), NAMED).imported) == 1
+
+
+def test_a_folder_in_another_script_gives_its_task_a_name(copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(copy, tmp_path / "猫")
+    zoo = import_adapters([tmp_path / "猫"], tmp_path / "zoo", NAMED).zoo
+    assert len(zoo.tasks) == 1 and zoo.tasks[0].startswith("category-")
+
+
+def test_the_card_of_the_last_checkpoint_counts_where_there_is_no_other(copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(copy, tmp_path / "run" / "checkpoint-3")
+    zoo = import_adapters([tmp_path / "run"], tmp_path / "zoo", NAMED).zoo
+    expected = card_description((copy / "README.md").read_text())
+    assert zoo.record("run", "imported").descriptions == (expected,)
