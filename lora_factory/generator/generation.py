@@ -16,11 +16,11 @@ from torch.nn import functional
 from lora_factory.adapters.attach import check_adapter_name
 from lora_factory.adapters.folder import ADAPTER_FILE, CONDITION_FILE, GENERATION_FILE, Generation, save_adapter_config
 from lora_factory.arguments import REFINE_STEPS
-from lora_factory.generator.given import as_examples, as_images, as_temperature, as_text, as_vectors, as_whole_number
 from lora_factory.generator.refine import refine_state_dict
 from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.given import as_examples, as_images, as_temperature, as_text, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_file

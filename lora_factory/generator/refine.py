@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from lora_factory.adapters.live_models import without_adapters
 from lora_factory.arguments import REFINE_STEPS, CollectArguments
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.given import as_examples
 from lora_factory.models.inputs import TokenSequence, positions
 from lora_factory.models.losses import Base, query_loss
 from lora_factory.tasks.examples import Example, ImageExample, as_example
+from lora_factory.tasks.given import as_examples
 
 LEARNING_RATE = 1e-3
 PARTS = 4  # copies of the adapter, each trained without its part of the examples

@@ -15,7 +15,6 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.familiarity import familiarity
-from lora_factory.generator.given import as_examples, as_images, as_vectors
 from lora_factory.generator.networks import (
     ConditionStandardiser,
     ConvCVAE,
@@ -32,6 +31,7 @@ from lora_factory.models.hidden_states import example_states, task_vector
 from lora_factory.models.image_encoders import ImageEncoder
 from lora_factory.models.text_encoders import TextEncoder
 from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.zoo.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.given import read_example
 from lora_factory.tasks.examples import Example, ImageExample, as_example
+from lora_factory.tasks.given import read_example
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.text import SPLITS, DataSource, Split, load_examples, with_text
 from lora_factory.utils.paths import safe_name
