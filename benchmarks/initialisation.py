@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, Task, __version__
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import MAX_GRAD_NORM, AdapterFactory
 from lora_factory.models.inputs import encode_sequences, shuffled_batches
 from lora_factory.models.losses import query_loss
 from lora_factory.training.train import zoo_factory
@@ -80,7 +80,7 @@ def steps_to(factory: AdapterFactory, task: Task, start: torch.Tensor, goal: flo
             loss = query_loss(factory, weights[None], [next(batches)])
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([weights], factory.arguments.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([weights], MAX_GRAD_NORM)
             optimizer.step()
     return MOST
 

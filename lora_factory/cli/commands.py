@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _continues(options: argparse.Namespace) -> bool:
     """Whether what a command has done so far is kept for the next time."""
-    if options.run is _train:  # stage 2 alone keeps its state
-        return bool(options.base_steps or options.specialist_steps)
+    if options.run is _train:  # stage 2 alone keeps what is done
+        return bool(options.specialist_steps)
     return bool(options.continues or (options.run is _evaluate and options.generator))
 
 
