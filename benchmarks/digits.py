@@ -156,7 +156,9 @@ def collect_together(factory: AdapterFactory, tasks: Sequence[ImageTask], folder
 
 def train_together(factory: AdapterFactory, tasks: Sequence[ImageTask], kept: Sequence[int]) -> torch.Tensor:
     """Snapshots of shape ``(len(kept), tasks, D)``: AdamW, warm-up, cosine and clipping as in `AdapterFactory.fit`."""
-    labels = [[row.tokens[0] for row in factory.inputs.encode(task.examples("train"), COLLECT)] for task in tasks]
+    labels = [
+        [row.tokens[0] for row in factory.inputs.encode(task.examples("train"), COLLECT.tokens)] for task in tasks
+    ]
     inputs = factory.inputs.collate(factory.inputs.encode(tasks[0].examples("train")), torch.device("cpu"))
     answers, pixels = torch.tensor(labels), inputs["pixel_values"]
     adapters = factory.initial.repeat(len(tasks), 1).requires_grad_(True)

@@ -69,7 +69,7 @@ def main() -> None:
 
 def steps_to(factory: AdapterFactory, task: Task, start: torch.Tensor, goal: float, rate: float) -> int:
     """Steps until the validation loss is at most ``goal``: 0 where the start has it, ``MOST`` if it never is."""
-    sequences = encode_sequences(factory.tokenizer, task.examples("train"), factory.arguments)
+    sequences = encode_sequences(factory.tokenizer, task.examples("train"), factory.arguments.tokens)
     batches = shuffled_batches(sequences, factory.arguments.batch_size, seed=0)
     weights = start.clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=0.0)

@@ -185,7 +185,7 @@ class AdapterFactory:
 
     def encode(self, examples: Sequence[Any]) -> list[TokenSequence]:
         """Examples as ``inputs`` encodes them; texts are read from the disk where ``keep_tokens`` has kept them."""
-        rows = list((self.tokens or self.inputs).encode(examples, self.arguments))
+        rows = list((self.tokens or self.inputs).encode(examples, self.arguments.tokens))
         check_lengths(self.model, rows)
         return rows
 

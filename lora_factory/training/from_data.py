@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from lora_factory.collection.trainer import AdapterFactory
@@ -39,7 +40,7 @@ class TaskData:
 
 
 @torch.no_grad()
-def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor, device: torch.device) -> None:
+def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor, accelerator: Accelerator) -> None:
     """Set the bias adapter to one that the tasks' loss can lead on from, and let the network add nothing to it.
 
     That measured better than a start from the zoo's weights. Afterwards all processes hold the same generator.
@@ -47,12 +48,12 @@ def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor, device: torch.d
     Args:
         generator: A new generator with its statistics fitted.
         bias: The LoRA initialisation that all runs share, or one LoRA trained on all tasks, shape ``(D,)``.
-        device: Where the generator goes.
+        accelerator: Device and processes.
     """
     generator.bias.copy_(bias)
     for parameter in head_parameters(generator):
         parameter.zero_()
-    generator.to(device).train()
+    generator.to(accelerator.device).train()
     for tensor in generator.state_dict().values():  # features of other batches differ in their last digits
         tensor.copy_(broadcast(tensor.clone()))
 

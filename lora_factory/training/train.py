@@ -244,7 +244,7 @@ def _stage_2(
         for task in tasks
     }
     bias = _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter
-    start_from(generator, bias, factory.accelerator.device)
+    start_from(generator, bias, factory.accelerator)
     cache = TensorCache(working / f"specialists-{key[:16]}")
     record = specialise(generator, factory, tasks, data, features, arguments, cache)
     return [record | {"tokens": record["tokens"] + arguments.multitask_steps * factory.tokens_a_step}]
