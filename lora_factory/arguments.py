@@ -351,7 +351,12 @@ def converted(name: str, kind: Any, value: Any) -> Any:  # noqa: ANN401
     except LoraFactoryError:
         raise
     except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
-        raise LoraFactoryError(f"{name}={value!r:.100} {_EXPECTED[get_origin(kind) or kind]}") from None
+        raise LoraFactoryError(f"{name}={value!r:.100} {expectation(kind)}") from None
+
+
+def expectation(kind: Any) -> str:  # noqa: ANN401
+    """What a value of an option of this type must be, as the end of a sentence about it."""
+    return f"must be a list of {_MANY[get_args(kind)[0]]}" if get_origin(kind) is tuple else f"must be {_ONE[kind]}"
 
 
 def _convert(arguments: Any) -> None:  # noqa: ANN401
@@ -412,13 +417,8 @@ def _str(value: Any) -> str:  # noqa: ANN401
 
 
 _SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
-_EXPECTED = {
-    bool: "must be True or False",
-    int: "must be a whole number",
-    float: "must be a finite number",
-    str: "must be text",
-    tuple: "must be a value, or a list of values, of the right type",
-}
+_ONE = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_MANY = {bool: "true and false", int: "whole numbers", float: "finite numbers", str: "texts"}
 
 
 def _positive(arguments: object, *names: str) -> None:

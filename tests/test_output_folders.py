@@ -311,7 +311,7 @@ def test_a_local_base_is_recorded_as_one_and_not_pushed(
     assert config["base_model_name_or_path"] == str(tmp_path / "llama")
     report = import_adapters([source(zoo)], "imported")
     assert report.zoo.layout.base_model == str(tmp_path / "llama")
-    assert cli.main(["push", "--zoo", "zoo", "--repo-id", "me/x", "--dry-run"]) == 2
+    assert cli.main(["zoo", "push", "--zoo", "zoo", "--repo-id", "me/x", "--dry-run"]) == 2
     assert "--base-model-name" in capsys.readouterr().err
     assert collect_adapters([TASK], "llama", "z2", little, base_model_name="me/l").layout.base_model == "me/l"
     again = Task.from_examples("law", ["other words"], ["a b", "c d", "e f"], ["g h"], ["i j"])
