@@ -230,14 +230,14 @@ class TrainArguments:
     )
     multitask_steps: int = _option(
         0,
-        "steps of a LoRA on all tasks, from which stage 2 starts; 0: stage 2 starts from the LoRA initialisation",
+        "optimizer steps of one LoRA on all tasks, from which stage 2 starts; 0: it starts from an untrained LoRA",
         group=OPTIMISER,
     )
     multitask_learning_rate: float = _option(5e-3, "peak learning rate of the multi-task LoRA", group=OPTIMISER)
     specialist_steps: int = _option(
         0,
-        "steps per task that continue the multi-task LoRA on this task alone (stage 2), for the generator to learn "
-        "the difference; needs the examples of the tasks; 0: no stage 2",
+        "optimizer steps per task that continue the multi-task LoRA on this task alone (stage 2), so that the "
+        "generator learns the difference; needs the examples of the tasks; 0: no stage 2",
         group=OPTIMISER,
     )
     specialist_learning_rate: float = _option(3e-3, "peak learning rate of the specialists' steps", group=OPTIMISER)

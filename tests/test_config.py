@@ -42,10 +42,8 @@ def parsed(text: str, *words: str, command: str = "collect") -> argparse.Namespa
 
 
 def test_a_file_gives_options_and_flags_win() -> None:
-    text = (
-        COLLECT + "steps: 50\nlearning_rate: 1e-3\nseeds: [1, 2]\npacking: false\n"
+    text = COLLECT + "steps: 50\nlearning_rate: 1e-3\nseeds: [1, 2]\npacking: false\n"
     text += "target_modules: [q_proj, v_proj]\n"
-    )
     options = parsed(text)
     assert (options.tasks, options.base_model, options.output_dir) == ("tasks.yaml", "base", "zoo")
     given = {"learning_rate": 1e-3, "seeds": (1, 2), "packing": False, "target_modules": "q_proj,v_proj"}

@@ -188,8 +188,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
     evaluate.add_argument(
         "--zoo",
-        help="folder of the zoo that the generator was trained on (required with --generator); with --adapter: of the zoo "
-        "whose records say whether its runs learned in a chat template (default: none)",
+        help="with --generator: folder of the zoo that it was trained on (required); with --adapter: of the zoo whose "
+        "records say whether its runs learned in a chat template (default: none)",
     )
     evaluate.add_argument(
         "--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo (default: none)"
@@ -209,7 +209,8 @@ def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--temperature",
         type=float,
         default=0.0,
-        help="with --text: scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task (default: 0.0)",
+        help="with --text: scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task "
+        "(default: 0.0)",
     )
     push.add_argument(
         "--comparison", help="comparison.json that evaluate wrote, for the card of the generator (default: none)"
