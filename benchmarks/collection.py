@@ -48,7 +48,7 @@ def bare_loop(tasks: list[Task], base: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for task in tasks:
-        rows = encode_sequences(tokenizer, task.examples("train"), SETTINGS)
+        rows = encode_sequences(tokenizer, task.examples("train"), SETTINGS.tokens)
         loader = DataLoader(
             rows, batch_size=8, shuffle=True, collate_fn=lambda batch: collate(batch, 0, accelerator.device)
         )

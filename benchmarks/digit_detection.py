@@ -105,7 +105,7 @@ def train_base(folder: Path, steps: int, seed: int, canvases: int = 12000, batch
             image, boxes = canvas([source.choice(known) for _ in range(source.randint(1, DIGITS))], pools, source)
             answer = "".join(boxes_to_text(NAMES[d], boxes[d], image.size) for d in sorted(boxes))
             rows.append(ImageExample(image, DETECTION_PROMPT, answer))
-        read = inputs.collate(inputs.encode(rows, COLLECT), torch.device("cpu"))
+        read = inputs.collate(inputs.encode(rows, COLLECT.tokens), torch.device("cpu"))
         fit(model.requires_grad_(True), read, steps, batch, seed)
         model.save_pretrained(temporary)
 

@@ -35,7 +35,14 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from lora_factory import AdapterZoo
 from lora_factory.adapters.attach import adapters_in_batch
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.collection.trainer import AdapterFactory, classifier_factory, comparable_settings
+from lora_factory.collection.trainer import (
+    MAX_GRAD_NORM,
+    WARMUP_RATIO,
+    WEIGHT_DECAY,
+    AdapterFactory,
+    classifier_factory,
+    comparable_settings,
+)
 from lora_factory.models.inputs import shuffled_batches
 from lora_factory.tasks.images import ImageTask, LabelledImage
 from lora_factory.utils.files import write_json
@@ -149,12 +156,14 @@ def collect_together(factory: AdapterFactory, tasks: Sequence[ImageTask], folder
 
 def train_together(factory: AdapterFactory, tasks: Sequence[ImageTask], kept: Sequence[int]) -> torch.Tensor:
     """Snapshots of shape ``(len(kept), tasks, D)``: AdamW, warm-up, cosine and clipping as in `AdapterFactory.fit`."""
-    labels = [[row.tokens[0] for row in factory.inputs.encode(task.examples("train"), COLLECT)] for task in tasks]
+    labels = [
+        [row.tokens[0] for row in factory.inputs.encode(task.examples("train"), COLLECT.tokens)] for task in tasks
+    ]
     inputs = factory.inputs.collate(factory.inputs.encode(tasks[0].examples("train")), torch.device("cpu"))
     answers, pixels = torch.tensor(labels), inputs["pixel_values"]
     adapters = factory.initial.repeat(len(tasks), 1).requires_grad_(True)
-    optimizer = torch.optim.AdamW([adapters], lr=COLLECT.learning_rate, weight_decay=COLLECT.weight_decay)
-    warmup = int(COLLECT.steps * COLLECT.warmup_ratio)
+    optimizer = torch.optim.AdamW([adapters], lr=COLLECT.learning_rate, weight_decay=WEIGHT_DECAY)
+    warmup = int(COLLECT.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, COLLECT.steps)
     batches, snapshots = shuffled_batches(range(len(pixels)), COLLECT.batch_size, seed=0), []
     for step in range(1, COLLECT.steps + 1):
@@ -164,7 +173,7 @@ def train_together(factory: AdapterFactory, tasks: Sequence[ImageTask], kept: Se
         loss = torch.nn.functional.cross_entropy(logits, answers[:, chosen].flatten(), reduction="sum")
         (loss / len(chosen)).backward()
         norms = adapters.grad.norm(dim=1, keepdim=True)
-        adapters.grad *= (COLLECT.max_grad_norm / norms.clamp_min(1e-6)).clamp_max(1)
+        adapters.grad *= (MAX_GRAD_NORM / norms.clamp_min(1e-6)).clamp_max(1)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -44,7 +44,7 @@ COLLECT = CollectArguments(
 )
 # The rank and learning rate that suit the multi-task LoRA best of 4 and 16, 5e-3 and 1e-2 (first fold, 2,500 steps).
 COMPARE = CompareArguments(max_tokens=4000, multitask_rank=16, multitask_learning_rate=5e-3)
-# From so good a multi-task LoRA, steps through the base with conditions lead nowhere better (base_steps=300, 2,500).
+# From so good a multi-task LoRA, steps through the base with conditions led nowhere better (300 and 2,500 steps).
 TRAIN = TrainArguments(width=128, depth=1, steps=20, base_rank=16, specialist_steps=500, multitask_learning_rate=5e-3)
 
 SHOWN = (MULTITASK, GENERATED, f"{GENERATED}{FROM_EXAMPLES}", f"{MULTITASK}, refined")

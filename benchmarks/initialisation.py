@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, Task, __version__
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import MAX_GRAD_NORM, AdapterFactory
 from lora_factory.models.inputs import encode_sequences, shuffled_batches
 from lora_factory.models.losses import query_loss
 from lora_factory.training.train import zoo_factory
@@ -69,7 +69,7 @@ def main() -> None:
 
 def steps_to(factory: AdapterFactory, task: Task, start: torch.Tensor, goal: float, rate: float) -> int:
     """Steps until the validation loss is at most ``goal``: 0 where the start has it, ``MOST`` if it never is."""
-    sequences = encode_sequences(factory.tokenizer, task.examples("train"), factory.arguments)
+    sequences = encode_sequences(factory.tokenizer, task.examples("train"), factory.arguments.tokens)
     batches = shuffled_batches(sequences, factory.arguments.batch_size, seed=0)
     weights = start.clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=0.0)
@@ -80,7 +80,7 @@ def steps_to(factory: AdapterFactory, task: Task, start: torch.Tensor, goal: flo
             loss = query_loss(factory, weights[None], [next(batches)])
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([weights], factory.arguments.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([weights], MAX_GRAD_NORM)
             optimizer.step()
     return MOST
 

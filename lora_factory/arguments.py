@@ -1,4 +1,8 @@
-"""The options of every stage, one frozen data class each; free of heavy imports, so that the CLI answers at once."""
+"""The options of every stage, one frozen data class per stage, in groups; free of heavy imports for a fast CLI.
+
+Every field carries its ``help`` text and its ``group`` in its metadata. The command line shows the groups in
+``--help``; the fields themselves are flat keywords.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,19 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory.errors import LoraFactoryError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+LORA, OPTIMISER, DATA, RESOURCES, OUTPUT = "LoRA", "optimiser", "data", "resources", "output"
+GENERATOR = "generator"
+
+Options = TypeVar("Options")
 
 
-def _option(default: Any, text: str) -> Any:  # noqa: ANN401
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, *, group: str) -> Any:  # noqa: ANN401
+    return field(default=default, metadata={"help": text, "group": group})
 
 
 REFINE_STEPS = 60  # at most, on a user's examples
@@ -23,42 +31,99 @@ MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # of a generator's network; beyond these a 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectArguments:
-    """How one LoRA a task and seed is fine-tuned and which of its snapshots are kept."""
+class TokenOptions:
+    """How examples become token sequences.
 
-    rank: int = _option(2, "LoRA rank r")
-    lora_alpha: float = _option(4.0, "LoRA scaling numerator; weights count lora_alpha / rank")
-    target_modules: str = _option("all-linear", "comma-separated module names, or all-linear")
-    steps: int = _option(200, "optimizer steps a task; ignored when epochs is given")
-    epochs: int = _option(0, "passes over the training split; the paper uses 150")
-    snapshots: int = _option(10, "how many of the last snapshots are kept (K); the paper keeps 50")
-    snapshot_every: int = _option(1, "steps between snapshots; with epochs, epochs between snapshots")
-    seeds: tuple[int, ...] = _option((0,), "one run a task for each of these seeds")
-    batch_size: int = _option(8, "sequences a step, of all processes together where they share a run")
-    gradient_accumulation: int = _option(1, "batches accumulated before a step")
-    sequence_length: int = _option(128, "tokens a sequence")
-    packing: bool = _option(True, "fill sequences with consecutive text instead of padding one example each")
-    max_tokens: int = _option(0, "tokens of each split of a task that are used, the first ones; 0: all")
-    chat_template: bool = _option(False, "put prompt and completion into the tokenizer's chat template")
-    learning_rate: float = _option(2e-3, "peak learning rate of AdamW")
-    warmup_ratio: float = _option(0.1, "share of the steps with a rising learning rate, before the cosine")
-    weight_decay: float = _option(0.0, "AdamW's weight decay")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
-    validation_sequences: int = _option(32, "sequences scored at every kept snapshot")
-    dtype: str = _option("auto", "the base model's precision: auto, float32, bfloat16 or float16")
-    quantization: str = _option("", "load the base model in 4bit (NF4, as in QLoRA) or 8bit; needs bitsandbytes")
-    parallel: str = _option("tasks", "processes take a run each (tasks), or train every run together (data)")
-    state_every: int = _option(100, "steps between saves of a run's state, from which it continues; 0: no saves")
-    retries: int = _option(1, "how often a run that ran out of memory, or that the machine stopped, is tried again")
-    gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
-    compile: bool = _option(False, "compile the model with torch.compile")
-    report_to: tuple[str, ...] = _option((), "comma-separated trackers: tensorboard, wandb, trackio")
+    Attributes:
+        sequence_length: Tokens per sequence at most.
+        packing: Whether each sequence is filled with consecutive examples instead of holding one example.
+        max_tokens: Tokens used of the examples, from the first on; 0: all.
+        chat_template: Whether prompt and completion are put into the tokenizer's chat template.
+    """
+
+    sequence_length: int = 128
+    packing: bool = True
+    max_tokens: int = 0
+    chat_template: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectArguments:
+    """How one LoRA per task and seed is fine-tuned, and which of its snapshots are kept.
+
+    LoRA: rank, lora_alpha, target_modules.
+    Optimiser: steps, epochs, batch_size, gradient_accumulation, learning_rate, seeds.
+    Data: sequence_length, packing, max_tokens, chat_template, validation_sequences.
+    Resources: dtype, quantization, gradient_checkpointing, parallel, retries.
+    Output: snapshots, snapshot_every, state_every, report_to.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type, is out of its range or contradicts another one.
+    """
+
+    rank: int = _option(2, "rank r of each LoRA", group=LORA)
+    lora_alpha: float = _option(4.0, "LoRA scaling: each update is multiplied by lora_alpha / rank", group=LORA)
+    target_modules: str = _option(
+        "all-linear", "comma-separated names of the modules that get a LoRA, or all-linear", group=LORA
+    )
+    steps: int = _option(200, "optimizer steps per run; ignored when epochs is above 0", group=OPTIMISER)
+    epochs: int = _option(
+        0, "passes over the training split per run; 0: train for steps instead; the paper uses 150", group=OPTIMISER
+    )
+    batch_size: int = _option(
+        8, "sequences per batch; processes that share a run divide the batch among them", group=OPTIMISER
+    )
+    gradient_accumulation: int = _option(1, "batches per optimizer step", group=OPTIMISER)
+    learning_rate: float = _option(
+        2e-3, "peak learning rate of AdamW, after a warm-up over a tenth of the steps", group=OPTIMISER
+    )
+    seeds: tuple[int, ...] = _option((0,), "comma-separated seeds; each task gets one run per seed", group=OPTIMISER)
+    sequence_length: int = _option(128, "tokens per sequence at most", group=DATA)
+    packing: bool = _option(
+        True, "fill each sequence with consecutive examples, instead of padding one example", group=DATA
+    )
+    max_tokens: int = _option(0, "tokens used of each split of a task, from its start; 0: all", group=DATA)
+    chat_template: bool = _option(
+        False, "put prompt and completion into the chat template of the tokenizer", group=DATA
+    )
+    validation_sequences: int = _option(
+        32, "sequences of the validation split that score each kept snapshot", group=DATA
+    )
+    dtype: str = _option(
+        "auto",
+        "precision of the base model: float32, bfloat16, float16, or auto, which takes that of its files",
+        group=RESOURCES,
+    )
+    quantization: str = _option(
+        "",
+        "load the base model in 4bit (NF4, as in QLoRA) or 8bit; needs bitsandbytes (default: no quantization)",
+        group=RESOURCES,
+    )
+    gradient_checkpointing: bool = _option(
+        False, "compute activations twice instead of keeping them, which saves memory", group=RESOURCES
+    )
+    parallel: str = _option(
+        "tasks", "what processes share: each trains other runs (tasks), or all train each run (data)", group=RESOURCES
+    )
+    retries: int = _option(
+        1, "further attempts at a run that ran out of memory or that the machine stopped", group=RESOURCES
+    )
+    snapshots: int = _option(10, "last snapshots kept per run (K); the paper keeps 50", group=OUTPUT)
+    snapshot_every: int = _option(1, "steps between two snapshots, or epochs when epochs is above 0", group=OUTPUT)
+    state_every: int = _option(
+        100,
+        "steps between two saves of a run's state, from which it continues after a stop; 0: no saves",
+        group=OUTPUT,
+    )
+    report_to: tuple[str, ...] = _option(
+        (), "comma-separated trackers: tensorboard, wandb, trackio (default: none)", group=OUTPUT
+    )
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
         _convert(self)
         _positive(self, "rank", "snapshots", "snapshot_every", "batch_size", "gradient_accumulation")
-        _positive(self, "sequence_length", "learning_rate", "lora_alpha", "max_grad_norm", "validation_sequences")
+        _positive(self, "sequence_length", "learning_rate", "lora_alpha", "validation_sequences")
         if not self.seeds:
             raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
         _check_seeds(self, *self.seeds)
@@ -71,8 +136,6 @@ class CollectArguments:
             raise LoraFactoryError(
                 f"snapshots={self.snapshots}, one in {self.snapshot_every} {unit}, do not fit into {unit}={available}"
             )
-        if not 0 <= self.warmup_ratio < 1:
-            raise LoraFactoryError(f"warmup_ratio={self.warmup_ratio} must be at least 0 and below 1")
         if min(self.state_every, self.retries) < 0:
             raise LoraFactoryError(f"state_every={self.state_every}, retries={self.retries}: none may be below 0")
         _one_of(self, "parallel", "tasks", "data")
@@ -80,21 +143,44 @@ class CollectArguments:
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             raise LoraFactoryError(f"report_to names {unknown}; choose among {', '.join(TRACKERS)}")
 
+    @property
+    def tokens(self) -> TokenOptions:
+        """How examples become token sequences."""
+        return TokenOptions(**{one.name: getattr(self, one.name) for one in fields(TokenOptions)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArguments:
-    """Which adapters a zoo takes in, and in which form."""
+    """Which adapters a zoo takes in, and in which form.
+
+    LoRA: base_model, base_revision, rank, canonical.
+    Output: snapshots, run_name.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type or is out of its range.
+    """
 
     base_model: str = _option(
-        "", "Hub id of the base model; taken as the base of adapters that name a local folder (default: the first's)"
+        "",
+        "Hub id of the base model of adapters that name a local folder as their base (default: the base model that "
+        "the first adapter names)",
+        group=LORA,
     )
-    base_revision: str = _option("", "commit of the base model (default: the first that an adapter names)")
-    rank: int = _option(0, "rank of a new zoo; 0: the largest of the adapters; smaller ones are padded with zeros")
+    base_revision: str = _option(
+        "", "commit of the base model on the Hub (default: the first commit that an adapter names)", group=LORA
+    )
+    rank: int = _option(
+        0, "rank of a new zoo; 0: the largest rank of the adapters; smaller ones are padded with zeros", group=LORA
+    )
     canonical: bool = _option(
-        False, "rewrite all adapters in canonical form, even if they share ranks and scaling and fit as they are"
+        False,
+        "rewrite all adapters in canonical form, even if they share ranks and scaling and fit as they are",
+        group=LORA,
     )
-    snapshots: int = _option(0, "how many of the last checkpoint-* folders of an adapter are taken; 0: all")
-    run_name: str = _option("imported", "name of the runs")
+    snapshots: int = _option(
+        0, "checkpoint-* folders taken per adapter, the last ones, each as a snapshot; 0: all", group=OUTPUT
+    )
+    run_name: str = _option("imported", "name of the runs in the zoo", group=OUTPUT)
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
@@ -105,77 +191,103 @@ class ImportArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """How the generator is trained on a zoo."""
+    """How the generator is trained on a zoo.
 
-    decoder: str = _option("token", "token (default) or conv1d (the paper's 12-layer CNN)")
-    steps: int = _option(200, "optimizer steps")
-    batch_size: int = _option(12, "snapshots a step")
-    learning_rate: float = _option(1.5e-3, "peak learning rate of AdamW")
-    warmup_ratio: float = _option(0.05, "share of the steps with a rising learning rate, before the cosine")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
-    seed: int = _option(0, "seed of the weights, of the order of the data and of the latent noise")
-    text_encoder: str = _option("sentence-transformers/all-MiniLM-L6-v2", "Hub id or folder, or open_clip:<model>")
+    Generator: decoder, width, depth, conv_depth, text_encoder, image_encoder.
+    LoRA: base_rank.
+    Optimiser: steps, batch_size, learning_rate, seed, multitask_steps, multitask_learning_rate, specialist_steps,
+    specialist_learning_rate.
+    Resources: gradient_checkpointing.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type or is out of its range.
+    """
+
+    decoder: str = _option("token", "network: token, or conv1d for the paper's 12-layer CNN", group=GENERATOR)
+    width: int = _option(384, "hidden size of the token decoder", group=GENERATOR)
+    depth: int = _option(2, "residual blocks of the token decoder", group=GENERATOR)
+    conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20", group=GENERATOR)
+    text_encoder: str = _option(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "model that reads descriptions: Hub id, folder or open_clip:<model>",
+        group=GENERATOR,
+    )
     image_encoder: str = _option(
-        "", "with images: Hub id or folder of an image model, or open_clip:<model> (default: the base model)"
+        "",
+        "model that reads images, where there are some: Hub id, folder or open_clip:<model> (default: the base model)",
+        group=GENERATOR,
     )
-    width: int = _option(384, "hidden size of the token decoder")
-    depth: int = _option(2, "residual blocks of the token decoder")
-    conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20")
-    base_steps: int = _option(0, "steps through the frozen base model (stage 2); needs the tasks' examples")
+    base_rank: int = _option(
+        0, "rank of the adapters that stage 2 learns to write; 0: the rank of the zoo", group=LORA
+    )
+    steps: int = _option(200, "optimizer steps on the zoo's weights (stage 1)", group=OPTIMISER)
+    batch_size: int = _option(12, "snapshots per step", group=OPTIMISER)
+    learning_rate: float = _option(
+        1.5e-3, "peak learning rate of AdamW, after a warm-up over a twentieth of the steps", group=OPTIMISER
+    )
+    seed: int = _option(
+        0, "seed of the initial weights, of the order of the data and of the latent noise", group=OPTIMISER
+    )
     multitask_steps: int = _option(
-        0, "steps of a multi-task LoRA that stage 2's bias adapter starts from; 0: the LoRA initialisation"
+        0,
+        "optimizer steps of one LoRA on all tasks, from which stage 2 starts; 0: it starts from an untrained LoRA",
+        group=OPTIMISER,
     )
-    multitask_learning_rate: float = _option(5e-3, "peak learning rate of this multi-task LoRA")
+    multitask_learning_rate: float = _option(5e-3, "peak learning rate of the multi-task LoRA", group=OPTIMISER)
     specialist_steps: int = _option(
-        0, "steps that stage 2 ends with for every task alone, for the network to write what each has of its own"
+        0,
+        "optimizer steps per task that continue the multi-task LoRA on this task alone (stage 2), so that the "
+        "generator learns the difference; needs the examples of the tasks; 0: no stage 2",
+        group=OPTIMISER,
     )
-    specialist_learning_rate: float = _option(3e-3, "peak learning rate of these steps")
-    base_rank: int = _option(0, "rank of the adapters that stage 2 learns to write; 0: that of the zoo")
-    base_tasks: int = _option(4, "tasks a step of stage 2")
-    base_sequences: int = _option(2, "query sequences a task and step of stage 2")
-    base_mixtures: float = _option(0.2, "share of stage 2's adapters that serve a mixture of tasks, not one")
-    base_stretches: float = _option(
-        0.3, "share that serve a stretch of one task's examples, from two neighbours to all"
+    specialist_learning_rate: float = _option(3e-3, "peak learning rate of the specialists' steps", group=OPTIMISER)
+    gradient_checkpointing: bool = _option(
+        False,
+        "compute the base model's activations twice in stage 2 instead of keeping them, which saves memory",
+        group=RESOURCES,
     )
-    base_learning_rate: float = _option(1e-3, "peak learning rate of stage 2")
-    base_bias_learning_rate: float = _option(3e-3, "peak learning rate of the bias adapter in stage 2")
-    base_checkpointing: bool = _option(False, "stage 2 computes activations twice, not keeping them")
-    base_noise: float = _option(0.05, "noise on text vectors in stage 2, as a share of a vector's length")
-    base_label_smoothing: float = _option(0.0, "share of a label's probability that stage 2 spreads over all tokens")
-    base_l2: float = _option(0.0, "penalty on the mean square of the generated residual in standard units in stage 2")
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
         _convert(self)
         _check_seeds(self, self.seed)
-        _positive(self, "steps", "batch_size", "learning_rate", "max_grad_norm", "width", "depth", "conv_depth")
+        _positive(self, "steps", "batch_size", "learning_rate", "width", "depth", "conv_depth")
         _at_most(self, MAX_SIZE, "width")
         _at_most(self, MAX_LAYERS, "depth", "conv_depth")
-        _positive(self, "base_tasks", "base_sequences", "base_learning_rate", "base_bias_learning_rate")
         _positive(self, "multitask_learning_rate", "specialist_learning_rate")
-        _not_negative(self, "multitask_steps", "base_steps", "specialist_steps", "base_noise", "base_l2")
-        if not 0 <= self.base_label_smoothing < 1:
-            raise LoraFactoryError(f"base_label_smoothing={self.base_label_smoothing} must be at least 0 and below 1")
-        if min(self.base_mixtures, self.base_stretches) < 0 or self.base_mixtures + self.base_stretches > 1:
-            raise LoraFactoryError(
-                f"base_mixtures={self.base_mixtures}, base_stretches={self.base_stretches}: two shares of one whole"
-            )
+        _not_negative(self, "multitask_steps", "specialist_steps")
         if self.decoder not in ("token", "conv1d"):
             raise LoraFactoryError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments:
-    """How methods are compared."""
+    """How methods are compared.
 
-    seeds: tuple[int, ...] = _option((0,), "seeds of everything that samples or trains")
-    max_tokens: int = _option(2000, "tokens scored a task")
-    max_examples: int = _option(100, "test examples answered a task, where a task has a metric")
-    window: int = _option(256, "tokens of context a forward pass")
-    examples: int = _option(16, "examples a condition is made of, where a method is conditioned on examples")
-    refine_steps: int = _option(REFINE_STEPS, "steps at most on the examples of the methods that are refined on them")
-    multitask_rank: int = _option(0, "rank of the multi-task LoRA; 0: that of the zoo")
-    multitask_learning_rate: float = _option(0.0, "learning rate of the multi-task LoRA; 0: that of the zoo")
+    LoRA: multitask_rank.
+    Optimiser: seeds, refine_steps, multitask_learning_rate.
+    Data: max_tokens, max_examples, window, examples.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type or is out of its range.
+    """
+
+    multitask_rank: int = _option(0, "rank of the multi-task LoRA; 0: the rank of the zoo", group=LORA)
+    seeds: tuple[int, ...] = _option(
+        (0,),
+        "comma-separated seeds of all that samples or trains; every method is scored once per seed",
+        group=OPTIMISER,
+    )
+    refine_steps: int = _option(
+        REFINE_STEPS, "optimizer steps at most that refine an adapter on examples; 0: none", group=OPTIMISER
+    )
+    multitask_learning_rate: float = _option(
+        0.0, "peak learning rate of the multi-task LoRA; 0: the learning rate of the zoo", group=OPTIMISER
+    )
+    max_tokens: int = _option(2000, "tokens scored per task at most", group=DATA)
+    max_examples: int = _option(100, "test examples answered per task at most, for tasks with a metric", group=DATA)
+    window: int = _option(256, "tokens of context per forward pass", group=DATA)
+    examples: int = _option(16, "examples per task that a method gets if it is conditioned on examples", group=DATA)
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
@@ -188,15 +300,38 @@ class CompareArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
-    """The whole pipeline on an embedded real model and on text found in the running Python environment."""
+    """How the whole pipeline runs on an embedded real model and on text found in the running Python environment.
 
-    output_dir: str = _option("demo-output", "folder for zoo, generator, adapters and results")
-    base_model: str = _option("", "Hub id or folder of another base model (default: SmolLM2-135M-Instruct)")
-    fast: bool = _option(False, "a two-minute tour: fewer tasks and steps")
+    Data: base_model.
+    Resources: fast.
+    Output: output_dir.
+    """
+
+    base_model: str = _option(
+        "", "Hub id or folder of another base model (default: the embedded SmolLM2-135M-Instruct)", group=DATA
+    )
+    fast: bool = _option(False, "make a two-minute tour with fewer tasks and steps", group=RESOURCES)
+    output_dir: str = _option(
+        "demo-output", "folder of the zoo, the generator, the adapters and the results", group=OUTPUT
+    )
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
         _convert(self)
+
+
+def from_record(options: type[Options], values: Mapping[str, Any]) -> Options:
+    """The options that a record of this or an earlier version holds; what is no option any more is left out.
+
+    Args:
+        options: One of the data classes above.
+        values: Field names and values, for example ``arguments`` of a run's ``run.json``.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type or is out of its range.
+    """
+    known = {one.name for one in fields(options)}  # type: ignore[arg-type]  # a data class
+    return options(**{name: value for name, value in values.items() if name in known})
 
 
 def converted(name: str, kind: Any, value: Any) -> Any:  # noqa: ANN401
@@ -220,7 +355,12 @@ def converted(name: str, kind: Any, value: Any) -> Any:  # noqa: ANN401
     except LoraFactoryError:
         raise
     except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
-        raise LoraFactoryError(f"{name}={value!r:.100} {_EXPECTED[get_origin(kind) or kind]}") from None
+        raise LoraFactoryError(f"{name}={value!r:.100} {expectation(kind)}") from None
+
+
+def expectation(kind: Any) -> str:  # noqa: ANN401
+    """What a value of an option of this type must be, as the end of a sentence about it."""
+    return f"must be a list of {_MANY[get_args(kind)[0]]}" if get_origin(kind) is tuple else f"must be {_ONE[kind]}"
 
 
 def _convert(arguments: Any) -> None:  # noqa: ANN401
@@ -281,13 +421,8 @@ def _str(value: Any) -> str:  # noqa: ANN401
 
 
 _SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
-_EXPECTED = {
-    bool: "must be True or False",
-    int: "must be a whole number",
-    float: "must be a finite number",
-    str: "must be text",
-    tuple: "must be a value, or a list of values, of the right type",
-}
+_ONE = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_MANY = {bool: "true and false", int: "whole numbers", float: "finite numbers", str: "texts"}
 
 
 def _positive(arguments: object, *names: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
+from lora_factory.arguments import CollectArguments, CompareArguments, TokenOptions, TrainArguments, from_record
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
 
@@ -68,6 +68,20 @@ def test_values_without_a_meaning_are_refused_by_name(given: dict[str, object]) 
 def test_every_data_class_converts() -> None:
     assert TrainArguments(text_encoder=Path("models") / "encoder").text_encoder == str(Path("models") / "encoder")
     assert CompareArguments(seeds=np.int64(1)).seeds == (1,)
+
+
+def test_records_of_earlier_versions_are_read() -> None:
+    dropped = {"warmup_ratio": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0, "compile": False}
+    assert from_record(CollectArguments, {"rank": 3, **dropped}) == CollectArguments(rank=3)
+    assert from_record(TrainArguments, {"steps": 3, "base_steps": 5, "base_l2": 0.1}) == TrainArguments(steps=3)
+    with pytest.raises(LoraFactoryError, match="rank"):
+        from_record(CollectArguments, {"rank": 0})
+
+
+def test_token_options_are_those_of_the_collection() -> None:
+    given = {"sequence_length": 7, "packing": False, "max_tokens": 9, "chat_template": True}
+    assert CollectArguments(**given).tokens == TokenOptions(**given)
+    assert CollectArguments().tokens == TokenOptions()
 
 
 def test_no_task_is_refused(pico_model_folder: Path, tmp_path: Path) -> None:

@@ -31,13 +31,13 @@ options:
 commands:
   COMMAND
     demo      run the whole pipeline on an embedded real model and on local text
-    collect   fine-tune one LoRA a task and seed and keep its last snapshots
+    collect   fine-tune one LoRA per task and seed and keep its last snapshots
     import    take PEFT adapters from folders and the Hub into a zoo
     zoo       verify, list, prune, merge, push or pull zoos
     train     train a generator on a zoo
     generate  write an adapter from a description
     evaluate  score the base model and adapters on the tasks' test splits
-    push      push a generator, an adapter that it writes, or a zoo to the Hub
+    push      push a generator, or an adapter that it writes, to the Hub
     search    list the generators on the Hub for a base model
 """
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import TRAINING_TEXT, VOCABULARY, save_model
 from transformers import (
     LlamaForCausalLM,
@@ -25,7 +27,7 @@ from transformers import (
 from lora_factory.arguments import CollectArguments
 from lora_factory.cli import commands as cli
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import AdapterFactory, settings_of
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, collate, encode_sequences
 from lora_factory.tasks.examples import Example
@@ -84,7 +86,7 @@ def test_record_says_how_the_run_was_made(pico_model_folder: Path, tmp_path: Pat
 
 
 def test_every_run_starts_from_the_same_initialisation(pico_model_folder: Path, tmp_path: Path) -> None:
-    untrained = replace(SMALL, steps=1, snapshots=1, warmup_ratio=0.9, seeds=(0, 1))  # warm-up starts from rate 0
+    untrained = replace(SMALL, steps=1, snapshots=1, seeds=(0, 1))  # the warm-up starts from rate 0
     zoo = collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "zoo", untrained)
     other = collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "other", untrained)
     start = other.final("prose", "seed-0")
@@ -142,13 +144,14 @@ def test_accumulated_batches_count_as_one_large_one(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", told)  # as `accelerate launch` does
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # Adam would hide a factor on the gradient
-    options = {"steps": 1, "snapshots": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9, "learning_rate": 0.1}
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: None)  # so would clipping
+    options = {"steps": 2, "snapshots": 1, "learning_rate": 0.1}  # the first step is the warm-up, at rate 0
     finals = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
         arguments = replace(SMALL, batch_size=batch_size, gradient_accumulation=accumulation, **options)
         zoo = collect_adapters(tasks("prose"), pico_model_folder, tmp_path / str(accumulation), arguments)
         finals.append(zoo.final("prose", "seed-0"))
-        assert zoo.record("prose", "seed-0").train_tokens == 4 * 16
+        assert zoo.record("prose", "seed-0").train_tokens == 2 * 4 * 16
     torch.testing.assert_close(finals[0], finals[1], rtol=1e-4, atol=1e-7)
 
 
@@ -195,6 +198,20 @@ def test_an_existing_zoo_refuses_other_settings(
     assert modification_times(tmp_path) == before
 
 
+def test_a_zoo_of_an_earlier_version_is_continued(pico_model_folder: Path, tmp_path: Path) -> None:
+    zoo = collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", SMALL)
+    file = zoo.folder / "prose" / "seed-0" / "run.json"
+    record = json.loads(file.read_text())
+    assert {record["arguments"][name] for name in ("warmup_ratio", "weight_decay", "max_grad_norm")} == {0.1, 0.0, 1.0}
+    file.write_text(json.dumps(record | {"arguments": {**record["arguments"], "compile": False}}))
+    zoo = collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "zoo", SMALL)
+    assert settings_of(zoo) == CollectArguments(**{**asdict(SMALL), "seeds": (0,)}) and zoo.tasks == ["code", "prose"]
+    record["arguments"]["warmup_ratio"] = 0.0
+    file.write_text(json.dumps(record))
+    with pytest.raises(LoraFactoryError, match=r"warmup_ratio: 0\.0 there, 0\.1 now"):
+        collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", SMALL)
+
+
 def test_a_loss_that_is_not_finite_leaves_no_run(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,9 +250,7 @@ def test_a_run_that_overfits_or_barely_moves_is_kept(pico_model_folder: Path, tm
     arguments = replace(SMALL, steps=40, snapshots=40, learning_rate=3e-2, packing=False)
     losses = collect_adapters([task], pico_model_folder, tmp_path / "zoo", arguments).record("prose", "seed-0")
     assert losses.validation_losses[-1] > losses.validation_losses[0], "worse on other text, better on its own"
-    collect_adapters(
-        tasks("prose"), pico_model_folder, tmp_path / "still", replace(SMALL, steps=1, snapshots=1, warmup_ratio=0.9)
-    )
+    collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "still", replace(SMALL, steps=1, snapshots=1))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +309,7 @@ def test_wrong_inputs_are_one_clear_error_and_leave_nothing(pico_model_folder: P
     assert not zoo.exists()
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"seeds": ()}, {"steps": 0}, {"warmup_ratio": 1.0}])
+@pytest.mark.parametrize("options", [{"rank": 0}, {"seeds": ()}, {"steps": 0}, {"learning_rate": 0.0}])
 def test_arguments_are_checked_at_birth(options: dict[str, object]) -> None:
     with pytest.raises(LoraFactoryError, match=next(iter(options))):
         CollectArguments(**options)

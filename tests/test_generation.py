@@ -19,7 +19,7 @@ from test_sequences import with_template
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters.folder import load_adapter
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import TokenOptions
 from lora_factory.cli.commands import main
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.evaluation.perplexity import evaluate_adapters, score_examples
@@ -60,7 +60,7 @@ def generator(pico_model_folder: Path, pico_encoder_folder: Path) -> CVAELoRAGen
 
 @torch.no_grad()
 def loss(base: FrozenBase, state_dict: dict[str, torch.Tensor]) -> float:
-    rows = encode_sequences(base.tokenizer, [Example("", text) for text in EXAMPLES[:3]], CollectArguments())
+    rows = encode_sequences(base.tokenizer, [Example("", text) for text in EXAMPLES[:3]], TokenOptions())
     return float(query_loss(base, base.layout.flatten(state_dict)[None], [rows]))
 
 
@@ -110,7 +110,7 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
     with_template(pico_tokenizer).save_pretrained(base)
     model, tokenizer = load_base_model(base)
     examples = [Example(f"Tell tale {number}.", text) for number, text in enumerate(EXAMPLES)]
-    rows = encode_sequences(tokenizer, examples, CollectArguments(chat_template=True))
+    rows = encode_sequences(tokenizer, examples, TokenOptions(chat_template=True))
     losses = {}
     for in_chat in (False, True):
         generator.config.chat_template = in_chat

@@ -148,8 +148,8 @@ def test_a_task_without_images_is_refused(zoo: AdapterZoo, pico_encoder_folder: 
     arguments = TrainArguments(steps=1, width=8, text_encoder=str(pico_encoder_folder))
     with pytest.raises(LoraFactoryError, match="task 'dark' has no image"):
         train_generator(zoo, tmp_path / "generator", arguments, images={"bright": TASKS[0].images()})
-    with pytest.raises(LoraFactoryError, match="base_steps=1: stage 2 does not read images"):
-        train_generator(zoo, tmp_path / "generator", replace(arguments, base_steps=1), tasks=[], images={})
+    with pytest.raises(LoraFactoryError, match="specialist_steps=1: stage 2 does not read images"):
+        train_generator(zoo, tmp_path / "generator", replace(arguments, specialist_steps=1), tasks=[], images={})
 
 
 def test_one_adapter_for_all_tasks(classifier: Path) -> None:

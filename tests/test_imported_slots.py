@@ -51,6 +51,6 @@ def test_the_slot_is_the_layouts(
     factory = zoo_factory(zoo, None, Accelerator(cpu=True), zoo.layout, tasks)
     assert factory.layout.modules == zoo.layout.modules
     assert train_multitask(factory, tasks, seed=0, steps=1).shape == (zoo.layout.size,)
-    arguments = TrainArguments(steps=2, text_encoder=str(pico_encoder_folder), width=32, depth=1, base_steps=2)
+    arguments = TrainArguments(steps=2, text_encoder=str(pico_encoder_folder), width=32, depth=1, specialist_steps=2)
     generator = train_generator(zoo, tmp_path / "generator", arguments, tasks=tasks)
     assert generator.layout.modules == zoo.layout.modules

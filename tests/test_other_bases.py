@@ -32,7 +32,7 @@ SETTINGS = CollectArguments(
     target_modules="all-linear",
     dtype="float32",
 )
-TRAIN = TrainArguments(width=32, depth=1, base_steps=30, base_tasks=2, base_bias_learning_rate=1e-2)
+TRAIN = TrainArguments(width=32, depth=1, steps=20, multitask_steps=15, specialist_steps=15)
 
 
 def echo_task(word: str) -> Task:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from image_fixtures import picture, save_classifier
 
-from lora_factory.cli.commands import build_parser, main
+from lora_factory.cli.commands import main, parse
 from lora_factory.tasks.task_file import load_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -30,11 +30,14 @@ def test_quick_start_is_the_example() -> None:
     compile(code, "quick_start.py", "exec")
 
 
-def test_commands_parse() -> None:
+def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (config,) = [block for block in blocks("yaml") if block.startswith("tasks: ")]
+    (tmp_path / "collect.yaml").write_text(config)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lora-factory")]
     assert len(commands) >= 4
     for command in commands:
-        build_parser().parse_args(shlex.split(command, comments=True)[1:])
+        parse(shlex.split(command, comments=True)[1:])
 
 
 def test_images_from_task_file_to_adapter(

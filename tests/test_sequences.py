@@ -8,13 +8,13 @@ import pytest
 from conftest import TRAINING_TEXT
 from transformers import PreTrainedTokenizerBase
 
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import CollectArguments, TokenOptions
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, TokenSequence, encode_example, encode_sequences
 from lora_factory.tasks.examples import Example
 
-SETTINGS = CollectArguments(packing=False, sequence_length=64)
-CHAT = CollectArguments(packing=False, sequence_length=64, chat_template=True)
+SETTINGS = TokenOptions(packing=False, sequence_length=64)
+CHAT = TokenOptions(packing=False, sequence_length=64, chat_template=True)
 TEMPLATE = (
     "<s>{% for turn in messages %}[{{ turn.role }}]{{ turn.content | trim }}{% if turn.role == 'assistant' %}</s>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -41,12 +41,12 @@ def tokens_of(sequences: list[TokenSequence]) -> list[int]:
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_token_budget_takes_the_first_tokens(pico_tokenizer: PreTrainedTokenizerBase, packing: bool) -> None:
     settings = {"packing": packing, "sequence_length": 10 if packing else 400}
-    everything = tokens_of(encode_sequences(pico_tokenizer, EXAMPLES, CollectArguments(**settings)))
+    everything = tokens_of(encode_sequences(pico_tokenizer, EXAMPLES, TokenOptions(**settings)))
     for budget in (10, 70, 120):
-        some = tokens_of(encode_sequences(pico_tokenizer, EXAMPLES, CollectArguments(**settings, max_tokens=budget)))
+        some = tokens_of(encode_sequences(pico_tokenizer, EXAMPLES, TokenOptions(**settings, max_tokens=budget)))
         assert some == everything[: len(some)]
         assert budget - 1 <= len(some) <= budget  # a sequence of one token teaches nothing and is left out
-    more = encode_sequences(pico_tokenizer, EXAMPLES, CollectArguments(**settings, max_tokens=10**6))
+    more = encode_sequences(pico_tokenizer, EXAMPLES, TokenOptions(**settings, max_tokens=10**6))
     assert tokens_of(more) == everything
 
 
@@ -54,7 +54,7 @@ def test_no_text_beyond_the_budget_is_tokenised(pico_tokenizer: PreTrainedTokeni
     class Beyond(Example):
         completion = property(lambda self: pytest.fail("this text was not to be read"))
 
-    with_budget = CollectArguments(packing=False, max_tokens=5)
+    with_budget = TokenOptions(packing=False, max_tokens=5)
     assert len(tokens_of(encode_sequences(pico_tokenizer, [EXAMPLES[0], Beyond("", "x")], with_budget))) == 5
 
 

@@ -1,4 +1,4 @@
-"""The command line: one sub-command a stage, each a thin skin over one public function and its data class of options.
+"""The command line: one sub-command per stage, each a thin skin over one public function and its class of options.
 
 Everything heavy is imported inside the command that needs it, so that ``lora-factory --help`` answers at once.
 """
@@ -6,6 +6,7 @@ Everything heavy is imported inside the command that needs it, so that ``lora-fa
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,16 @@ from lora_factory.arguments import (
     CollectArguments,
     CompareArguments,
     DemoArguments,
-    ImportArguments,
     TrainArguments,
 )
+from lora_factory.cli.config import apply_config
 from lora_factory.cli.options import add_options, add_required, command, in_flags, read_options
-from lora_factory.cli.zoo import add_import, add_zoo, run_import
+from lora_factory.cli.output import console, say
+from lora_factory.cli.publish import add_push_flags, publish
+from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lora_factory.evaluation.perplexity import TextScore
 
 
@@ -38,40 +39,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 when all went well, 1 when a collection ended with failed runs, 2 after a wrong input (one
         line on stderr), 130 after Ctrl-C.
     """
-    options = build_parser().parse_args(arguments)
+    options = argparse.Namespace(run=None, continues=False)
     try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.run(options) or 0
     except LoraFactoryError as error:
-        message = " ".join(in_flags(str(error), options).split())
-        _console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+        say(f"error: {' '.join(in_flags(str(error), options).split())}", stderr=True)
         return 2
     except KeyboardInterrupt as error:
         rest = "; the same command continues where it stopped" if _continues(options) else ""
-        words = str(error) or f"interrupted{rest}"
-        _console(stderr=True).print(words, markup=False, highlight=False, soft_wrap=True)
+        say(str(error) or f"interrupted{rest}", stderr=True)
         return 130
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command from its flags and, where they name one with ``--config``, from a YAML file.
+
+    Raises:
+        LoraFactoryError: When the file cannot be used; see `apply_config`.
+    """
+    parser, commands = _parsers()
+    if words and words[0] in commands.choices:
+        apply_config(commands.choices[words[0]], words[1:])
+    return parser.parse_args(words)
 
 
 def _continues(options: argparse.Namespace) -> bool:
     """Whether what a command has done so far is kept for the next time."""
-    if options.run is _train:  # stage 2 alone keeps its state
-        return bool(options.base_steps or options.specialist_steps)
+    if options.run is _train:  # stage 2 alone keeps what is done
+        return bool(options.specialist_steps)
     return bool(options.continues or (options.run is _evaluate and options.generator))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all sub-commands, without importing any library that a command needs."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]]:
+    """The parser of all sub-commands, and theirs by name."""
     parser = argparse.ArgumentParser(
         prog="lora-factory", description="Generate LoRA adapters from a description.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_collect(commands)
+    add_import(commands)
+    add_zoo(commands)
+    _add_train(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_push(commands)
+    search = command(commands, "search", _search, "list the generators on the Hub for a base model")
+    add_required(search, "--base-model", "Hub id of the base model")
+    return parser, commands
 
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
     demo.set_defaults(continues=True)
     add_options(demo, DemoArguments)
 
-    collect = command(commands, "collect", _collect, "fine-tune one LoRA a task and seed and keep its last snapshots")
+
+def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    collect = command(
+        commands, "collect", _collect, "fine-tune one LoRA per task and seed and keep its last snapshots"
+    )
     add_required(collect, "--tasks", "YAML or JSON task file, or a folder of them")
     add_required(collect, "--base-model", "Hub id or folder of the base model")
     add_required(collect, "--output-dir", "folder of the zoo; finished runs in it are kept")
@@ -79,84 +113,109 @@ def build_parser() -> argparse.ArgumentParser:
     collect.set_defaults(continues=True)
     add_options(collect, CollectArguments)
 
-    imported = command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
-    add_import(imported)
-    add_options(imported, ImportArguments)
 
-    add_zoo(commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos"), command)
-
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = command(commands, "train", _train, "train a generator on a zoo")
-    add_required(train, "--zoo", "folder that collect wrote")
+    add_required(train, "--zoo", "folder of the zoo, as collect or import wrote it")
     add_required(train, "--output-dir", "folder of the generator")
     train.add_argument(
-        "--tasks", help="YAML or JSON task file of the zoo's tasks, to learn from their examples or images"
+        "--tasks",
+        help="YAML or JSON task file of the zoo's tasks: the generator learns to read examples or images too "
+        "(default: descriptions alone)",
     )
-    train.add_argument("--images", help="folder with a folder of images for every task, to be conditioned on images")
-    train.add_argument("--base-model", help="Hub id or folder of the base model, for what needs it")
-    train.add_argument("--overwrite", action="store_true", help="replace a generator that is there already")
+    train.add_argument(
+        "--images",
+        help="folder with one folder of images per task: the generator learns to read images too (default: none)",
+    )
+    train.add_argument(
+        "--base-model", help="with --tasks: Hub id or folder of the base model (default: the one that the zoo names)"
+    )
+    train.add_argument(
+        "--overwrite", action="store_true", help="replace a generator in --output-dir (default: refuse to)"
+    )
     add_options(train, TrainArguments)
 
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     generate = command(commands, "generate", _generate, "write an adapter from a description")
     add_required(generate, "--generator", "folder or Hub id of a generator")
-    generate.add_argument("--text", help="what the adapter is to do, in a sentence")
+    generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
     generate.add_argument(
         "--examples",
-        help="examples of the task: a text file with a blank line between them, or .jsonl, .json, .csv, .tsv or"
-        " .parquet with a column text, or prompt and completion; beside --text or alone",
+        help="file of examples of the task: text with a blank line between two examples, or .jsonl, .json, .csv, .tsv "
+        "or .parquet with a column text, or prompt and completion; with or without --text (default: none)",
     )
-    generate.add_argument("--images", nargs="+", metavar="FILE", help="images of the task: beside --text or alone")
+    generate.add_argument(
+        "--images", nargs="+", metavar="FILE", help="images of the task; with or without --text (default: none)"
+    )
     generate.add_argument(
         "--refine-steps",
         type=int,
         default=REFINE_STEPS,
-        help=f"with --examples: steps on them at most, 0 for none (default: {REFINE_STEPS})",
+        help="with --examples: optimizer steps at most that refine the adapter on them; 0: none "
+        f"(default: {REFINE_STEPS})",
     )
-    generate.add_argument("--base-model", help="with --examples: the base model (default: the generator's)")
+    generate.add_argument(
+        "--base-model",
+        help="with --examples: Hub id or folder of the base model (default: the one that the generator names)",
+    )
     add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
-    generate.add_argument("--overwrite", action="store_true", help="replace a generated adapter that is there already")
-    generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub")
+    generate.add_argument(
+        "--overwrite", action="store_true", help="replace a generated adapter in --output-dir (default: refuse to)"
+    )
+    generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
     generate.add_argument(
-        "--temperature", type=float, default=0.0, help="spread of the latent noise; 0 is deterministic (default: 0.0)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task (default: 0.0)",
     )
 
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = command(commands, "evaluate", _evaluate, "score the base model and adapters on the tasks' test splits")
     add_required(evaluate, "--tasks", "YAML or JSON task file, or a folder of them")
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--adapter", action="append", metavar="FOLDER", help="PEFT folder; give it again for several")
-    what.add_argument("--generator", help="folder of a generator: compare it with every baseline and control")
-    evaluate.add_argument("--base-model", help="Hub id or folder (default: the base that adapter or generator names)")
+    what.add_argument(
+        "--adapter", action="append", metavar="FOLDER", help="PEFT folder to score; give it again for several"
+    )
+    what.add_argument("--generator", help="folder of a generator to compare with every baseline and control")
+    evaluate.add_argument(
+        "--base-model",
+        help="Hub id or folder of the base model (default: the one that the adapter or generator names)",
+    )
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
     evaluate.add_argument(
-        "--zoo", help="zoo of the generator; with --adapter: the one that says if it learned in a chat template"
+        "--zoo",
+        help="with --generator: folder of the zoo that it was trained on (required); with --adapter: of the zoo whose "
+        "records say whether its runs learned in a chat template (default: none)",
     )
-    evaluate.add_argument("--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo")
-    evaluate.add_argument("--unseen-zoo", help="with --generator: zoo of the unseen tasks' own LoRAs")
+    evaluate.add_argument(
+        "--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo (default: none)"
+    )
+    evaluate.add_argument(
+        "--unseen-zoo", help="with --generator: folder of a zoo with LoRAs of the unseen tasks (default: none)"
+    )
     add_options(evaluate, CompareArguments)
 
-    push = command(commands, "push", _push, "push a generator, an adapter that it writes, or a zoo to the Hub")
-    what = push.add_mutually_exclusive_group(required=True)
-    what.add_argument("--generator", help="folder or Hub id of a generator")
-    what.add_argument("--zoo", help="folder of a zoo, which becomes a data set repository")
-    add_required(push, "--repo-id", "Hub id to push to, user/name")
-    push.add_argument("--text", help="with --generator: push the adapter that it writes for this description")
+
+def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    push = command(commands, "push", _push, "push a generator, or an adapter that it writes, to the Hub")
+    add_required(push, "--generator", "folder or Hub id of a generator")
+    push.add_argument("--text", help="push the adapter that the generator writes for this description (default: none)")
     push.add_argument("--seed", type=int, default=0, help="with --text: seed of the latent noise (default: 0)")
     push.add_argument(
-        "--temperature", type=float, default=0.0, help="with --text: spread of the latent noise (default: 0.0)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="with --text: scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task "
+        "(default: 0.0)",
     )
-    push.add_argument("--comparison", help="with --generator: comparison.json that evaluate wrote, for the card")
     push.add_argument(
-        "--tag", action="append", default=[], help="one more tag for the card; give it again for several"
+        "--comparison", help="comparison.json that evaluate wrote, for the card of the generator (default: none)"
     )
-    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    push.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
-    push.add_argument("--commit-message", help="first line of the commit")
-    push.add_argument("--create-pr", action="store_true", help="propose the commit as a pull request")
-    push.add_argument("--dry-run", action="store_true", help="show the files and the card, and push nothing")
-
-    search = command(commands, "search", _search, "list the generators on the Hub for a base model")
-    add_required(search, "--base-model", "Hub id of the base model")
-    return parser
+    add_push_flags(push)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -193,20 +252,13 @@ def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
     if failed:
         table = Table("failed run", "reason")
         for name, reason in failed.items():
             table.add_row(Text(name), Text(reason))
-        console.print(table)
+        console().print(table)
     rest = f", {len(failed)} failed; mend the cause and run the same command again" if failed else ""
-    console.print(
-        f"{runs - len(failed)} of {runs} runs in {folder}{rest}", markup=False, highlight=False, soft_wrap=True
-    )
-
-
-def _import(options: argparse.Namespace) -> None:
-    run_import(options, read_options(options, ImportArguments))
+    say(f"{runs - len(failed)} of {runs} runs in {folder}{rest}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -258,8 +310,7 @@ def _generate(options: argparse.Namespace) -> None:
         lines.append(f"nearest tasks, by cosine distance: {nearest}")
     if made["zoo_distance"] is not None:
         lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
-    for line in lines:
-        _console().print(line, markup=False, highlight=False, soft_wrap=True)
+    say(*lines)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -296,11 +347,9 @@ def _compare(options: argparse.Namespace) -> None:
     )
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
-    console = _console()
     for table in terminal_tables(comparison):
-        console.print(table)
-    page = write_report(comparison, options.output)
-    console.print(f"wrote {page}", markup=False, highlight=False, soft_wrap=True)
+        console().print(table)
+    say(f"wrote {write_report(comparison, options.output)}")
 
 
 def _evaluate_adapters(options: argparse.Namespace) -> None:
@@ -312,9 +361,8 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
     from lora_factory.zoo.store import AdapterZoo
 
     tasks = language_tasks(load_tasks(options.tasks))
-    console = _console()
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
-    with console.status("scoring") as status:
+    with console().status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
             tasks,
@@ -328,12 +376,12 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
         results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},
     )
-    _print_scores(console, scores)
-    console.print(f"wrote {results}", markup=False, highlight=False, soft_wrap=True)
+    _print_scores(scores)
+    say(f"wrote {results}")
 
 
-def _print_scores(console: Console, scores: dict[str, dict[str, TextScore]]) -> None:
-    """Print one row a model and one column a task: perplexity and bits per character."""
+def _print_scores(scores: dict[str, dict[str, TextScore]]) -> None:
+    """Print one row per model and one column per task: perplexity and bits per character."""
     from rich.table import Table
 
     table = Table()
@@ -342,48 +390,22 @@ def _print_scores(console: Console, scores: dict[str, dict[str, TextScore]]) -> 
         table.add_column(task, justify="right", overflow="fold")
     for model, row in scores.items():
         table.add_row(model, *(f"{score.perplexity:.2f} / {score.bits_per_character:.3f}" for score in row.values()))
-    console.print(table)
-    console.print("perplexity / bits per character on the test split; lower is better", soft_wrap=True)
+    console().print(table)
+    say("perplexity / bits per character on the test split; lower is better")
 
 
 def _push(options: argparse.Namespace) -> None:
     from lora_factory.generator.hub import adapter_writer, generator_writer
     from lora_factory.generator.modeling import CVAELoRAGenerator
-    from lora_factory.hub.client import preview, push
-    from lora_factory.zoo.hub import zoo_writer
-    from lora_factory.zoo.store import AdapterZoo
 
-    if options.zoo:
-        write = zoo_writer(AdapterZoo(options.zoo), tags=options.tag)
-    elif options.text is None:
-        generator = CVAELoRAGenerator.from_pretrained(options.generator)
+    generator = CVAELoRAGenerator.from_pretrained(options.generator)
+    if options.text is None:
         write = generator_writer(generator, comparison=options.comparison, tags=options.tag)
+        publish(write, options, "Push generator")
     else:
-        write = adapter_writer(
-            CVAELoRAGenerator.from_pretrained(options.generator),
-            options.text,
-            seed=options.seed,
-            temperature=options.temperature,
-            tags=options.tag,
-        )
-    console = _console()
-    if options.dry_run:
-        files, card = preview(write, options.repo_id)
-        lines = [f"{size:>14,}  {name}" for name, size in files.items()]
-        words = ["would push to " + options.repo_id, *lines, "", card.rstrip("\n")]
-    else:
-        commit = push(
-            write,
-            options.repo_id,
-            default_message="Push zoo" if options.zoo else "Push adapter" if options.text else "Push generator",
-            repo_type="dataset" if options.zoo else "model",
-            private=options.private,
-            revision=options.revision,
-            commit_message=options.commit_message,
-            create_pr=options.create_pr,
-        )
-        words = [f"pushed {commit.pr_url or commit.commit_url}"]
-    console.print("\n".join(words), markup=False, highlight=False, soft_wrap=True)
+        sampling = {"seed": options.seed, "temperature": options.temperature}
+        write = adapter_writer(generator, options.text, **sampling, tags=options.tag)
+        publish(write, options, "Push adapter")
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -395,11 +417,4 @@ def _search(options: argparse.Namespace) -> None:
         f"{generator.repo_id:<{width}}  {generator.downloads:>7,} downloads  licence {generator.license}"
         for generator in found
     ]
-    text = "\n".join(lines) or f"no generator for {options.base_model} on the Hub"
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
+    say(*(lines or [f"no generator for {options.base_model} on the Hub"]))

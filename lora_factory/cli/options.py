@@ -1,4 +1,4 @@
-"""Flags of the command line: one for every field of a stage's data class."""
+"""Flags of the command line: one for every field of a stage's data class, in the groups of the fields."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lora_factory.arguments import (
     TrainArguments,
     converted,
 )
+from lora_factory.cli.config import add_config
 
 Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -39,22 +40,30 @@ def add_required(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    """Add one flag a field: ``--learning-rate 0.002``, ``--seeds 0,1``, ``--packing`` or ``--no-packing``."""
+    """Add one flag per field, in the fields' groups, and ``--config``.
+
+    Examples: ``--learning-rate 0.002``, ``--seeds 0,1``, ``--packing`` or ``--no-packing``.
+    """
+    add_config(parser)
     types = get_type_hints(options)
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(options):
+        if (name := field.metadata["group"]) not in groups:
+            groups[name] = parser.add_argument_group(f"{name} options")
+        group = groups[name]
         flag, kind = f"--{field.name.replace('_', '-')}", types[field.name]
         default: Any = field.default
         text = field.metadata["help"].replace("%", "%%")
         if kind is bool:
             shown = flag if default else flag.replace("--", "--no-", 1)
             text = f"{text} (default: {shown})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
             continue
         many = get_origin(kind) is tuple
         shown = ",".join(map(str, default)) if many else str(default)
         text = f"{text} (default: {shown})" if shown else text
         parse = _parser(flag, kind)
-        parser.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
+        group.add_argument(flag, type=parse, default=default, help=text, metavar=METAVARS.get(kind, "LIST"))
 
 
 def read_options(namespace: argparse.Namespace, options: type[Options]) -> Options:
@@ -66,17 +75,21 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
     """An error of a Python function in the words of the command line.
 
     Python's ``overwrite=True``, ``steps=0``, ``tasks=`` and ``output_dir`` become ``--overwrite``, ``--steps 0``,
-    ``--tasks`` and ``--output-dir``, where the command has such a flag. What stands in a path or in quotes stays.
+    ``--tasks`` and ``--output-dir``, where the command has such a flag. Options that a configuration file decides are
+    named as there: ``steps: 0 in train.yaml``. What stands in a path or in quotes stays.
 
     Args:
         message: What the error says.
         options: The command's parsed flags.
     """
-    names = sorted((name for name in vars(options) if name not in ("run", "continues")), key=len, reverse=True)
+    internal, in_file = ("run", "continues", "config_options"), frozenset(getattr(options, "config_options", ()))
+    names = sorted((name for name in vars(options) if name not in internal), key=len, reverse=True)
     before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
 
     def assigned(match: re.Match[str]) -> str:
         name, value = match["name"].replace("_", "-"), match["value"]
+        if match["name"] in in_file:
+            return f"{match['name']}{': ' + value if value else ''} in {options.config}"
         if value.startswith("("):  # a tuple is a list with commas
             value = ",".join(part.strip() for part in value[1:-1].split(",") if part.strip())
         return f"--no-{name}" if value == "False" else f"--{name}{'' if value in ('True', '') else ' ' + value}"
@@ -85,18 +98,19 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
         return message
     value = r"\([^)]*\)|'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
     message = re.sub(rf"{before}(?P<name>{flag})=(?P<value>{value})", assigned, message)
-    words = "|".join(re.escape(name) for name in names if "_" in name)
+    words = "|".join(re.escape(name) for name in names if "_" in name and name not in in_file)
     if words:
         message = re.sub(rf"{before}(?:{words})(?![\w=(/'\".)-])", lambda m: "--" + m[0].replace("_", "-"), message)
     return message
 
 
 def _parser(flag: str, kind: Any) -> Callable[[str], object]:  # noqa: ANN401
-    """What turns a flag's text into a value, as the data class itself would."""
+    """A function that turns a flag's text into a value, as the data class itself would; ``kind`` is its type."""
 
     def parse(text: str) -> object:
         return converted(flag, kind, text)
 
     many = get_origin(kind) is tuple
     parse.__name__ = f"comma-separated {get_args(kind)[0].__name__}" if many else kind.__name__
+    parse.kind = kind  # type: ignore[attr-defined]  # read where the value comes from a file
     return parse

@@ -3,48 +3,80 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
 
 from lora_factory.arguments import ImportArguments
+from lora_factory.cli.options import add_options, add_required, command, read_options
+from lora_factory.cli.output import console, say
+from lora_factory.cli.publish import add_push_flags, publish
 from lora_factory.errors import LoraFactoryError
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-Run = Callable[[argparse.Namespace], None]
-
-
-class AddCommand(Protocol):
-    """Adds a parser that runs a function."""
-
-    def __call__(
-        self, commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Run, text: str
-    ) -> argparse.ArgumentParser:
-        """Add it to the commands."""
-
-
-def add_import(parser: argparse.ArgumentParser) -> None:
-    """Add what `lora-factory import` takes besides the fields of `ImportArguments`."""
+def add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``lora-factory import``."""
+    parser = command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
     parser.add_argument(
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="PEFT folder, Hub id (user/name or user/name@revision), or text file with one of these a line, "
-        "followed after tabs by task, description and run where wanted",
+        help="PEFT folder; Hub id (user/name or user/name@revision); or text file with one of these per line, which "
+        "task, description and run may follow after tabs",
     )
-    parser.add_argument("--output-dir", required=True, help="folder of the zoo, made when missing (required)")
-    parser.add_argument("--task", help="name of the task of a single source (default: the folder's or repository's)")
+    add_required(parser, "--output-dir", "folder of the zoo, made if it is missing")
+    parser.add_argument("--task", help="task name of a single source (default: the name of its folder or repository)")
     parser.add_argument(
         "--description",
         action="append",
         default=[],
-        help="what a single source does; give it again for more (default: the first paragraph of its card)",
+        help="description of the task of a single source; give it again for several (default: the first paragraph of "
+        "its card)",
     )
+    add_options(parser, ImportArguments)
 
 
-def run_import(options: argparse.Namespace, arguments: ImportArguments) -> None:
+def add_zoo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-commands of ``lora-factory zoo``."""
+    parser = commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    verify = command(commands, "verify", _verify, "read every file again and name those that are damaged")
+    show = command(commands, "list", _list, "list tasks, runs and sizes")
+    prune = command(commands, "prune", _prune, "remove runs, or the older snapshots of runs")
+    push = command(commands, "push", _push, "push a zoo to the Hub as a data set repository")
+    for one in (verify, show, prune, push):
+        add_required(one, "--zoo", "folder of the zoo")
+    prune.add_argument(
+        "--task", action="append", default=[], help="only this task; give it again for several (default: all tasks)"
+    )
+    prune.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        dest="runs",
+        help="only runs of this name; give it again for several (default: all runs)",
+    )
+    what = prune.add_mutually_exclusive_group()
+    what.add_argument("--damaged", action="store_true", help="remove only damaged runs")
+    what.add_argument(
+        "--keep-last",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep the runs with their last K snapshots, and remove their older ones (default: remove whole runs)",
+    )
+    prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    add_push_flags(push)
+    merge = command(commands, "merge", _merge, "copy the runs of several zoos of one layout into one")
+    merge.add_argument("zoo", nargs="+", metavar="ZOO", help="folder of a zoo")
+    pull = command(commands, "pull", _pull, "download a zoo from the Hub")
+    add_required(pull, "--repo-id", "Hub id, user/name")
+    pull.add_argument("--revision", help="branch, tag or commit to pull (default: main)")
+    for one in (merge, pull):
+        add_required(one, "--output-dir", "folder of the zoo, made if it is missing")
+        one.set_defaults(continues=True)
+
+
+def _import(options: argparse.Namespace) -> None:
     """Import, say what is in the zoo now and what was refused."""
+    arguments = read_options(options, ImportArguments)
     from lora_factory.zoo.importing import AdapterSource, import_adapters
 
     sources: list[str | AdapterSource] = list(options.source)
@@ -53,45 +85,11 @@ def run_import(options: argparse.Namespace, arguments: ImportArguments) -> None:
             raise LoraFactoryError("--task and --description are for one source; list several in a text file")
         sources = [AdapterSource(options.source[0], options.task, tuple(options.description))]
     report = import_adapters(sources, options.output_dir, arguments)
-    lines = [f"{source} -> {place}" for source, place in report.imported.items()]
-    lines += [f"refused {source}: {reason}" for source, reason in report.refused.items()]
-    _print(lines)
+    say(*(f"{source} -> {place}" for source, place in report.imported.items()))
+    say(*(f"refused {source}: {reason}" for source, reason in report.refused.items()))
     if report.refused:
         total = len(report.refused) + len(report.imported)
         raise LoraFactoryError(f"{len(report.refused)} of {total} adapters were refused, the others are in the zoo")
-
-
-def add_zoo(parser: argparse.ArgumentParser, command: AddCommand) -> None:
-    """Add the sub-commands of `lora-factory zoo`."""
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    verify = command(commands, "verify", _verify, "read every file again and name those that are damaged")
-    show = command(commands, "list", _list, "list tasks, runs and sizes")
-    prune = command(commands, "prune", _prune, "remove runs, or the older snapshots of runs")
-    prune.add_argument("--task", action="append", default=[], help="only this task; give it again for several")
-    prune.add_argument(
-        "--run", action="append", default=[], dest="runs", help="only runs of this name; give it again for several"
-    )
-    what = prune.add_mutually_exclusive_group()
-    what.add_argument("--damaged", action="store_true", help="remove the damaged ones among them")
-    what.add_argument(
-        "--keep-last", type=int, default=0, metavar="K", help="remove their snapshots but for the last K"
-    )
-    prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
-    push = command(commands, "push", _push, "push a zoo to the Hub as a data set repository")
-    for one in (verify, show, prune, push):
-        one.add_argument("--zoo", required=True, help="folder of the zoo (required)")
-    merge = command(commands, "merge", _merge, "copy the runs of several zoos of one layout into one")
-    merge.add_argument("zoo", nargs="+", metavar="ZOO", help="folder of a zoo")
-    pull = command(commands, "pull", _pull, "download a zoo from the Hub")
-    for one in (push, pull):
-        one.add_argument("--repo-id", required=True, help="Hub id, user/name (required)")
-        one.add_argument("--revision", help="branch to push to, or branch, tag or commit to pull (default: main)")
-    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    push.add_argument("--tag", action="append", default=[], help="one more tag for the card")
-    merge.set_defaults(continues=True)
-    pull.set_defaults(continues=True)
-    for one in (merge, pull):
-        one.add_argument("--output-dir", required=True, help="folder of the zoo, made when missing (required)")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -99,10 +97,10 @@ def _verify(options: argparse.Namespace) -> None:
 
     zoo = AdapterZoo(options.zoo)
     problems = zoo.verify()
-    _print(problems)
+    say(*problems)
     if problems:
         raise LoraFactoryError(f"{len(problems)} problems in {zoo.folder}; see `lora-factory zoo prune --damaged`")
-    _print([f"{sum(len(zoo.runs(task)) for task in zoo.tasks)} runs of {len(zoo.tasks)} tasks are whole"])
+    say(f"{sum(len(zoo.runs(task)) for task in zoo.tasks)} runs of {len(zoo.tasks)} tasks are whole")
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -121,7 +119,7 @@ def _list(options: argparse.Namespace) -> None:
             loss = f"{record.validation_losses[-1]:.3f}" if record.validation_losses else ""
             counts = str(len(record.snapshot_steps)), str(record.steps)
             table.add_row(task, run, *counts, loss, f"{size:.1f}", record.license or "")
-    _console().print(table)
+    console().print(table)
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -136,9 +134,9 @@ def _prune(options: argparse.Namespace) -> None:
         keep_last=options.keep_last,
         dry_run=options.dry_run,
     )
-    _print(done or ["nothing to remove"])
+    say(*(done or ["nothing to remove"]))
     if options.dry_run:
-        _print(["nothing was changed: this is what would be done without --dry-run"])
+        say("nothing was changed: this is what would be done without --dry-run")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -146,15 +144,14 @@ def _merge(options: argparse.Namespace) -> None:
     from lora_factory.zoo.tools import merge
 
     zoo = merge([AdapterZoo(folder) for folder in options.zoo], options.output_dir)
-    _print([f"{zoo.folder} has {sum(len(zoo.runs(task)) for task in zoo.tasks)} runs of {len(zoo.tasks)} tasks"])
+    say(f"{zoo.folder} has {sum(len(zoo.runs(task)) for task in zoo.tasks)} runs of {len(zoo.tasks)} tasks")
 
 
 def _push(options: argparse.Namespace) -> None:
+    from lora_factory.zoo.hub import zoo_writer
     from lora_factory.zoo.store import AdapterZoo
 
-    zoo = AdapterZoo(options.zoo)
-    commit = zoo.push_to_hub(options.repo_id, tags=options.tag, private=options.private, revision=options.revision)
-    _print([f"pushed {commit.commit_url}"])
+    publish(zoo_writer(AdapterZoo(options.zoo), tags=options.tag), options, "Push zoo", "dataset")
 
 
 def _pull(options: argparse.Namespace) -> None:
@@ -162,15 +159,4 @@ def _pull(options: argparse.Namespace) -> None:
     from lora_factory.zoo.tools import merge
 
     zoo = merge([AdapterZoo.from_hub(options.repo_id, revision=options.revision)], options.output_dir)
-    _print([f"{zoo.folder} has {sum(len(zoo.runs(task)) for task in zoo.tasks)} runs of {len(zoo.tasks)} tasks"])
-
-
-def _print(lines: list[str]) -> None:
-    if lines:
-        _console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
+    say(f"{zoo.folder} has {sum(len(zoo.runs(task)) for task in zoo.tasks)} runs of {len(zoo.tasks)} tasks")

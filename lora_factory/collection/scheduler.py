@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -274,7 +274,7 @@ class Collection:
                 self.zoo.describe(record, task.descriptions)
             if self.accelerator.is_main_process:
                 _LOGGER.warning("%s: its descriptions in the zoo are now those of the task file", planned)
-        defaults = {field.name: field.default for field in fields(CollectArguments)}  # what an old run does not name
+        defaults = comparable_settings(CollectArguments())  # what an old run does not name
         wanted = {**comparable_settings(self.factory.arguments), "data_fingerprint": task.fingerprint()}
         found = {**defaults, **record.arguments, "data_fingerprint": record.data_fingerprint}
         different = sorted(name for name in wanted if wanted[name] != found[name])

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from lora_factory.adapters.attach import AdapterSlot, whole, wrap_base
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.targets import find_targets
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import CollectArguments, from_record
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.classifiers import load_image_classifier
 from lora_factory.models.inputs import (
@@ -44,7 +44,10 @@ from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import HIDDEN_FOLDER, AdapterZoo
 
-_OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
+WARMUP_RATIO = 0.1  # of the steps, in which the learning rate rises; then it falls in a cosine
+WEIGHT_DECAY = 0.0
+MAX_GRAD_NORM = 1.0
+_OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "report_to")
 
 
 class TrainingTask(Protocol):
@@ -143,8 +146,6 @@ class AdapterFactory:
         layout.check(state_dict)
         initial = layout.flatten({key: value.detach().float().cpu().clone() for key, value in state_dict.items()})
         slot, inputs = AdapterSlot(peft_model, layout), inputs or model_inputs(model, tokenizer)
-        if arguments.compile:
-            peft_model.compile()
         return cls(peft_model, tokenizer, arguments, layout, slot, initial, accelerator, inputs, peft_model)
 
     def share_runs(self) -> None:
@@ -184,7 +185,7 @@ class AdapterFactory:
 
     def encode(self, examples: Sequence[Any]) -> list[TokenSequence]:
         """Examples as ``inputs`` encodes them; texts are read from the disk where ``keep_tokens`` has kept them."""
-        rows = list((self.tokens or self.inputs).encode(examples, self.arguments))
+        rows = list((self.tokens or self.inputs).encode(examples, self.arguments.tokens))
         check_lengths(self.model, rows)
         return rows
 
@@ -256,9 +257,9 @@ class AdapterFactory:
         start = self.initial if start is None else start
         self.slot.load(start)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=WEIGHT_DECAY)
         optimizer.zero_grad()  # what an earlier run left that failed between two batches
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * arguments.warmup_ratio), total)
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * WARMUP_RATIO), total)
         hidden = not self.accelerator.is_main_process
         with self._seeded(seed), tqdm(total=total, desc=label, unit="step", leave=None, disable=hidden) as bar:
             if checkpoint:
@@ -368,7 +369,7 @@ class AdapterFactory:
                 f"{label}: the loss is {value} at step {step}; lower learning_rate "
                 f"(now {self.arguments.learning_rate}) or look for damaged text"
             )
-        self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
+        self.accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return value, tokens
@@ -436,14 +437,18 @@ class AdapterFactory:
 
 
 def comparable_settings(arguments: CollectArguments) -> dict[str, object]:
-    """The settings that a run depends on: neither the list of seeds, nor how and where the work is done."""
-    return {name: value for name, value in asdict(arguments).items() if name not in _OF_NO_EFFECT}
+    """The settings that a run depends on, with the constants that were options in earlier versions.
+
+    The list of seeds is not among them, nor how and where the work is done.
+    """
+    fixed = {"warmup_ratio": WARMUP_RATIO, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}
+    return {name: value for name, value in asdict(arguments).items() if name not in _OF_NO_EFFECT} | fixed
 
 
 def settings_of(zoo: AdapterZoo) -> CollectArguments:
     """The settings that a zoo's runs were made with, by the record of the first."""
     task = zoo.tasks[0]
-    return CollectArguments(**zoo.record(task, zoo.runs(task)[0]).arguments)
+    return from_record(CollectArguments, zoo.record(task, zoo.runs(task)[0]).arguments)
 
 
 def _task_type(model: PreTrainedModel) -> str:

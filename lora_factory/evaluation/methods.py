@@ -118,7 +118,7 @@ class Contenders:
         """The examples of a task's condition as the base model reads them."""
         examples = next(task for task in (*self.fold.seen, *self.fold.unseen) if task.name == name).examples("train")
         drawn = [examples[index] for index in self._drawn(name, seed).tolist()]
-        return list(factory.inputs.encode(drawn, factory.arguments))
+        return list(factory.inputs.encode(drawn, factory.arguments.tokens))
 
     def _refined(self, method: str, task: Task, seed: int, *, another: bool = False) -> torch.Tensor:
         factory, name, steps = self.factory_of(method), self._asked(task, another=another), self.arguments.refine_steps

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lora_factory.adapters.live_models import without_adapters
-from lora_factory.arguments import REFINE_STEPS, CollectArguments
+from lora_factory.arguments import REFINE_STEPS, TokenOptions
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import TokenSequence, positions
 from lora_factory.models.losses import Base, query_loss
@@ -95,7 +95,7 @@ def refine_state_dict(
     chat_template: bool = False,
 ) -> dict[str, Tensor]:
     """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
-    settings = CollectArguments(chat_template=chat_template)
+    settings = TokenOptions(chat_template=chat_template)
     if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
         settings = replace(settings, sequence_length=limit)
     sequences = base.inputs.encode([*map(as_example, as_examples(examples))], settings)

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import TokenOptions
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.image_encoders import image_channels
 from lora_factory.models.inputs import IGNORED, TokenSequence, frozen
@@ -51,7 +51,7 @@ class ClassifierInputs:
     channels: int
     _kept: dict[int, tuple[ImageLike, Tensor]] = field(default_factory=dict, repr=False)
 
-    def encode(self, examples: Sequence[LabelledImage], arguments: CollectArguments | None = None) -> list[ImageRow]:
+    def encode(self, examples: Sequence[LabelledImage], options: TokenOptions | None = None) -> list[ImageRow]:
         """One row an example; images are read when they are needed.
 
         Raises:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters.attach import adapter_parameters
 from lora_factory.adapters.live_models import base_of, plain_model, unmerge, without_adapters
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import TokenOptions
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, CausalInputs, frozen, pad_tokens, positions, text_tokens
 from lora_factory.models.losses import Base
@@ -165,7 +165,7 @@ def _weights_fingerprint(model: nn.Module) -> str:
 
 
 BATCH = 8
-READ = CollectArguments(packing=False, sequence_length=128)
+READ = TokenOptions(packing=False, sequence_length=128)
 
 
 def example_states(base: Base, examples: Sequence[Any]) -> Tensor:

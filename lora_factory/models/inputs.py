@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import TokenOptions
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example, ImageExample
 
@@ -29,7 +29,7 @@ class TokenSequence:
 
 
 def encode_sequences(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], arguments: CollectArguments
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], options: TokenOptions
 ) -> list[TokenSequence]:
     """Tokenise examples into sequences of at most ``sequence_length`` tokens, with the loss on the completion only.
 
@@ -40,17 +40,17 @@ def encode_sequences(
     Raises:
         LoraFactoryError: When no token is left to learn from.
     """
-    length, budget = arguments.sequence_length, arguments.max_tokens
+    length, budget = options.sequence_length, options.max_tokens
     encoded, used = [], 0
     for example in examples:
-        sequence = encode_example(tokenizer, example, length, chat_template=arguments.chat_template)
+        sequence = encode_example(tokenizer, example, length, chat_template=options.chat_template)
         if budget and used + len(sequence.tokens) >= budget:
             rest = budget - used
             encoded.append(TokenSequence(sequence.tokens[:rest], sequence.labels[:rest]))
             break
         used += len(sequence.tokens)
         encoded.append(sequence)
-    if arguments.packing:
+    if options.packing:
         stream = TokenSequence([t for s in encoded for t in s.tokens], [label for s in encoded for label in s.labels])
         whole = max(length, len(stream.tokens) // length * length)
         encoded = [TokenSequence(stream.tokens[:whole], stream.labels[:whole])]
@@ -212,7 +212,7 @@ def pad_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str,
 class ModelInputs(Protocol):
     """Turns examples into rows, and rows into the model's inputs."""
 
-    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> Sequence[TokenSequence]:
+    def encode(self, examples: Sequence[Any], options: TokenOptions) -> Sequence[TokenSequence]:
         """The rows that are learned from; ``tokens`` of a row are those of its texts, prompt and answer.
 
         Raises:
@@ -236,9 +236,9 @@ class CausalInputs:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[TokenSequence]:
+    def encode(self, examples: Sequence[Any], options: TokenOptions) -> list[TokenSequence]:
         """As ``sequences.encode_sequences``."""
-        return encode_sequences(self.tokenizer, _only(Example, examples), arguments)
+        return encode_sequences(self.tokenizer, _only(Example, examples), options)
 
     def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
         """As ``sequences.collate``."""
@@ -251,9 +251,9 @@ class Seq2SeqInputs:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[TokenSequence]:
+    def encode(self, examples: Sequence[Any], options: TokenOptions) -> list[TokenSequence]:
         """One row an example, never packed; an over-long prompt loses its beginning, an over-long answer its end."""
-        length = arguments.sequence_length
+        length = options.sequence_length
         rows = []
         for example in _only(Example, examples):
             source = source_tokens(self.tokenizer, example.prompt, length)
@@ -293,7 +293,7 @@ class ImageInputs:
         """The processor's tokenizer."""
         return self.processor.tokenizer
 
-    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[ImageSequence]:
+    def encode(self, examples: Sequence[Any], options: TokenOptions) -> list[ImageSequence]:
         """One row an example; images are not opened, and an over-long answer loses its end."""
         rows = []
         for example in _only(ImageExample, examples):
@@ -301,7 +301,7 @@ class ImageInputs:
                 self._as_chat(example.prompt)  # what cannot be rendered is found here
             prompt = text_tokens(self.tokenizer, example.prompt, begins=True) or [0]
             answer = answer_tokens(
-                self.tokenizer, example.completion, arguments.sequence_length, special=self.is_encoder_decoder
+                self.tokenizer, example.completion, options.sequence_length, special=self.is_encoder_decoder
             )
             row = _answered(prompt, answer)
             rows.append(ImageSequence(row.tokens, row.labels, example))

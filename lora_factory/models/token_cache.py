@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_factory._version import __version__
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import TokenOptions
 from lora_factory.models.inputs import CausalInputs, Seq2SeqInputs, TokenSequence
 from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import sha256_file, sha256_text
@@ -36,13 +36,13 @@ class TokenCache:
         versions = [__version__, version("transformers"), version("tokenizers")]
         self._reader = json.dumps([type(inputs).__name__, tokenizer_fingerprint(inputs.tokenizer), versions])
 
-    def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[TokenSequence]:
+    def encode(self, examples: Sequence[Any], options: TokenOptions) -> list[TokenSequence]:
         """As ``inputs.encode``, from the disk where these examples were encoded with these settings before."""
-        settings = [arguments.sequence_length, arguments.packing, arguments.max_tokens, arguments.chat_template]
+        settings = [options.sequence_length, options.packing, options.max_tokens, options.chat_template]
         key = self._reader, json.dumps([settings, examples], default=repr)
         if (tensors := self.tensors.read(*key)) is not None:
             return _sequences(tensors)
-        sequences = list(self.inputs.encode(examples, arguments))
+        sequences = list(self.inputs.encode(examples, options))
         with contextlib.suppress(OSError, SafetensorError):  # a full disk or a read-only zoo: it is only a cache
             self.tensors.write(_tensors(sequences), *key)
         return sequences

@@ -18,7 +18,7 @@ from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import LOCAL_FORMATS, SPLITS, DataSource
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.folders import check_task_file
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, reading
+from lora_factory.utils.yaml_files import read_values
 
 SOURCES: dict[str, type[DataSource | CocoSource | ImageRows | ImageClasses]] = {
     "text": DataSource,
@@ -27,7 +27,6 @@ SOURCES: dict[str, type[DataSource | CocoSource | ImageRows | ImageClasses]] = {
     "classes": ImageClasses,
 }
 _KEYS = ("name", "descriptions", "data", "license", "metric", "choices")
-_MAX_VALUES = 1_000_000  # 10 000 tasks of 100 lines
 _TASK_FILE_ENDINGS = (".yaml", ".yml", ".json")
 _TASK_FILE_EXAMPLE = """\
 tasks:
@@ -99,15 +98,7 @@ def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
 
 
 def _read_task_file(path: Path) -> list[Task | ImageTask]:
-    with reading(path, "write a task file of YAML or JSON in UTF-8"):
-        check_size(f"task file {path}", path.stat().st_size, MAX_CONFIG_BYTES)
-        text = path.read_text(encoding="utf-8-sig")
-        try:
-            is_json = path.suffix.lower() == ".json" and text.strip()
-            content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _TaskLoader)
-            _check_length(content, str(path))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise LoraFactoryError(f"task file {path} is not valid YAML or JSON: {error}") from error
+    content = read_values(path, "task file")
     if not content:
         raise LoraFactoryError(
             f"task file {path} is empty; write at least one task, for example:\n{_TASK_FILE_EXAMPLE}"
@@ -119,40 +110,6 @@ def _read_task_file(path: Path) -> list[Task | ImageTask]:
             f"task file {path} lists no tasks; write at least one, for example:\n{_TASK_FILE_EXAMPLE}"
         )
     return [task for number, entry in enumerate(content["tasks"], 1) for task in _tasks_of(entry, path, number)]
-
-
-class _TaskLoader(yaml.SafeLoader):
-    """YAML of plain values, in which no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice, of which PyYAML keeps the last without a word."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if doubled := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the key {doubled[0]!r} stands twice")
-    return dict(pairs)
-
-
-def _check_length(content: object, path: str) -> None:
-    """Refuse aliases that blow a small file up, before anything walks through or prints what it holds."""
-    left, count = [content], 0
-    while left:
-        value = left.pop()
-        count += 1
-        if count > _MAX_VALUES:
-            raise LoraFactoryError(f"task file {path} holds more than {_MAX_VALUES:,} values; write several files")
-        left += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def check_tasks(tasks: Iterable[Any], read: Callable[[Any], object] | None = None) -> None:

@@ -34,6 +34,8 @@ SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
 CHUNK_BYTES = 16 << 20  # of adapters that the token decoder looks at together; a larger batch goes in parts
 RECALL_BYTES = 512 << 20  # of the known tasks' adapters that a generator keeps at most; beyond, it keeps none
 HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
+WARMUP_RATIO = 0.05  # of the steps, in which the learning rate rises; then it falls in a cosine
+MAX_GRAD_NORM = 1.0
 KL_WARMUP = 0.3  # share of the steps over which the KL term rises to its weight
 
 
@@ -59,7 +61,7 @@ def fit(
     generator.to(accelerator.device).train()
     parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
-    warmup = math.ceil(arguments.steps * arguments.warmup_ratio)
+    warmup = math.ceil(arguments.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
     source = torch.Generator().manual_seed(arguments.seed)
     history = []
@@ -80,7 +82,7 @@ def fit(
                 f"the generator's loss is {record['loss']} at step {step}; lower learning_rate "
                 f"(now {arguments.learning_rate})"
             )
-        accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+        accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

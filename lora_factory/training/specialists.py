@@ -45,17 +45,17 @@ def specialise(
     validates a little better, half-way between an adapter for all and one of its own; but it serves others as well.)
 
     Args:
-        generator: After stage 2; its bias adapter stays.
+        generator: As ``start_from`` leaves it; its bias adapter stays.
         factory: The frozen base model, with the settings that the zoo was collected with.
         tasks: The zoo's tasks.
-        data: The same as stage 2 reads them.
+        data: What the generator is validated on, per task.
         features: For every modality the rows ``(n, width)`` of every task.
         arguments: ``specialist_steps``, ``specialist_learning_rate``, and stage 1's.
         cache: Where every specialist is kept once it is trained, so that one that was cut off goes on after them.
 
     Returns:
-        A record as stage 2 keeps them: the specialists' validation loss and the generator's, in nats a token; the
-        share; and the tokens read.
+        The record of stage 2: the specialists' validation loss (``loss``) and the generator's (``validation``), in
+        nats per token; the share; and the tokens read.
     """
     weights, loss, tokens = train_specialists(generator, factory, tasks, features, arguments, cache)
     deviation = torch.stack([(rows - generator.bias.cpu()).square().mean(0) for rows in weights.values()]).mean(0)
@@ -74,9 +74,8 @@ def specialise(
             validations[chosen] = validate(generator, factory, data)
         if len(validations) > 1 and validations[chosen] <= validations[0.0]:
             break
-    step = arguments.base_steps + arguments.specialist_steps
     losses = {"loss": round(loss, 5), "validation": round(validations[chosen], 5)}
-    return {"step": step, **losses, "share": chosen, "tokens": tokens}
+    return {"step": arguments.specialist_steps, **losses, "share": chosen, "tokens": tokens}
 
 
 def train_specialists(

@@ -1,0 +1,21 @@
+"""What commands print; rich is imported when something is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The terminal, for tables and status lines."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def say(*lines: str, stderr: bool = False) -> None:
+    """Print lines as they are: without markup, colours or wrapping."""
+    if lines:
+        console(stderr=stderr).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
