@@ -187,7 +187,7 @@ def evaluate_adapters(
     named = None if base_model is None else str(base_model)
     loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
     layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
-    check_tasks(tasks)
+    check_tasks(tasks, lambda task: task.examples("test"))
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
     else:

@@ -67,6 +67,7 @@ class StoredImage:
             LoraFactoryError: The file is missing, or not a whole image.
         """
         with self._file() as file:
+            file.load()
             return read_image(file)
 
     @contextmanager
