@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import attach
+from helpers.generators import make_generator
+from helpers.models import attach
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_modeling import make_generator
 from transformers import LlamaForCausalLM
 
 from lora_factory.adapters.attach import attach_adapter

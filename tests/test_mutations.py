@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import attach, random_adapter
+from helpers.generators import make_generator
+from helpers.images import animals
+from helpers.models import attach, random_adapter
 from PIL import Image
-from test_image_data import animals
-from test_modeling import make_generator
 from transformers import LlamaForCausalLM
 
 from lora_factory.adapters.attach import attach_adapter

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_modeling import layout, make_generator
-from test_zoo import record_of, snapshots_of
+from helpers.generators import make_generator
+from helpers.models import attach
+from helpers.zoos import record_of, snapshots_of
+from transformers import LlamaForCausalLM
 
 from lora_factory import Task
 from lora_factory.adapters.folder import load_adapter
@@ -37,7 +39,6 @@ from lora_factory.zoo.importing import AdapterSource, import_adapters
 from lora_factory.zoo.store import AdapterZoo
 from lora_factory.zoo.tools import merge, prune
 
-__all__ = ["layout"]  # a fixture
 TEXT = "Continue a rhymed poem."
 FOREIGN = {
     "thesis.txt": "mine",
@@ -60,6 +61,11 @@ FOREIGN = {
     "law/train.jsonl": "{}",
     ".hidden": "hidden",
 }
+
+
+@pytest.fixture(scope="module")
+def layout(pico_model_folder: Path) -> AdapterLayout:
+    return attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from image_fixtures import picture, save_classifier
+from helpers.images import picture, save_classifier
 
 from lora_factory.cli.commands import main, parse
 from lora_factory.tasks.task_file import load_tasks

@@ -1,0 +1,421 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.layouts import CASES, llama, randomise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import natural_key
+from lora_factory.errors import LoraFactoryError
+
+BASE = "someone/pico"
+
+
+def adapter_of(model):
+    return randomise(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    make, config = CASES[request.param]
+    model = get_peft_model(make(), replace(config))
+    state_dict = adapter_of(model)
+    layout = AdapterLayout.from_state_dict(
+        state_dict, model.peft_config["default"], base_model=BASE, base_revision="abc"
+    )
+    return model, state_dict, layout
+
+
+@pytest.fixture(scope="module")
+def small():
+    make, config = CASES["q/v only"]
+    model = get_peft_model(make(), replace(config))
+    state_dict = adapter_of(model)
+    config = model.peft_config["default"]
+    return state_dict, config, AdapterLayout.from_state_dict(state_dict, config, base_model=BASE)
+
+
+def same(left, right):
+    assert set(left) == set(right)
+    for key in left:
+        assert left[key].dtype == right[key].dtype
+        assert left[key].shape == right[key].shape
+        assert torch.equal(left[key], right[key]), key
+
+
+def test_round_trip_is_bit_exact(case):
+    _, state_dict, layout = case
+    vector = layout.flatten(state_dict)
+    assert vector.shape == (layout.size,)
+    assert layout.size == sum(tensor.numel() for tensor in state_dict.values())
+    tokens = layout.to_tokens(vector)
+    again = layout.from_tokens(tokens)
+    assert torch.equal(again, vector)
+    same(layout.unflatten(again), state_dict)
+    assert all(tensor.is_contiguous() for tensor in layout.unflatten(again).values())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    leading=st.lists(st.integers(1, 3), max_size=2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_round_trip_with_snapshots_and_dtypes(case, leading, dtype, seed):
+    _, _, layout = case
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(*leading, layout.size, generator=generator).to(dtype)
+    state_dict = layout.unflatten(vector)
+    for module in layout.modules:
+        assert tuple(state_dict[module.key_a].shape) == (*leading, *module.shape_a)
+    assert torch.equal(layout.flatten(state_dict), vector)
+    assert layout.flatten(state_dict).dtype == dtype
+    tokens = layout.to_tokens(layout.flatten(state_dict))
+    for group in layout.groups:
+        assert tuple(tokens[group.name].shape) == (*leading, len(group.layers), group.length)
+    same(layout.unflatten(layout.from_tokens(tokens)), state_dict)
+
+
+def test_tokens_are_rows_of_a_and_columns_of_b(case):
+    _, state_dict, layout = case
+    tokens = layout.to_tokens(layout.flatten(state_dict))
+    where = {(module.path, "A"): module.key_a for module in layout.modules}
+    where |= {(module.path, "B"): module.key_b for module in layout.modules}
+    seen = set()
+    for group in layout.groups:
+        kind = group.kind.split("#")[0]
+        for row, layer, rank in zip(tokens[group.name], group.layers, group.ranks, strict=True):
+            path = kind.replace("*", str(layer))
+            tensor = state_dict[where[path, group.factor]]
+            expected = tensor[rank] if group.factor == "A" else tensor[:, rank]
+            assert torch.equal(row, expected.flatten())
+            seen.add((path, group.factor, rank))
+    assert len(seen) == layout.num_tokens == sum(len(group.layers) for group in layout.groups)
+    assert layout.num_tokens == 2 * sum(module.rank for module in layout.modules)
+    assert len({group.name for group in layout.groups}) == len(layout.groups)
+
+
+def test_scaling_and_rank_are_those_of_the_live_model(case):
+    model, _, layout = case
+    live = dict(model.base_model.model.named_modules())
+    for module in layout.modules:
+        assert live[module.path].scaling["default"] == module.scaling
+        assert live[module.path].r["default"] == module.rank
+
+
+def test_dictionary_round_trip_through_json(case):
+    _, _, layout = case
+    again = AdapterLayout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    assert again == layout
+    assert hash(again) == hash(layout)
+    assert again.fingerprint() == layout.fingerprint()
+    assert again.groups == layout.groups
+
+
+def test_peft_config_builds_the_same_adapter(case):
+    model, state_dict, layout = case
+    config = AdapterLayout.from_dict(json.loads(json.dumps(layout.to_dict()))).peft_config()
+    assert (config.base_model_name_or_path, config.revision, config.inference_mode) == (BASE, "abc", True)
+    fresh = PeftModel(model.unload(), config)
+    assert set(get_peft_model_state_dict(fresh, save_embedding_layers=False)) == set(state_dict)
+    result = set_peft_model_state_dict(fresh, layout.unflatten(layout.flatten(state_dict)))
+    assert not result.unexpected_keys
+    same(get_peft_model_state_dict(fresh, save_embedding_layers=False), state_dict)
+
+
+def test_gradients_pass_through_tokens(small):
+    _, _, layout = small
+    vector = torch.randn(3, layout.size, requires_grad=True)
+    weight = torch.randn(layout.size)
+    (layout.from_tokens(layout.to_tokens(vector)) * weight).sum().backward()
+    assert torch.equal(vector.grad, weight.expand(3, -1))
+    state_dict = layout.unflatten(vector)
+    assert layout.flatten(state_dict).requires_grad
+
+
+def test_order_is_natural_and_a_comes_first():
+    model = get_peft_model(llama(layers=11), LoraConfig(r=1, target_modules=["q_proj", "v_proj"]))
+    state_dict = get_peft_model_state_dict(model)
+    shuffled = dict(sorted(state_dict.items(), reverse=True))
+    layout = AdapterLayout.from_state_dict(shuffled, model.peft_config["default"], base_model=BASE)
+    assert [module.layer for module in layout.modules] == [layer for layer in range(11) for _ in "qv"]
+    assert [module.path[-6:] for module in layout.modules[:2]] == ["q_proj", "v_proj"]
+    first = layout.modules[0]
+    vector = layout.flatten(state_dict)
+    assert torch.equal(vector[:32], state_dict[first.key_a].flatten())
+    assert torch.equal(vector[32:64], state_dict[first.key_b].flatten())
+
+
+def test_kind_and_layer():
+    make, config = CASES["embeddings"]
+    model = get_peft_model(make(), replace(config))
+    layout = AdapterLayout.from_state_dict(adapter_of(model), model.peft_config["default"], base_model=BASE)
+    found = {(module.path, module.kind, module.layer) for module in layout.modules}
+    assert ("lm_head", "lm_head", 0) in found
+    assert ("model.layers.1.self_attn.q_proj", "model.layers.*.self_attn.q_proj", 1) in found
+    embedding = next(module for module in layout.modules if "embed" in module.path)
+    assert embedding.key_a == "base_model.model.model.embed_tokens.lora_embedding_A"
+    assert (embedding.shape_a, embedding.shape_b) == ((4, 48), (32, 4))
+    names = [group.name for group in layout.groups]
+    assert "model.layers.*.self_attn.q_proj|A" in names
+
+
+def test_layers_of_one_kind_with_other_widths_get_their_own_group():
+    make, config = CASES["Conv2d"]
+    model = get_peft_model(make(), replace(config))
+    layout = AdapterLayout.from_state_dict(adapter_of(model), model.peft_config["default"], base_model=BASE)
+    assert [group.name for group in layout.groups if "blocks" in group.name] == [
+        "blocks.*#27|A",
+        "blocks.*#8|B",
+        "blocks.*#16|A",
+        "blocks.*#4|B",
+    ]
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1))
+def test_natural_key_sorts_numbers_as_numbers(numbers):
+    names = sorted((f"epoch_{number}.x" for number in numbers), key=natural_key)
+    assert names == [f"epoch_{number}.x" for number in sorted(numbers)]
+
+
+@given(st.lists(st.text()))
+def test_natural_key_sorts_anything(names):
+    sorted(names, key=natural_key)
+
+
+def test_fingerprint_sees_geometry_and_base_only(small):
+    state_dict, config, layout = small
+    other = {
+        "alpha": AdapterLayout.from_state_dict(state_dict, replace(config, lora_alpha=5), base_model=BASE),
+        "base": replace(layout, base_model="someone/else"),
+        "modules": replace(layout, modules=layout.modules[1:]),
+    }
+    fingerprints = {layout.fingerprint(), *(entry.fingerprint() for entry in other.values())}
+    assert len(fingerprints) == 4
+    dropout = AdapterLayout.from_state_dict(state_dict, replace(config, lora_dropout=0.5), base_model=BASE)
+    assert dropout.fingerprint() == replace(layout, base_revision="x").fingerprint() == layout.fingerprint()
+
+
+def test_mixed_dtypes_become_float32(small):
+    state_dict, _, layout = small
+    mixed = {key: value.bfloat16() if "lora_A" in key else value for key, value in state_dict.items()}
+    assert layout.flatten(mixed).dtype == torch.float32
+
+
+def change(state_dict, tensor):
+    """The first key, and a copy in which its tensor is replaced by a function of it."""
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    return key, {**state_dict, key: tensor(state_dict[key])}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (lambda old: old[:1], "another shape"),
+        (lambda old: old.T, "another shape"),
+        (lambda old: old[None], "another shape"),
+        (lambda old: old.clone().fill_(math.nan), "NaN"),
+        (lambda old: torch.where(old == old.max(), math.inf, old), "infinity"),
+        (lambda old: old.int(), "integers"),
+    ],
+)
+def test_check_refuses_a_wrong_tensor_and_names_it(small, tensor, message):
+    state_dict, _, layout = small
+    key, wrong = change(state_dict, tensor)
+    with pytest.raises(LoraFactoryError, match=message) as info:
+        layout.check(wrong)
+    assert key in str(info.value)
+    with pytest.raises(LoraFactoryError, match=message):
+        layout.flatten(wrong)
+
+
+def test_check_refuses_missing_and_unknown_keys(small):
+    state_dict, _, layout = small
+    layout.check(state_dict)
+    missing = dict(state_dict)
+    key = missing.popitem()[0]
+    with pytest.raises(LoraFactoryError, match=r"1 of 8 keys are missing .*lora_B.*peft_config") as info:
+        layout.check(missing)
+    assert key in str(info.value)
+    with pytest.raises(LoraFactoryError, match=r"1 are unknown \(surplus\)"):
+        layout.check({**state_dict, "surplus": torch.zeros(1)})
+    with pytest.raises(LoraFactoryError, match="8 of 8 keys are missing"):
+        layout.flatten({})
+
+
+def test_snapshots_must_agree_on_their_number(small):
+    state_dict, _, layout = small
+    stacked = {key: torch.stack([value] * 3) for key, value in state_dict.items()}
+    assert layout.flatten(stacked).shape == (3, layout.size)
+    with pytest.raises(LoraFactoryError, match="another shape"):
+        layout.check(stacked)
+    _, uneven = change(stacked, lambda old: old[:2])
+    with pytest.raises(LoraFactoryError, match="another shape"):
+        layout.flatten(uneven)
+
+
+def test_vectors_and_tokens_of_another_size_are_refused(small):
+    _, _, layout = small
+    for shape in ((), (layout.size - 1,), (layout.size, 2)):
+        with pytest.raises(LoraFactoryError, match="vector has shape"):
+            layout.unflatten(torch.zeros(shape))
+        with pytest.raises(LoraFactoryError, match="vector has shape"):
+            layout.to_tokens(torch.zeros(shape))
+    tokens = layout.to_tokens(torch.zeros(layout.size))
+    name = layout.groups[0].name
+    with pytest.raises(LoraFactoryError, match="have shape"):
+        layout.from_tokens({**tokens, name: tokens[name][1:]})
+    with pytest.raises(LoraFactoryError, match="missing or unknown"):
+        layout.from_tokens({**tokens, "more|A": tokens[name]})
+    tokens.pop(name)
+    with pytest.raises(LoraFactoryError, match="missing or unknown"):
+        layout.from_tokens(tokens)
+
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (f"{PREFIX}.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.score.modules_to_save.weight", "fully trained module"),
+        ("base_model.model.lm_head.weight", "save_embedding_layers=False"),
+        (f"{PREFIX}.lora_B.bias", "bias"),
+        (f"{PREFIX}.bias", "bias"),
+        (f"{PREFIX}.lora_A.default.weight", "get_peft_model_state_dict"),
+        ("base_model.model.lone.lora_A.weight", r"lone\.lora_B\.weight is missing"),
+        ("base_model.model.lone.lora_B.weight", "has no A"),
+        ("transformer.lone.lora_A.weight", "get_peft_model_state_dict"),
+    ],
+)
+def test_keys_that_are_no_pair_are_refused_with_a_reason(small, key, message):
+    state_dict, config, _ = small
+    with pytest.raises(LoraFactoryError, match=message):
+        AdapterLayout.from_state_dict({**state_dict, key: torch.zeros(2, 2)}, config, base_model=BASE)
+
+
+def test_no_lora_weights_at_all_are_refused(small):
+    _, config, _ = small
+    for state_dict in ({}, {"weight": torch.zeros(1)}):
+        with pytest.raises(LoraFactoryError, match="no LoRA weights"):
+            AdapterLayout.from_state_dict(state_dict, config, base_model=BASE)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"trainable_token_indices": [1]},
+        {"target_parameters": ["experts.up"]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"alora_invocation_tokens": [1]},
+    ],
+)
+def test_options_that_are_not_plain_lora_are_refused(small, option):
+    state_dict, config, layout = small
+    name = next(iter(option))
+    with pytest.raises(LoraFactoryError, match=rf"LoraConfig\({name}=.* is not supported"):
+        AdapterLayout.from_state_dict(state_dict, replace(config, **option), base_model=BASE)
+    values = layout.to_dict()
+    values["lora_config"] |= option
+    with pytest.raises(LoraFactoryError, match="is not supported"):
+        AdapterLayout.from_dict(values)
+
+
+def test_real_dora_and_modules_to_save_are_refused():
+    for options in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+        model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], **options))
+        state_dict, plain = get_peft_model_state_dict(model), LoraConfig(r=2, target_modules=["q_proj"])
+        with pytest.raises(LoraFactoryError, match=r"DoRA|fully trained|no LoRA weight"):
+            AdapterLayout.from_state_dict(state_dict, plain, base_model=BASE)
+
+
+def test_grouped_convolutions_are_refused():
+    model = get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(LoraFactoryError, match="grouped convolutions"):
+        AdapterLayout.from_state_dict(get_peft_model_state_dict(model), model.peft_config["default"], base_model=BASE)
+
+
+def test_another_lora_config_than_the_weights_is_refused(small):
+    state_dict, config, _ = small
+    with pytest.raises(LoraFactoryError, match=r"weights have rank 2 .*say 3"):
+        AdapterLayout.from_state_dict(state_dict, replace(config, r=3), base_model=BASE)
+
+
+def test_patterns_that_contradict_each_other_are_refused(small):
+    state_dict, config, _ = small
+    patterns = {"q_proj": 3, "layers.0.self_attn.q_proj": 5}
+    with pytest.raises(LoraFactoryError, match="several entries of alpha_pattern"):
+        AdapterLayout.from_state_dict(state_dict, replace(config, alpha_pattern=patterns), base_model=BASE)
+
+
+def test_an_empty_base_model_is_refused(small):
+    _, _, layout = small
+    for name in ("", None, 5):
+        with pytest.raises(LoraFactoryError, match="name the Hub id"):
+            replace(layout, base_model=name)
+
+
+def damage(path, value):
+    def apply(values):
+        target = values
+        for step in path[:-1]:
+            target = target[step]
+        if value is KeyError:
+            del target[path[-1]]
+        else:
+            target[path[-1]] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        damage(["format_version"], 2),
+        damage(["format_version"], KeyError),
+        damage(["modules"], KeyError),
+        damage(["modules"], []),
+        damage(["modules"], 3),
+        damage(["modules", 0, "path"], "model.other"),
+        damage(["modules", 0, "shape_a"], [0, 32]),
+        damage(["modules", 0, "shape_a"], [2.0, 32]),
+        damage(["modules", 0, "shape_a"], [2]),
+        damage(["modules", 0, "shape_a"], None),
+        damage(["modules", 0, "shape_a"], [3, 32]),
+        damage(["modules", 0, "scaling"], "nan"),
+        damage(["modules", 0, "scaling"], "much"),
+        damage(["modules", 0, "scaling"], 0.5),
+        damage(["modules", 0], {}),
+        damage(["lora_config", "r"], 7),
+        damage(["lora_config", "r"], "2"),
+        damage(["lora_config", "peft_type"], "LOHA"),
+        damage(["lora_config", "rank_pattern"], {"(": 2}),
+        damage(["lora_config"], None),
+        damage(["base_model"], ""),
+    ],
+)
+def test_damaged_dictionaries_are_refused(small, apply):
+    values = small[2].to_dict()
+    apply(values)
+    with pytest.raises(LoraFactoryError):
+        AdapterLayout.from_dict(values)
+
+
+def test_modules_out_of_order_or_twice_are_refused(small):
+    modules = small[2].modules
+    for wrong in (modules[::-1], modules + modules[-1:]):
+        with pytest.raises(LoraFactoryError, match="natural order"):
+            replace(small[2], modules=wrong)

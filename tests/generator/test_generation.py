@@ -1,0 +1,271 @@
+"""Adapters from examples: conditioned on them where the generator listens to them, and refined on them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from helpers.models import TRAINING_TEXT, attach, with_template
+from peft import get_peft_model_state_dict
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_factory.adapters.folder import load_adapter
+from lora_factory.arguments import TokenOptions
+from lora_factory.cli.commands import main
+from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.evaluation.perplexity import evaluate_adapters, score_examples
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.inputs import encode_sequences
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.losses import FrozenBase, query_loss
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.training.train import save_generator
+
+TEXT, EXAMPLES = "Continue a tale.", [*TRAINING_TEXT[:3] * 4]
+
+
+@pytest.fixture
+def generator(pico_model_folder: Path, pico_encoder_folder: Path) -> CVAELoRAGenerator:
+    """One that listens to texts alone."""
+    layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
+    config = CVAELoRAConfig(
+        layout=layout.to_dict(),
+        modalities={"text": 32},
+        text_encoder=str(pico_encoder_folder),
+        width=32,
+        depth=1,
+        latent_size=8,
+        tasks=[{"name": name, "descriptions": [name], "license": None} for name in "ab"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = CVAELoRAGenerator(config)
+        generator.fit_statistics(
+            {name: 0.05 * torch.randn(4, layout.size) for name in "ab"},
+            {"text": {name: torch.randn(2, 32) for name in "ab"}},
+        )
+    return generator.eval()
+
+
+@torch.no_grad()
+def loss(base: FrozenBase, state_dict: dict[str, torch.Tensor]) -> float:
+    rows = encode_sequences(base.tokenizer, [Example("", text) for text in EXAMPLES[:3]], TokenOptions())
+    return float(query_loss(base, base.layout.flatten(state_dict)[None], [rows]))
+
+
+def test_an_adapter_is_refined_on_the_users_examples(
+    generator: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico_model_folder)
+    base = FrozenBase(LlamaForCausalLM.from_pretrained(pico_model_folder), tokenizer, generator.layout)
+    written = loss(base, generator.generate_state_dict(TEXT))
+    model = generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES)
+    refined = loss(base, get_peft_model_state_dict(model))
+    assert refined < written - 0.01
+    generator.save_adapter(TEXT, tmp_path / "adapter", examples=EXAMPLES, base_model=pico_model_folder)
+    assert loss(base, load_adapter(tmp_path / "adapter")[1]) == pytest.approx(refined, abs=1e-5)
+    assert json.loads((tmp_path / "adapter" / "generation.json").read_text())["refined_on"] == len(EXAMPLES)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "before it was refined" in card and EXAMPLES[0] not in card
+
+
+def test_a_live_model_with_an_adapter_is_read_without_it(
+    generator: CVAELoRAGenerator, pico_model_folder: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico_model_folder)
+    fresh = generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES, refine_steps=6)
+    used = generator.generate_adapter("Something else", pico_model_folder)
+    used = generator.generate_adapter(
+        TEXT, used, examples=EXAMPLES, refine_steps=6, adapter_name="second", tokenizer=tokenizer
+    )
+    expected, found = get_peft_model_state_dict(fresh), get_peft_model_state_dict(used, adapter_name="second")
+    assert all(torch.allclose(expected[key], found[key], atol=1e-6) for key in expected)
+
+
+def test_examples_alone_need_a_generator_that_listens_to_them(
+    generator: CVAELoRAGenerator, pico_model_folder: Path
+) -> None:
+    with pytest.raises(LoraFactoryError, match="not to examples"):
+        generator.generate_adapter(base_model=pico_model_folder, examples=EXAMPLES)
+    with pytest.raises(LoraFactoryError, match="not to examples"):
+        generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES, refine_steps=0)
+
+
+def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
+    generator: CVAELoRAGenerator, pico_model_folder: Path, pico_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_model_folder, base)
+    with_template(pico_tokenizer).save_pretrained(base)
+    model, tokenizer = load_base_model(base)
+    examples = [Example(f"Tell tale {number}.", text) for number, text in enumerate(EXAMPLES)]
+    rows = encode_sequences(tokenizer, examples, TokenOptions(chat_template=True))
+    losses = {}
+    for in_chat in (False, True):
+        generator.config.chat_template = in_chat
+        generator.save_adapter(TEXT, tmp_path / str(in_chat), examples=examples, base_model=base)
+        weights = generator.layout.flatten(load_adapter(tmp_path / str(in_chat))[1])
+        with torch.no_grad():
+            losses[in_chat] = float(query_loss(FrozenBase(model, tokenizer, generator.layout), weights[None], [rows]))
+        assert json.loads((tmp_path / str(in_chat) / "generation.json").read_text())["chat_template"] is in_chat
+    assert losses[True] < losses[False] - 0.005
+    task = Task.from_examples("tales", [TEXT], examples)
+    framed = score_examples(model, tokenizer, task.examples("test"), chat_template=True)
+    assert evaluate_adapters([tmp_path / "True"], [task], base)["base model"]["tales"] == framed
+    assert evaluate_adapters([tmp_path / "False"], [task], base)["base model"]["tales"] != framed
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"text": ["write fox"]}, "text is a list; one text makes one adapter"),
+        ({"text": 3}, "text is a int"),
+        ({"text": " \n"}, "text is empty"),
+        ({"text": "half \ud800"}, "half of a surrogate pair"),
+        ({"examples": "word"}, "examples is 'word'; give a list"),
+        ({"examples": Example("a", "b")}, "examples is a single example"),
+        ({"examples": {"prompt": "a", "completion": "b"}}, "give a list"),
+        ({"examples": []}, "examples=.. is empty"),
+        pytest.param({"examples": iter(())}, "examples=.. is empty", id="an empty iterator"),
+        ({"examples": ["a", 3]}, "example 1 of 2 is '3'"),
+        ({"examples": ["a", ("a", "b", "c")]}, "example 1 of 2 is"),
+        ({"examples": [{"question": "a"}]}, "example 0 of 1 is"),
+        ({"examples": ["a", " "]}, "example 1 of 2 is empty"),
+        ({"images": "a.png"}, "images is 'a.png'; give a list"),
+        ({"conditions": [1.0]}, "conditions is a list"),
+        ({"conditions": {"text": "words"}}, "no task vectors"),
+        ({"seed": -1}, "seed is '-1'; give an integer from 0 to"),
+        ({"seed": 2**64}, "seed is"),
+        ({"seed": 1.0}, "seed is"),
+        ({"seed": "1"}, "seed is"),
+        ({"seed": True}, "seed is"),
+        ({"temperature": -0.1}, "temperature is '-0.1'"),
+        ({"temperature": math.nan}, "temperature is 'nan'"),
+        ({"temperature": math.inf}, "temperature is 'inf'"),
+        ({"temperature": 10**400}, "temperature is '1000"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"refine_steps": -1}, "refine_steps is"),
+        ({"refine_steps": 2.5}, "refine_steps is"),
+        ({"adapter_name": "v1.0"}, "adapter_name is 'v1.0'; PEFT takes a name without dots, for example 'v1_0'"),
+        ({"adapter_name": ""}, "adapter_name is ''"),
+        ({"adapter_name": "keys"}, "adapter_name is 'keys'"),
+        ({"adapter_name": None}, "adapter_name is None"),
+    ],
+)
+def test_what_is_asked_is_checked_before_anything_is_read(
+    generator: CVAELoRAGenerator, tmp_path: Path, wish: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.generate_adapter(**{"text": TEXT, "base_model": tmp_path / "nowhere"} | wish)
+    if wish.keys() & {"adapter_name"}:
+        return
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.save_adapter(**{"text": TEXT, "save_directory": tmp_path / "new"} | wish)
+    assert not (tmp_path / "new").exists()
+    if wish.keys() <= {"text", "conditions", "seed", "temperature"}:
+        with pytest.raises(LoraFactoryError, match=message):
+            generator.generate_state_dict(**{"text": TEXT} | wish)
+
+
+def test_numbers_of_numpy_are_numbers(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    right = generator.generate_state_dict(TEXT, seed=3, temperature=0.5)
+    found = generator.generate_state_dict(TEXT, seed=numpy.int64(3), temperature=numpy.float32(0.5))
+    assert all(torch.equal(right[key], found[key]) for key in right)
+    generator.save_adapter(TEXT, tmp_path / "adapter", seed=numpy.uint8(3), temperature=numpy.float32(0.5))
+    assert json.loads((tmp_path / "adapter" / "generation.json").read_text())["seed"] == 3
+    generator.generate_state_dict(TEXT, seed=2**64 - 1, temperature=1)
+    vector = generator.conditions(TEXT)["text"]
+    found = generator.generate_state_dict(conditions={"text": vector.numpy()})
+    assert all(torch.equal(value, found[key]) for key, value in generator.generate_state_dict(TEXT).items())
+
+
+def test_examples_in_any_form_are_the_same_examples(generator: CVAELoRAGenerator, pico_model_folder: Path) -> None:
+    pairs = [(f"Tell tale {number}.", text) for number, text in enumerate(EXAMPLES[:4])]
+    forms: list[Any] = [
+        [Example(*pair) for pair in pairs],
+        pairs,
+        [list(pair) for pair in pairs],
+        [{"prompt": prompt, "completion": completion} for prompt, completion in pairs],
+        iter(pairs),
+        tuple(pairs),
+    ]
+    adapters = [generator.generate_adapter(TEXT, pico_model_folder, examples=form, refine_steps=3) for form in forms]
+    first, *others = [get_peft_model_state_dict(model) for model in adapters]
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    texts: list[Any] = [EXAMPLES[:4], [{"text": text} for text in EXAMPLES[:4]], (text for text in EXAMPLES[:4])]
+    adapters = [generator.generate_adapter(TEXT, pico_model_folder, examples=form, refine_steps=3) for form in texts]
+    first, *others = [get_peft_model_state_dict(model) for model in adapters]
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+
+
+def test_a_text_far_from_every_task_is_warned_of(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    near, far = generator.conditions(TEXT)["text"], generator.conditions("Gibberish")["text"]
+    across = far - far @ near * near
+    rows = generator.get_buffer("text_task_vectors")
+    rows.copy_(torch.stack([near, near + 0.1 * across]))  # two tasks next to each other, one of them the text's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate_state_dict(TEXT)
+    rows.copy_(torch.stack([across, across + 0.01 * near]))
+    message = "'Continue a tale.' is far from every task.* from the nearest one, b"
+    with pytest.warns(UserWarning, match=message):
+        generator.generate_state_dict(TEXT)
+    with pytest.warns(UserWarning, match=message):
+        generator.save_adapter(TEXT, tmp_path / "adapter")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            generator.generate_state_dict(TEXT)
+    assert len(caught) == 1
+
+
+def test_the_command_line_names_the_nearest_tasks(
+    generator: CVAELoRAGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near, far = generator.conditions(TEXT)["text"], generator.conditions("Gibberish")["text"]
+    generator.get_buffer("text_task_vectors").copy_(torch.stack([near, far]))
+    generator.save_pretrained(tmp_path / "generator")
+    words = ["generate", "--generator", str(tmp_path / "generator"), "--text", TEXT]
+    assert main([*words, "--output-dir", str(tmp_path / "adapter")]) == 0
+    distance = 1 - float(near @ far)
+    said = capsys.readouterr().out
+    assert f"nearest tasks, by cosine distance: a (0.00), b ({distance:.2f})" in said
+    assert f"are {distance:.2f} from their nearest neighbour" in said
+    for flag, value, named in (
+        ("--temperature", "nan", "temperature"),
+        ("--seed", "-1", "seed"),
+        ("--refine-steps", "-2", "--refine-steps"),
+    ):
+        assert main([*words, "--output-dir", str(tmp_path / "none"), flag, value]) == 2
+        assert f"{named} is '{value}'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_is_named_when_a_generator_is_saved(
+    generator: CVAELoRAGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/new: .*no space left"):
+        generator.save_pretrained(tmp_path / "new")
+    with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/new: .*no space left"):
+        save_generator(generator, tmp_path / "new", {})
+
+
+def test_what_a_generator_does_not_listen_to_is_said_in_words_of_the_command_line(
+    generator: CVAELoRAGenerator,
+) -> None:
+    with pytest.raises(LoraFactoryError, match=r"train a generator with images= \(--images\) of every task$"):
+        generator.encode_images(["x.png"])

@@ -1,0 +1,392 @@
+"""The generator as a Transformers model: saving, loading, generating, attaching, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.generators import make_generator
+from helpers.models import attach, random_adapter
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
+
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.generator import generation
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.modeling import CVAELoRAGenerator
+
+TEXT = "Continue a rhymed poem."
+TOKENS = torch.arange(3, 19)[None]
+
+
+@pytest.fixture(scope="module")
+def layout(pico_model_folder: Path) -> AdapterLayout:
+    return attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
+
+
+@pytest.fixture(scope="module", params=["token", "conv1d"])
+def generator(request: pytest.FixtureRequest, layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
+    return make_generator(layout, pico_encoder_folder, request.param)
+
+
+@pytest.fixture(scope="module")
+def token_generator(layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
+    return make_generator(layout, pico_encoder_folder, "token")
+
+
+@pytest.fixture
+def folder(token_generator: CVAELoRAGenerator, tmp_path: Path) -> Path:
+    token_generator.save_pretrained(tmp_path / "generator")
+    return tmp_path / "generator"
+
+
+def weights(generator: CVAELoRAGenerator, text: str = TEXT, **options: float) -> torch.Tensor:
+    return generator.layout.flatten(generator.generate_state_dict(text, **options))
+
+
+def same_state(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_forward_and_backward(generator: CVAELoRAGenerator, layout: AdapterLayout) -> None:
+    adapters = torch.stack([random_adapter(layout, seed) for seed in range(4)])
+    both = {"text": torch.randn(4, 32), "hidden": torch.randn(4, 64)}
+    generator.train()
+    try:
+        outputs = [
+            generator(adapters, {name: both[name] for name in names}, generator=torch.Generator().manual_seed(0))
+            for names in (["text", "hidden"], ["text"], ["hidden"])
+        ]
+        sum(output.loss for output in outputs).backward()
+    finally:
+        generator.eval()
+    for output in outputs:
+        assert output.loss.isfinite() and output.reconstruction > 0 and output.kl > 0
+        assert 0 <= output.active_latents <= 8
+    gradients = [parameter.grad for parameter in generator.parameters() if parameter.requires_grad]
+    assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert generator.bias.grad is None
+    generator.zero_grad()
+
+
+def test_kl_factor_weighs_the_divergence(generator: CVAELoRAGenerator, layout: AdapterLayout) -> None:
+    adapters = torch.stack([random_adapter(layout, seed) for seed in range(4)])
+    conditions = {"text": torch.randn(4, 32)}
+
+    def loss(kl_factor: float) -> float:
+        source = torch.Generator().manual_seed(0)
+        return generator(adapters, conditions, kl_factor=kl_factor, generator=source).loss.item()
+
+    assert loss(0.0) < loss(1.0) < loss(100.0)
+    assert loss(1.0) == loss(1.0)
+
+
+@pytest.mark.parametrize("loader", [CVAELoRAGenerator, AutoModel], ids=["class", "auto"])
+def test_round_trip_is_exact(
+    generator: CVAELoRAGenerator, tmp_path: Path, loader: type[CVAELoRAGenerator] | type[AutoModel]
+) -> None:
+    generator.save_pretrained(tmp_path / "generator")
+    loaded = loader.from_pretrained(tmp_path / "generator")
+    assert type(loaded) is CVAELoRAGenerator
+    assert not loaded.training
+    assert same_state(loaded, generator)
+    assert loaded.layout == generator.layout
+    options = {"temperature": 0.7, "seed": 3}
+    again = loader.from_pretrained(tmp_path / "generator")
+    assert torch.equal(weights(loaded, **options), weights(again, **options))
+    # Weights in a memory-mapped file are aligned otherwise, which may change the order of a sum.
+    torch.testing.assert_close(weights(loaded, **options), weights(generator, **options), rtol=1e-4, atol=1e-6)
+
+
+def test_config_round_trip(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    generator.save_pretrained(tmp_path / "generator")
+    config = AutoConfig.from_pretrained(tmp_path / "generator")
+    assert type(config) is CVAELoRAConfig
+    for name in ("layout", "modalities", "tasks", "decoder", "width", "latent_size", "format_version"):
+        assert getattr(config, name) == getattr(generator.config, name)
+    assert list(config.channels) == [3, 4]
+
+
+def test_half_precision_generates_too(folder: Path, token_generator: CVAELoRAGenerator) -> None:
+    half = CVAELoRAGenerator.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = weights(token_generator)
+    assert (weights(half) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_temperature_zero_needs_no_seed(generator: CVAELoRAGenerator) -> None:
+    assert torch.equal(weights(generator, seed=0), weights(generator, seed=1))
+    assert not torch.equal(weights(generator), weights(generator, "Python source code"))
+
+
+def test_samples_depend_on_the_seed_alone(generator: CVAELoRAGenerator) -> None:
+    torch.rand(5)
+    first = weights(generator, temperature=1.0, seed=1)
+    state = torch.random.get_rng_state()
+    assert torch.equal(weights(generator, temperature=1.0, seed=1), first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(weights(generator, temperature=1.0, seed=2), first)
+    center = weights(generator)
+    near = weights(generator, temperature=0.01, seed=1)
+    assert 0 < (near - center).norm() < 0.1 * (first - center).norm()
+
+
+def test_generating_leaves_the_mode_as_it_was(layout: AdapterLayout, pico_encoder_folder: Path) -> None:
+    generator = make_generator(layout, pico_encoder_folder, "conv1d").train()
+    before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    trained = weights(generator)
+    assert generator.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in generator.named_buffers())
+    assert torch.equal(weights(generator.eval()), trained)
+
+
+def test_task_vectors_stand_in_for_the_text(generator: CVAELoRAGenerator) -> None:
+    vector = generator.text_encoder.encode([TEXT])[0]
+    by_vector = generator.layout.flatten(generator.generate_state_dict(conditions={"text": vector}))
+    assert torch.equal(by_vector, weights(generator))
+    hidden = generator.layout.flatten(generator.generate_state_dict(conditions={"hidden": torch.ones(64)}))
+    both = generator.layout.flatten(generator.generate_state_dict(TEXT, conditions={"hidden": torch.ones(64)}))
+    assert not torch.allclose(hidden, by_vector) and not torch.allclose(both, by_vector)
+
+
+@pytest.mark.parametrize(
+    ("text", "conditions", "message"),
+    [
+        ("", None, "empty"),
+        ("  \n", None, "empty"),
+        (None, None, "pass a text"),
+        (None, {"text": torch.zeros(31)}, r"'text' has shape \(31,\)"),
+        (None, {"picture": torch.zeros(32)}, "'picture' has shape"),
+    ],
+)
+def test_wrong_conditions_are_refused(
+    token_generator: CVAELoRAGenerator,
+    tmp_path: Path,
+    text: str | None,
+    conditions: dict[str, torch.Tensor] | None,
+    message: str,
+) -> None:
+    with pytest.raises(LoraFactoryError, match=message):
+        token_generator.generate_state_dict(text, conditions=conditions)
+    with pytest.raises(LoraFactoryError, match=message):
+        token_generator.save_adapter(text, tmp_path / "adapter", conditions=conditions)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_adapter_attaches_to_a_model(
+    token_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM
+) -> None:
+    with torch.no_grad():
+        base = pico_model(TOKENS).logits
+        model = token_generator.generate_adapter(TEXT, pico_model.train())
+        assert isinstance(model, PeftModel)
+        assert not any(module.training for module in model.modules())
+        written = token_generator.layout.flatten(get_peft_model_state_dict(model))
+        assert torch.equal(written, weights(token_generator))
+        assert not torch.allclose(model(TOKENS).logits, base, atol=1e-2)
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base)
+
+
+def test_generate_adapter_loads_a_folder(
+    token_generator: CVAELoRAGenerator, pico_model_folder: Path, pico_model: LlamaForCausalLM
+) -> None:
+    model = token_generator.generate_adapter(TEXT, pico_model_folder, seed=3, temperature=0.5)
+    expected = token_generator.generate_adapter(TEXT, pico_model, seed=3, temperature=0.5)
+    assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_generate_adapter_takes_the_base_that_the_layout_names(
+    layout: AdapterLayout, pico_model_folder: Path, pico_encoder_folder: Path
+) -> None:
+    here = AdapterLayout.from_dict({**layout.to_dict(), "base_model": str(pico_model_folder)})
+    generator = make_generator(here, pico_encoder_folder, "token")
+    model = generator.generate_adapter(TEXT)
+    assert torch.equal(layout.flatten(get_peft_model_state_dict(model)), weights(generator))
+
+
+@torch.no_grad()
+def test_generate_adapter_adds_a_second_one(token_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM) -> None:
+    model = token_generator.generate_adapter(TEXT, pico_model)
+    first = model(TOKENS).logits
+    second = token_generator.generate_adapter("Python source code", model, adapter_name="code")
+    assert second is model
+    assert set(model.peft_config) == {"default", "code"}
+    assert model.active_adapters == ["code"]
+    assert not torch.allclose(model(TOKENS).logits, first)
+    model.set_adapter("default")
+    assert torch.equal(model(TOKENS).logits, first)
+    token_generator.generate_adapter("Python source code", model)  # overwrites the slot of its name
+    changed = model(TOKENS).logits
+    model.set_adapter("code")
+    assert torch.equal(model(TOKENS).logits, changed)
+
+
+def test_base_model_of_another_size_is_one_clear_error(
+    token_generator: CVAELoRAGenerator, layout: AdapterLayout
+) -> None:
+    sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    wide = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, **sizes))
+    with pytest.raises(LoraFactoryError, match=r"q_proj.*shape \(64, 64\).*pass base_model='pico/llama'"):
+        token_generator.generate_adapter(TEXT, wide)
+    shallow = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, **sizes))
+    with pytest.raises(LoraFactoryError, match=r"no module 'model.layers.1\S+'.*pass base_model='pico/llama'"):
+        token_generator.generate_adapter(TEXT, shallow)
+    for model in (wide, shallow):
+        assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["network.latent.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "network.more": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bias"] = tensors["bias"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def poison_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["token_scale"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+
+    return edit
+
+
+def cut_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "cvae_lora", "lay', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "download it, or train it"),
+        (drop_weight, "network.latent.weight"),
+        (add_weight, "network.more"),
+        (cut_weight, "bias"),
+        (poison_weight, "token_scale.*NaN"),
+        (remove_weights, "model.safetensors"),
+        (cut_config, "config"),
+        (edit_config(layout=None), "needs layout and modalities"),
+        (edit_config(decoder="transformer"), "choose 'token' or 'conv1d'"),
+        (edit_config(width=0), "must be at least 1"),
+        (edit_config(width="wide"), "cannot load a generator"),
+        (edit_config(format_version=2), "format_version=2.*pip install --upgrade lora-factory"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_damaged_generators_are_refused(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(LoraFactoryError, match=rf"(?s){message}"):
+        CVAELoRAGenerator.from_pretrained(folder)
+
+
+def test_what_is_no_generator_is_refused(pico_model_folder: Path, tmp_path: Path) -> None:
+    for source in (pico_model_folder, tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(LoraFactoryError):
+            CVAELoRAGenerator.from_pretrained(source)
+    with pytest.raises(LoraFactoryError, match="needs layout and modalities"):
+        CVAELoRAGenerator(CVAELoRAConfig())
+
+
+PLAIN_PEFT = """
+import json, sys
+sys.modules["lora_factory"] = None  # any import of it fails
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    print(json.dumps(model(torch.arange(3, 19)[None]).logits.tolist()))
+"""
+
+
+def test_saved_adapter_serves_plain_peft(
+    token_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = token_generator.save_adapter(TEXT, tmp_path / "adapter", temperature=1.0, seed=5)
+    generation = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
+    assert (generation["text"], generation["seed"], generation["temperature"]) == (TEXT, 5, 1.0)
+    assert generation["base_model"] == "pico/llama"
+    assert [entry["similarity"] for entry in generation["nearest_tasks"]] == sorted(
+        (entry["similarity"] for entry in generation["nearest_tasks"]), reverse=True
+    )
+    with torch.no_grad():
+        expected = token_generator.generate_adapter(TEXT, pico_model, temperature=1.0, seed=5)(TOKENS).logits
+    words = [sys.executable, "-c", PLAIN_PEFT, str(pico_model_folder), str(folder)]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(process.stdout)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_generator_without_tasks_saves_adapters(
+    layout: AdapterLayout, pico_encoder_folder: Path, tmp_path: Path
+) -> None:
+    generator = CVAELoRAGenerator(
+        CVAELoRAConfig(
+            layout=layout.to_dict(), modalities={"text": 32}, text_encoder=str(pico_encoder_folder), width=8
+        )
+    )
+    folder = generator.eval().save_adapter(TEXT, tmp_path / "adapter")
+    assert json.loads((folder / "generation.json").read_text(encoding="utf-8"))["nearest_tasks"] == []
+
+
+def test_a_failing_save_leaves_nothing(
+    token_generator: CVAELoRAGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    kept = token_generator.save_adapter(TEXT, tmp_path / "kept")
+    before = {file.name: file.read_bytes() for file in kept.iterdir()}
+    monkeypatch.setattr(generation, "save_file", full)
+    for name, overwrite in (("new", False), ("kept", True)):
+        with pytest.raises(StorageError, match="no space left"):
+            token_generator.save_adapter("Other text", tmp_path / name, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+
+
+def test_an_existing_folder_is_replaced_on_request_alone(token_generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    folder = token_generator.save_adapter(TEXT, tmp_path / "adapter")
+    before = load_file(folder / "adapter_model.safetensors")
+    with pytest.raises(LoraFactoryError, match="already there"):
+        token_generator.save_adapter("Other text", folder)
+    assert torch.equal(token_generator.layout.flatten(before), weights(token_generator))
+    token_generator.save_adapter("Other text", folder, overwrite=True)
+    after = token_generator.layout.flatten(load_file(folder / "adapter_model.safetensors"))
+    assert torch.equal(after, weights(token_generator, "Other text"))
+    shutil.rmtree(folder)

@@ -1,0 +1,1 @@
+"""What several tests need: pico models, tasks, zoos, generators and results made on the spot."""

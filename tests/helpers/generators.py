@@ -1,0 +1,37 @@
+"""Generators without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.generator.modeling import CVAELoRAGenerator
+
+
+def make_generator(layout: AdapterLayout, encoder: Path, decoder: str) -> CVAELoRAGenerator:
+    """An untrained generator of weights of a real adapter's size that differ from text to text."""
+    config = CVAELoRAConfig(
+        layout=layout.to_dict(),
+        modalities={"text": 32, "hidden": 64},
+        text_encoder=str(encoder),
+        tasks=[{"name": name, "descriptions": [name], "license": None} for name in ("poems", "code", "law")],
+        decoder=decoder,
+        width=32,
+        depth=1,
+        latent_size=8,
+        channels=(3, 4),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = CVAELoRAGenerator(config)
+        with torch.no_grad():
+            for parameter in generator.network.parameters():  # as if trained: no layer is left at zero
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        generator.fit_statistics(
+            {name: 0.3 * torch.randn(4, layout.size) for name in "abc"},
+            {name: {task: torch.randn(2, width) for task in "abc"} for name, width in config.modalities.items()},
+        )
+    return generator.eval()

@@ -1,0 +1,273 @@
+"""Model cards: as the golden files have them, valid for the Hub, nothing smuggled in, hand writing kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.comparisons import make_comparison
+from helpers.images import brightness_task, save_classifier
+from hub_server.state import card_problems
+from huggingface_hub import ModelCard, metadata_load
+from peft import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_models import tiny_florence, tiny_t5
+
+from lora_factory.adapters.folder import Generation, save_adapter_config
+from lora_factory.arguments import CollectArguments
+from lora_factory.collection.trainer import open_factory
+from lora_factory.hub.base_kinds import base_kind
+from lora_factory.hub.cards import (
+    YAML_FIELDS,
+    AdapterCard,
+    GeneratorCard,
+    Origins,
+    ZooCard,
+    inline,
+    keep_handwritten,
+    split_card,
+)
+from lora_factory.reporting.report import html_page, markdown_tables
+from lora_factory.tasks.examples import ImageExample
+from lora_factory.tasks.task import Task
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HOSTILE = (
+    "x\n---\nlicense: mit\n---\n# <script>alert(1)</script> | `a` [b](javascript:c) ![d](e) {{ 7 * 7 }} ```\n## Limits"
+)
+TASKS: tuple[dict[str, Any], ...] = (
+    {"name": "a", "descriptions": ["Legal notices"], "license": "MIT", "dataset": "alice/legal"},
+    {"name": "code_x", "descriptions": ["Python | code", "Programs"], "license": None},
+)
+ORIGINS = Origins(base_model="pico/llama", base_revision=COMMIT, base_license="apache-2.0", tasks=TASKS)
+VERSIONS = {"lora-factory": "0.1.0", "peft": "0.21.2"}
+
+
+def generation(**changes: Any) -> Generation:
+    values: dict[str, Any] = {
+        "text": "Answer questions\nabout `Linux`",
+        "conditions": (),
+        "seed": 3,
+        "temperature": 0.7,
+        "nearest_tasks": ({"task": "a", "similarity": 0.4321}, {"task": "code_x", "similarity": 0.1}),
+        "distance": 0.5679,
+        "zoo_distance": 0.3,
+        "generator": "alice/generator",
+        "generator_commit": COMMIT,
+        "base_model": "pico/llama",
+        "base_revision": COMMIT,
+        "sha256": "f" * 64,
+        "versions": VERSIONS,
+    }
+    return Generation(**(values | changes))
+
+
+def generator_card(**changes: Any) -> str:
+    values: dict[str, Any] = {"title": "alice/generator", "origins": ORIGINS, "versions": VERSIONS}
+    facts = {"weights of an adapter": "448", "listens to": "text"}
+    return GeneratorCard(**(values | {"facts": facts} | changes)).text
+
+
+def adapter_card(it: Generation, **changes: Any) -> str:
+    values: dict[str, Any] = {"title": "alice/adapter", "origins": ORIGINS, "generations": {"": it}}
+    return AdapterCard(**(values | changes)).text
+
+
+CARDS = {
+    "generator": lambda: generator_card(comparison=make_comparison(), plot="headroom.svg", tags=["mine"]),
+    "generator-bare": lambda: generator_card(
+        origins=Origins(base_model="/home/me/base", base_revision=None), facts={}, title="generator"
+    ),
+    "adapter": lambda: adapter_card(generation()),
+    "adapter-from-vectors": lambda: adapter_card(
+        generation(text=None, conditions=("hidden", "image"), generator="my-generator", generator_commit=None)
+    ),
+    "adapters": lambda: (
+        AdapterCard(
+            title="alice/both", origins=ORIGINS, generations={"legal": generation(), "code": generation(text="Code")}
+        ).text
+    ),
+    "adapters-one": lambda: adapter_card(generation(), title="alice/both", subfolder="legal"),
+    "zoo": lambda: (
+        ZooCard(
+            title="alice/zoo",
+            origins=Origins(base_model="a/b", base_revision=None, tasks=[{**TASKS[0], "runs": 2}]),
+            facts={"runs": "2"},
+        ).text
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_read_as_meant(name: str, tmp_path: Path) -> None:
+    card = CARDS[name]()
+    assert card == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
+    assert card_problems(card) == ([], [])
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert set(metadata_load(tmp_path / "README.md")) <= set(YAML_FIELDS)
+
+
+def test_results_reach_the_model_index() -> None:
+    data = ModelCard(generator_card(comparison=make_comparison())).data
+    values = {(it.dataset_name, it.metric_name): it.metric_value for it in data.eval_results}
+    assert values["a", "Perplexity"] == 3.3201  # exp(1.2), the mean over two seeds
+    assert values["b", "Perplexity of the base model"] == 20.0855
+    assert values["b", "Perplexity with another task's condition"] == 7.3891
+    assert {it.dataset_type for it in data.eval_results if it.dataset_name == "a"} == {"alice/legal"}
+    assert data.model_name == "alice/generator"
+
+
+@pytest.mark.parametrize(
+    ("base", "tasks", "expected"),
+    [
+        ("mit", ["MIT", "mit"], "mit"),
+        ("mit", ["apache-2.0"], "other"),
+        ("mit", [None], "unknown"),
+        (None, ["mit"], "unknown"),
+        ("psf-2.0", ["psf-2.0"], "other"),
+        ("mit\nx: y", ["mit"], "other"),
+    ],
+)
+def test_licences_are_inherited(base: str | None, tasks: list[str | None], expected: str) -> None:
+    rows = [{"name": "x", "license": license} for license in tasks]
+    assert Origins(base_model="a/b", base_revision=None, base_license=base, tasks=rows).license == expected
+
+
+def test_nothing_is_smuggled_into_a_card() -> None:
+    tasks = [{"name": HOSTILE, "descriptions": [HOSTILE], "license": HOSTILE, "dataset": HOSTILE}]
+    origins = Origins(base_model="pico/llama", base_revision=HOSTILE, base_license=HOSTILE, tasks=tasks)
+    hostile = generation(
+        text=HOSTILE, generator=HOSTILE, nearest_tasks=({"task": HOSTILE, "similarity": 1.0},), conditions=(HOSTILE,)
+    )
+    plain = generation(text="x", conditions=("text",))
+    for card, same in (
+        (generator_card(origins=origins, tags=[HOSTILE]), generator_card()),
+        (adapter_card(hostile, origins=origins), adapter_card(plain)),
+    ):
+        assert set(split_card(card)[0]) <= set(split_card(same)[0]) | {"license"}
+        assert split_card(card)[0]["license"] == "other"
+        body = split_card(card)[1]
+        outside = "".join(body.split("```")[::2])
+        assert body.count("```") == same.count("```"), "a code block was opened or closed"
+        assert "<script" not in outside and not re.search(r"(?<!\\)\]\(javascript", outside) and "49" not in card
+        assert [line for line in body.splitlines() if line.startswith("## ")] == [
+            line for line in same.splitlines() if line.startswith("## ")
+        ]
+
+
+def test_the_call_that_makes_an_adapter_again_is_python() -> None:
+    calls: list[Any] = []
+
+    class Recorder:
+        @staticmethod
+        def from_pretrained(*arguments: Any, **keywords: Any) -> type[Recorder]:
+            return Recorder
+
+        @staticmethod
+        def save_adapter(*arguments: Any, **keywords: Any) -> None:
+            calls.append((arguments, keywords))
+
+    texts = (HOSTILE, 'it\'s "quoted" \\ \u202e', "plain")
+    for text in texts:
+        code = adapter_card(generation(text=text)).split("```python\n")[2].split("```")[0]
+        exec(code.split("\n", 1)[1], {"CVAELoRAGenerator": Recorder})
+    assert calls == [((text, "adapter"), {"seed": 3, "temperature": 0.7}) for text in texts]
+
+
+def test_hand_written_parts_survive() -> None:
+    first = adapter_card(generation())
+    assert keep_handwritten(first, first) == first
+    head, body = first.split("---\n\n", 1)
+    edited = f"{head}language: en\n---\n\n{body}\n## My notes\n\nWatch out.\n```\n## Limits\n```\n"
+    second = adapter_card(generation(seed=4))
+    merged = keep_handwritten(second, edited)
+    assert merged.endswith("## My notes\n\nWatch out.\n```\n## Limits\n```\n")
+    assert "seed=4" in merged and "seed=3" not in merged
+    assert merged.count("## Limits") == 2 and ModelCard(merged).data.language == "en"
+    assert keep_handwritten(second, merged) == merged
+    with pytest.raises(ValueError, match="YAML"):
+        keep_handwritten(first, "---\n- a\n---\n")
+
+
+def test_inline_keeps_words_and_disarms_the_rest() -> None:
+    assert inline("snake_case, 50 %\n(ok)") == "snake_case, 50 % (ok)"
+    assert inline("a\x1b[31m<b>|`c`") == "a \\[31m&lt;b&gt;\\|\\`c\\`"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag", "classes"),
+    [
+        ("causal", "text-generation", "AutoPeftModelForCausalLM"),
+        ("encoder-decoder", "text2text-generation", "AutoPeftModelForSeq2SeqLM"),
+        ("texts and images", "image-text-to-text", "AutoModelForImageTextToText"),
+        ("reads images, for texts", "image-text-to-text", "AutoModelForImageTextToText"),
+        ("classifier", "image-classification", "AutoModelForImageClassification"),
+    ],
+)
+def test_the_code_of_a_card_loads_the_adapter(
+    kind: str, tag: str, classes: str, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    words = ["one two Locate the dog"]
+    bases: dict[str, Any] = {
+        "causal": lambda: pico_model_folder,
+        "encoder-decoder": lambda: tiny_t5(tmp_path / "base", words),
+        "texts and images": lambda: tiny_florence(tmp_path / "base", words),
+        "reads images, for texts": lambda: tiny_florence(tmp_path / "base", words),
+        "classifier": lambda: save_classifier(tmp_path / "base"),
+    }
+    tasks: list[Any] = [brightness_task("bright", wanted=True)] if kind == "classifier" else []
+    if kind == "texts and images":
+        rows = [ImageExample.of_boxes(Image.new("RGB", (8, 8)), "dog", [(0, 0, 4, 4)])] * 3
+        tasks = [Task.from_examples("dog", ["Find it"], rows, rows, rows)]
+    settings = CollectArguments(rank=2, target_modules="all-linear", dtype="float32")
+    factory = open_factory(bases[kind](), settings, Accelerator(cpu=True), tasks)
+    layout = factory.layout
+    origins = Origins(base_model=layout.base_model, base_revision=None, kind=base_kind(layout))
+    it = generation(base_model=layout.base_model, base_revision=None)
+    state_dict = layout.unflatten(factory.initial + 0.1)
+    for name in ("", "sub"):
+        (tmp_path / "adapter" / name).mkdir(parents=True, exist_ok=True)
+        save_adapter_config(layout, tmp_path / "adapter" / name)
+        save_file(state_dict, tmp_path / "adapter" / name / "adapter_model.safetensors", metadata={"format": "pt"})
+    title = str(tmp_path / "adapter")
+    cards = [
+        AdapterCard(title=title, origins=origins, generations={"": it}).text,
+        AdapterCard(title=title, origins=origins, generations={"": it}, subfolder="sub").text,
+        AdapterCard(title=title, origins=origins, generations={"sub": it}).text,
+    ]
+    assert classes in cards[0]
+    for card in cards:
+        assert split_card(card)[0]["pipeline_tag"] == tag
+        found: dict[str, Any] = {}
+        exec(card.split("```python\n")[1].split("```")[0], found)
+        loaded = get_peft_model_state_dict(found["model"], save_embedding_layers=False)
+        assert loaded.keys() == state_dict.keys()
+        assert all(torch.equal(tensor, state_dict[name]) for name, tensor in loaded.items())
+
+
+def test_nothing_that_turns_the_direction_of_text_reaches_a_card_or_a_report() -> None:
+    hidden = "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C, 0x1B, 0x7F, 0)))
+    name = f"a{hidden}b"
+    task = {"name": name, "descriptions": [name], "license": name, "dataset": name}
+    origins = Origins(base_model=name, base_revision=name, base_license=name, tasks=[{**task, "runs": 1}])
+    it = generation(text=name, generator=name, nearest_tasks=({"task": name, "similarity": 1.0},), base_model=name)
+    comparison = json.loads(json.dumps(make_comparison()).replace('"a"', json.dumps(name)))
+    comparison["base_model"] = name
+    pages = [
+        generator_card(origins=origins, facts={"x": name}, comparison=comparison, tags=[name]),
+        adapter_card(it, origins=origins, tags=[name]),
+        AdapterCard(title="alice/x", origins=origins, generations={"legal": it}).text,
+        ZooCard(title="alice/x", origins=origins, facts={"x": name}, tags=[name]).text,
+        markdown_tables(comparison),
+        html_page(comparison),
+    ]
+    for place, page in enumerate(pages):
+        assert not set(page) & set(hidden), place
+        assert "a b" in page, place

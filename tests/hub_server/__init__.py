@@ -1,0 +1,1 @@
+"""A server that speaks the part of the Hub's HTTP interface which the package uses, for tests without a network."""
