@@ -71,6 +71,5 @@ def collect_adapters(
     with writing_into(output_dir):
         zoo = AdapterZoo.create(output_dir, factory.layout)
         (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
-    factory.keep_tokens(zoo.folder)
     Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks]).collect()
     return AdapterZoo(output_dir)

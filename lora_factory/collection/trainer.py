@@ -24,9 +24,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.classifiers import load_image_classifier
 from lora_factory.models.inputs import (
-    CausalInputs,
     ModelInputs,
-    Seq2SeqInputs,
     TokenSequence,
     check_lengths,
     model_inputs,
@@ -34,7 +32,6 @@ from lora_factory.models.inputs import (
     shuffled_batches,
 )
 from lora_factory.models.loading import load_base_model, load_processor
-from lora_factory.models.token_cache import TokenCache
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import Split
@@ -42,7 +39,7 @@ from lora_factory.utils.checkpoint import RunCheckpoint, RunState
 from lora_factory.utils.paths import recorded_name
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import HIDDEN_FOLDER, AdapterZoo
+from lora_factory.zoo.store import AdapterZoo
 
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
 
@@ -75,7 +72,6 @@ class AdapterFactory:
         inputs: Turns a task's examples into what the model reads.
         wrapped: What forward passes go through: the model, or what Accelerate made of it for ``shares_runs``.
         shares_runs: Whether all processes train every run together, each on its share of a batch.
-        tokens: Where token sequences are kept; None: nowhere.
     """
 
     model: PeftModel
@@ -88,7 +84,6 @@ class AdapterFactory:
     inputs: ModelInputs
     wrapped: torch.nn.Module
     shares_runs: bool = False
-    tokens: TokenCache | None = None
 
     @classmethod
     def attach(
@@ -173,18 +168,13 @@ class AdapterFactory:
         self.slot = AdapterSlot(self.model, self.layout)  # sharding puts new parameters in place of the old ones
         self.shares_runs = True
 
-    def keep_tokens(self, zoo: Path) -> None:
-        """Share the token sequences of texts with all processes that work on a zoo collected on this machine.
-
-        Args:
-            zoo: Its folder. One that was imported or downloaded has no place for them and stays as it is.
-        """
-        if isinstance(self.inputs, CausalInputs | Seq2SeqInputs) and (zoo / HIDDEN_FOLDER).is_dir():
-            self.tokens = TokenCache(zoo / HIDDEN_FOLDER / "tokens", self.inputs)
-
     def encode(self, examples: Sequence[Any]) -> list[TokenSequence]:
-        """Examples as ``inputs`` encodes them; texts are read from the disk where ``keep_tokens`` has kept them."""
-        rows = list((self.tokens or self.inputs).encode(examples, self.arguments))
+        """Examples as ``inputs`` encodes them.
+
+        Raises:
+            LoraFactoryError: When there is nothing to learn from, or a row has more tokens than the model positions.
+        """
+        rows = list(self.inputs.encode(examples, self.arguments))
         check_lengths(self.model, rows)
         return rows
 

@@ -162,11 +162,9 @@ class Contenders:
 
     def _attached(self, layout: AdapterLayout, settings: CollectArguments | None = None) -> AdapterFactory:
         name, tasks = self.fold.zoo.layout.base_model, (*self.fold.seen, *self.fold.unseen)
-        factory = open_factory(
+        return open_factory(
             self.base_model, settings or self.settings, Accelerator(), tasks, base_model_name=name, layout=layout
         )
-        factory.keep_tokens(self.fold.zoo.folder)
-        return factory
 
     def _features(self, way: str) -> dict[str, torch.Tensor]:
         """Vectors of every task's descriptions or training examples, by the name of the task."""

@@ -209,11 +209,9 @@ def zoo_factory(
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
     source = base_model or name
-    factory = open_factory(
+    return open_factory(
         source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout
     )
-    factory.keep_tokens(zoo.folder)
-    return factory
 
 
 def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 ZOO_FILE = "zoo.json"
-HIDDEN_FOLDER = ".collection"  # of a collection: leases, states, failures, logs, tokens
+HIDDEN_FOLDER = ".collection"  # of a collection: leases, states, failures, logs
 RECORD_FILE = "run.json"
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
