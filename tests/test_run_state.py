@@ -15,7 +15,7 @@ from test_collect import SMALL, text_task
 from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import StorageError
 from lora_factory.utils import checkpoint as run_state
-from lora_factory.utils.checkpoint import RunCheckpoint
+from lora_factory.utils.checkpoint import Checkpoint
 from lora_factory.zoo.run_record import RunRecord
 
 SETTINGS = replace(SMALL, steps=8, snapshots=6, gradient_accumulation=2)
@@ -44,7 +44,7 @@ def train(
         if step == cut:
             raise Cut
 
-    checkpoint = RunCheckpoint(folder, key, every=3) if folder else None
+    checkpoint = Checkpoint(folder, key, every=3) if folder else None
     torch.rand(cut + 1)  # what others draw is of no effect
     return *factory.train(TASK, seed, "prose", checkpoint=checkpoint, on_step=on_step), steps
 

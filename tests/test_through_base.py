@@ -30,7 +30,7 @@ from lora_factory.tasks.task import Task
 from lora_factory.training import from_data as through_base
 from lora_factory.training.from_data import TaskData, start_from, train_through_base
 from lora_factory.training.train import build_generator, train_generator
-from lora_factory.utils.checkpoint import TrainingCheckpoint
+from lora_factory.utils.checkpoint import Checkpoint
 from lora_factory.zoo.store import AdapterZoo
 
 SETTINGS = CollectArguments(
@@ -303,8 +303,8 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
     whole = train_through_base(generator, factory, data, short)
     expected = {name: value.clone() for name, value in generator.state_dict().items()}
 
-    def checkpoint(key: str = "this") -> TrainingCheckpoint:
-        return TrainingCheckpoint(tmp_path / "state", key, every_seconds=0)
+    def checkpoint(key: str = "this") -> Checkpoint:
+        return Checkpoint(tmp_path / "state", key, every_seconds=0, shared=True)
 
     query, calls = through_base.query_loss, []
 

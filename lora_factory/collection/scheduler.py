@@ -31,7 +31,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import Progress
 from lora_factory.collection.trainer import AdapterFactory, TrainingTask, comparable_settings
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.utils.checkpoint import RunCheckpoint, writing_into
+from lora_factory.utils.checkpoint import Checkpoint, writing_into
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_text
 from lora_factory.utils.safe_files import read_json
@@ -214,12 +214,13 @@ class Collection:
         if self.accelerator.is_main_process and time.monotonic() - self._looked > 10 * _LOOK_SECONDS:
             self._look()
 
-    def _checkpoint(self, run: PlannedRun) -> RunCheckpoint:
+    def _checkpoint(self, run: PlannedRun) -> Checkpoint:
         factory = self.factory
         facts = [comparable_settings(factory.arguments), run.seed, run.task.fingerprint(), versions()]
         facts += [factory.layout.fingerprint(), self.accelerator.num_processes if factory.shares_runs else 1]
         key = sha256_text(json.dumps([*facts, self.accelerator.device.type]))
-        return RunCheckpoint(self._state(run), key, factory.arguments.state_every)
+        every, shared = factory.arguments.state_every, factory.shares_runs
+        return Checkpoint(self._state(run), key, every=every, shared=shared)
 
     def _state(self, run: PlannedRun) -> Path:
         return self.folder / "state" / run.key

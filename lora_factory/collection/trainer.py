@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -35,13 +37,30 @@ from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import Split
-from lora_factory.utils.checkpoint import RunCheckpoint, RunState
+from lora_factory.utils.checkpoint import Checkpoint
 from lora_factory.utils.paths import recorded_name
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
 
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
+
+
+@dataclass
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        step: Optimizer steps taken; the data is at the batches that these have read.
+        tokens: Tokens read.
+        snapshots: The snapshots so far, each of shape ``(D,)``.
+        losses: Their validation losses.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    snapshots: list[torch.Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 class TrainingTask(Protocol):
@@ -184,7 +203,7 @@ class AdapterFactory:
         seed: int,
         label: str,
         *,
-        checkpoint: RunCheckpoint | None = None,
+        checkpoint: Checkpoint | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> tuple[RunRecord, torch.Tensor]:
         """Fine-tune the slot on one task.
@@ -221,7 +240,7 @@ class AdapterFactory:
         *,
         seed: int = 0,
         start: torch.Tensor | None = None,
-        checkpoint: RunCheckpoint | None = None,
+        checkpoint: Checkpoint | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> tuple[torch.Tensor, tuple[float, ...], int]:
         """Train the slot from the shared initialisation, or from where a checkpoint was cut off.
@@ -252,8 +271,9 @@ class AdapterFactory:
         hidden = not self.accelerator.is_main_process
         with self._seeded(seed), tqdm(total=total, desc=label, unit="step", leave=None, disable=hidden) as bar:
             if checkpoint:
-                state, weights = checkpoint.restore(optimizer, schedule, self.accelerator)
-                self.slot.load(start if weights is None else weights)
+                state = checkpoint.restore(partial(self._restored, schedule), optimizer, self.accelerator) or state
+                for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                    group["lr"] = rate
                 bar.update(state.step)
             batches = islice(batches, state.step * arguments.gradient_accumulation, None)
             while state.step < total:
@@ -267,11 +287,22 @@ class AdapterFactory:
                     bar.set_postfix(validation=f"{state.losses[-1]:.3f}")
                 if on_step:
                     on_step(state.step, total, loss)
-                if checkpoint and checkpoint.is_due(state.step) and state.step < total:
-                    checkpoint.save(
-                        state, self._weights(), optimizer, schedule, self.accelerator, shared=self.shares_runs
-                    )
+                if checkpoint and state.step < total and checkpoint.is_due(state.step, self.accelerator):
+                    tensors = {"weights": self._weights()}
+                    tensors |= {"snapshots": torch.stack(state.snapshots)} if state.snapshots else {}
+                    values = {"step": state.step, "tokens": state.tokens, "losses": state.losses}
+                    values |= {"schedule": schedule.state_dict()}
+                    random = _random_state(self.accelerator.device)
+                    checkpoint.save(values, tensors, random, optimizer, self.accelerator)
         return torch.stack(state.snapshots), tuple(state.losses), state.tokens
+
+    def _restored(self, schedule: LRScheduler, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> RunState:
+        """Put slot, schedule and random numbers where a run was cut off."""
+        state = RunState(values["step"], values["tokens"], [*tensors.get("snapshots", ())], values["losses"])
+        schedule.load_state_dict(values["schedule"])
+        self.slot.load(tensors["weights"])
+        _set_random_state(tensors["random"], self.accelerator.device)
+        return state
 
     def _check_run(
         self,
@@ -434,6 +465,20 @@ def settings_of(zoo: AdapterZoo) -> CollectArguments:
     """The settings that a zoo's runs were made with, by the record of the first."""
     task = zoo.tasks[0]
     return CollectArguments(**zoo.record(task, zoo.runs(task)[0]).arguments)
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), device)
 
 
 def _task_type(model: PreTrainedModel) -> str:

@@ -11,7 +11,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,74 @@ from lora_factory.generator.task_vectors import random_subset
 from lora_factory.models.inputs import CausalInputs, TokenSequence, encode_example
 from lora_factory.models.losses import query_loss
 from lora_factory.tasks.task import Task
-from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
+from lora_factory.utils.checkpoint import Checkpoint, part_of
 
 VALIDATIONS = 10  # how often a training is scored, the end included
 FINAL_RATE = 0.05  # learning rate at the end, as a share of its peak
 UNCONDITIONED = 0.1  # share of the steps without any condition: what is left is the best adapter for all tasks
+
+
+@dataclass
+class TrainingState:
+    """How far a training is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        running: Moving average of the training loss.
+        tokens: Tokens read, by all processes.
+        best: Lowest validation loss so far.
+        history: One record per validation.
+        best_weights: The weights of the lowest validation loss.
+    """
+
+    step: int = 0
+    running: float = 0.0
+    tokens: int = 0
+    best: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_weights: dict[str, torch.Tensor] | None = None
+
+    def count(self, loss: float, tokens: int) -> None:
+        """Take note of one step."""
+        self.running = loss if self.step == 1 else self.running + 0.02 * (loss - self.running)
+        self.tokens += tokens
+
+    def record(self, validation: float, model: torch.nn.Module) -> None:
+        """Take note of a validation, and of the weights if they are the best so far."""
+        losses = {"loss": round(self.running, 5), "validation": round(validation, 5)}
+        self.history.append({"step": self.step, **losses, "tokens": self.tokens})
+        self.keep_best(validation, model)
+
+    def keep_best(self, validation: float, model: torch.nn.Module) -> None:
+        """Keep the weights if they validate better than all before."""
+        if validation < self.best:
+            self.best = validation
+            self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    def values(self) -> dict[str, Any]:
+        """The JSON values of a checkpoint."""
+        values = asdict(replace(self, best_weights=None)) | {"best": self.best if math.isfinite(self.best) else None}
+        return {name: value for name, value in values.items() if name != "best_weights"}
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint: the weights, and the best ones."""
+        parts = {"model": model.state_dict(), "best": self.best_weights or {}}
+        return {f"{kind}/{name}": value for kind, weights in parts.items() for name, value in weights.items()}
+
+    @classmethod
+    def read(
+        cls,
+        model: torch.nn.Module,
+        source: torch.Generator,
+        values: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+    ) -> TrainingState:
+        """Put model and random numbers where a checkpoint was saved."""
+        known = {name: values[name] for name in ("step", "running", "tokens", "best", "history")}
+        known["best"] = math.inf if known["best"] is None else known["best"]
+        model.load_state_dict(part_of(tensors, "model"))
+        source.set_state(tensors["random"])
+        return cls(**known, best_weights=part_of(tensors, "best") or None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +181,7 @@ def train_through_base(
     data: Mapping[str, TaskData],
     arguments: TrainArguments,
     held_out: Mapping[str, TaskData] | None = None,
-    checkpoint: TrainingCheckpoint | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, float]]:
     """Train the generator and its bias adapter; afterwards it has the weights that validated best, the first ones too.
 
@@ -150,7 +214,7 @@ def train_through_base(
     source = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
     state = TrainingState()
     if checkpoint is not None:
-        state = checkpoint.restore(generator, optimizer, source, accelerator) or state
+        state = checkpoint.restore(partial(TrainingState.read, generator, source), optimizer, accelerator) or state
     due = {math.ceil(total * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=total, initial=state.step, desc="train through the base", disable=hidden)
@@ -179,8 +243,8 @@ def train_through_base(
                 validation = validate(generator, factory, held_out or data)
                 state.record(validation, generator)
                 bar.set_postfix(loss=f"{state.running:.3f}", validation=f"{validation:.3f}")
-            if checkpoint is not None:
-                checkpoint.save_now_and_then(state, generator, optimizer, source, accelerator)
+            if checkpoint is not None and checkpoint.is_due(state.step, accelerator):
+                checkpoint.save(state.values(), state.tensors(generator), source.get_state(), optimizer, accelerator)
     bar.close()
     generator.bias.requires_grad_(False)
     if state.best_weights is not None:

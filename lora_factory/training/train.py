@@ -32,13 +32,15 @@ from lora_factory.training.from_data import TaskData, start_from, train_through_
 from lora_factory.training.from_zoo import calibrate_spread, fit
 from lora_factory.training.specialists import specialise
 from lora_factory.utils.cache import TensorCache
-from lora_factory.utils.checkpoint import TrainingCheckpoint
+from lora_factory.utils.checkpoint import Checkpoint
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json, write_text
 from lora_factory.utils.folders import GENERATOR, WORKING, check_folder
 from lora_factory.utils.paths import local_path, recorded_name, sha256_text
 from lora_factory.utils.safe_files import read_json
 from lora_factory.zoo.snapshots import open_snapshots
 from lora_factory.zoo.store import AdapterZoo
+
+SAVE_SECONDS = 300.0  # between two saves of stage 2's state
 
 
 def train_generator(
@@ -209,9 +211,7 @@ def zoo_factory(
     revision = None if base_model else zoo.layout.base_revision
     name = zoo.layout.base_model
     source = base_model or name
-    return open_factory(
-        source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout
-    )
+    return open_factory(source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout)
 
 
 def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
@@ -244,7 +244,7 @@ def _stage_2(
         for task in tasks
     }
     start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
-    checkpoint = TrainingCheckpoint(working / "through-base", key)
+    checkpoint = Checkpoint(working / "through-base", key, every_seconds=SAVE_SECONDS, shared=True)
     history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
     if arguments.specialist_steps:
         cache = TensorCache(working / f"specialists-{key[:16]}")

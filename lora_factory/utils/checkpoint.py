@@ -1,4 +1,4 @@
-"""The state of one run of a collection, kept on disk so that a run that was cut off ends bit for bit as if it had not.
+"""The state of a training, kept on disk so that one that was cut off ends bit for bit as if it had not been.
 
 The folder holds a JSON and a safetensors file, no pickle, and is replaced in one rename.
 """
@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from safetensors.torch import load, save_file
 
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.utils.files import atomic_folder, write_json
@@ -28,110 +24,107 @@ from lora_factory.utils.folders import STATE
 from lora_factory.utils.paths import sha256_file
 from lora_factory.utils.safe_files import read_json
 
-STATE_FILE, WEIGHTS_FILE = "state.json", "state.safetensors"
+State = TypeVar("State")
+_STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
+_LOGGER = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainingState:
-    """Where a training is.
-
-    Attributes:
-        step: Optimizer steps taken.
-        running: Moving average of the training loss.
-        tokens: Tokens read, by all processes.
-        best: Lowest validation loss so far.
-        history: One record a validation.
-        best_weights: The weights of the lowest validation loss.
-    """
-
-    step: int = 0
-    running: float = 0.0
-    tokens: int = 0
-    best: float = math.inf
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_weights: dict[str, torch.Tensor] | None = None
-
-    def count(self, loss: float, tokens: int) -> None:
-        """Take note of one step."""
-        self.running = loss if self.step == 1 else self.running + 0.02 * (loss - self.running)
-        self.tokens += tokens
-
-    def record(self, validation: float, model: nn.Module) -> None:
-        """Take note of a validation, and of the weights if they are the best so far."""
-        losses = {"loss": round(self.running, 5), "validation": round(validation, 5)}
-        self.history.append({"step": self.step, **losses, "tokens": self.tokens})
-        self.keep_best(validation, model)
-
-    def keep_best(self, validation: float, model: nn.Module) -> None:
-        """Keep the weights if they validate better than all before."""
-        if validation < self.best:
-            self.best = validation
-            self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-class TrainingCheckpoint:
-    """A folder that holds the latest state of one training.
+class Checkpoint:
+    """A folder with the latest state of one training.
 
     Args:
-        folder: Made with the first save; replaced in one rename.
+        folder: Made with the first save.
         key: What the training depends on, as a fingerprint: the state of another one is not taken up.
-        every_seconds: Save when this long has passed since the last time.
+        every: Steps between saves; 0: the number of steps leads to no save.
+        every_seconds: Seconds after which the next save is due; None: time leads to no save.
+        shared: Whether all processes train together: all must call each method, the main one writes.
     """
 
-    def __init__(self, folder: str | Path, key: str, *, every_seconds: float = 300.0) -> None:
+    def __init__(
+        self, folder: str | Path, key: str, *, every: int = 0, every_seconds: float | None = None, shared: bool = False
+    ) -> None:
         """Nothing is read or written yet."""
-        self.folder, self.key, self.every_seconds = Path(folder), key, every_seconds
-        self._last = time.monotonic()
+        self.folder, self.key, self.every, self.every_seconds = Path(folder), key, every, every_seconds
+        self.shared, self._last = shared, time.monotonic()
 
     def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, source: torch.Generator, accelerator: Accelerator
-    ) -> TrainingState | None:
-        """Put model, optimizer and random numbers where the saved training was; None when there is no such state."""
-        if not (self.folder / STATE_FILE).is_file():
-            return None
-        values = read_json(self.folder / STATE_FILE)
-        if values["key"] != self.key or values["processes"] != accelerator.num_processes:
-            return None
-        tensors = load_file(self.folder / WEIGHTS_FILE)
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind in parts:
-                parts[kind][rest] = tensor
-        model.load_state_dict(parts["model"])
-        restore_optimizer(optimizer, tensors)
-        source.set_state(tensors["random"][accelerator.process_index])
-        values = {name: values[name] for name in ("step", "running", "tokens", "best", "history")}
-        values["best"] = math.inf if values["best"] is None else values["best"]
-        return TrainingState(**values, best_weights=parts["best"] or None)
-
-    def save_now_and_then(
         self,
-        state: TrainingState,
-        model: nn.Module,
+        read: Callable[[dict[str, Any], dict[str, torch.Tensor]], State],
         optimizer: torch.optim.Optimizer,
-        source: torch.Generator,
+        accelerator: Accelerator,
+    ) -> State | None:
+        """Put a training where it was cut off.
+
+        Args:
+            read: Makes the state of the values and tensors of `save`; ``tensors["random"]`` is of this process.
+            optimizer: Is put into the saved state.
+            accelerator: Says which process this is.
+
+        Returns:
+            What ``read`` returns; None where there is no state to go on from, or a damaged one, which is logged.
+        """
+        if not self.folder.is_dir():
+            return None
+        try:
+            values, tensors = self._read()
+            rows = tensors["random"]
+            if values["key"] != self.key or len(rows) != (accelerator.num_processes if self.shared else 1):
+                return None
+            tensors["random"] = rows[accelerator.process_index if self.shared else 0].clone()
+            state = read(values, tensors)
+            restore_optimizer(optimizer, tensors)
+        except (LoraFactoryError, SafetensorError, OSError, KeyError, TypeError) as error:
+            _LOGGER.warning("%s is damaged, the run starts over: %s", self.folder, error)
+            return None
+        _LOGGER.warning("%s: the run continues at step %d", self.folder.name, values["step"])
+        return state
+
+    def is_due(self, step: int, accelerator: Accelerator) -> bool:
+        """Whether the state is to be saved after this step."""
+        if self.every_seconds is not None:
+            late = time.monotonic() - self._last >= self.every_seconds
+            if accelerator.reduce(torch.tensor([float(late)], device=accelerator.device), "sum").item() > 0:
+                return True
+        return self.every > 0 and step % self.every == 0
+
+    def save(
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        random: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
     ) -> None:
-        """Save the state when it is time to; all processes must call it."""
-        due = torch.tensor([float(time.monotonic() - self._last >= self.every_seconds)], device=accelerator.device)
-        if accelerator.reduce(due, "sum").item() == 0:
-            return
-        self._last = time.monotonic()
-        random = accelerator.gather(source.get_state()[None].to(accelerator.device)).cpu()
-        if not accelerator.is_main_process:
-            return
-        tensors = {"random": random}
-        tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
-        tensors |= {f"best/{name}": value for name, value in (state.best_weights or {}).items()}
-        tensors |= optimizer_tensors(optimizer)
-        with atomic_folder(self.folder, STATE, overwrite=True) as folder:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE
-            )
-            values = {"key": self.key, "processes": accelerator.num_processes, "step": state.step}
-            values |= {"running": state.running, "tokens": state.tokens, "history": state.history}
-            write_json(folder / STATE_FILE, values | {"best": state.best if math.isfinite(state.best) else None})
+        """Replace the state on disk.
+
+        Args:
+            values: JSON values, "step" among them.
+            tensors: More of the state by name.
+            random: State of this process's random numbers.
+            optimizer: Its state is kept.
+            accelerator: Gathers the random numbers of processes that train together.
+
+        Raises:
+            StorageError: When the folder cannot be written.
+        """
+        self._last, rows = time.monotonic(), random[None]
+        if self.shared:
+            rows = accelerator.gather(rows.to(accelerator.device)).cpu()
+            if not accelerator.is_main_process:
+                return
+        everything = {**tensors, "random": rows, **optimizer_tensors(optimizer)}
+        with writing_into(self.folder.parent), atomic_folder(self.folder, STATE, overwrite=True) as folder:
+            path = folder / _TENSORS_FILE
+            save_file({name: value.detach().cpu().contiguous() for name, value in everything.items()}, path)
+            write_json(folder / _STATE_FILE, {"key": self.key, **values, "sha256": sha256_file(path)})
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        values, path = read_json(self.folder / _STATE_FILE), self.folder / _TENSORS_FILE
+        content = path.read_bytes()  # not mapped into memory: the file is replaced while its tensors are in use
+        digest = hashlib.sha256(content).hexdigest()
+        if values.get("sha256", digest) != digest:  # older states of stage 2 have none
+            raise LoraFactoryError(f"{path} was cut short or altered")
+        return values, load(content)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -143,127 +136,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put an optimizer of the same parameters into the state of ``optimizer_tensors``; other names are left alone."""
     states: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            index, _, entry = rest.partition("/")
-            states.setdefault(int(index), {})[entry] = tensor
+    for name, tensor in part_of(tensors, "optimizer").items():
+        index, _, entry = name.partition("/")
+        states.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
-_STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
-_LOGGER = logging.getLogger(__name__)
-
-
-@dataclass
-class RunState:
-    """Where a run is.
-
-    Attributes:
-        step: Optimizer steps taken; the data is at the batches that these have read.
-        tokens: Tokens read.
-        snapshots: The snapshots so far, each of shape ``(D,)``.
-        losses: Their validation losses.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    snapshots: list[torch.Tensor] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-
-class RunCheckpoint:
-    """A folder with the latest state of one run.
-
-    Args:
-        folder: Made with the first save.
-        key: What the run depends on, as a fingerprint: the state of another one is not taken up.
-        every: Steps between saves; 0 saves nothing.
-    """
-
-    def __init__(self, folder: str | Path, key: str, every: int) -> None:
-        """Nothing is read or written yet."""
-        self.folder, self.key, self.every = Path(folder), key, every
-
-    def restore(
-        self,
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
-        accelerator: Accelerator,
-    ) -> tuple[RunState, torch.Tensor | None]:
-        """Put optimizer, schedule and random numbers where the run was cut off.
-
-        Returns:
-            The state and the adapter's weights ``(D,)`` then; a new state and None where there is none to go on from.
-        """
-        if not self.folder.is_dir():
-            return RunState(), None
-        try:
-            values, tensors = self._read()
-        except (LoraFactoryError, SafetensorError, OSError, KeyError, TypeError) as error:
-            _LOGGER.warning("%s is damaged, the run starts over: %s", self.folder, error)
-            return RunState(), None
-        if values["key"] != self.key:
-            return RunState(), None
-        restore_optimizer(optimizer, tensors)
-        schedule.load_state_dict(values["schedule"])
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        rows = tensors["random"]
-        _set_random_state(rows[accelerator.process_index if len(rows) > 1 else 0], accelerator.device)
-        snapshots = list(tensors["snapshots"]) if "snapshots" in tensors else []
-        _LOGGER.warning("%s: the run continues at step %d", self.folder.name, values["step"])
-        return RunState(values["step"], values["tokens"], snapshots, values["losses"]), tensors["weights"]
-
-    def save(
-        self,
-        state: RunState,
-        weights: torch.Tensor,
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
-        accelerator: Accelerator,
-        *,
-        shared: bool,
-    ) -> None:
-        """Replace the state on disk.
-
-        Args:
-            state: Where the run is.
-            weights: The adapter's weights, shape ``(D,)``.
-            optimizer: Its state is kept.
-            schedule: Its state is kept.
-            accelerator: Device of the random numbers.
-            shared: Whether all processes train this run together: all must call, the main one writes.
-
-        Raises:
-            StorageError: When the folder cannot be written.
-        """
-        random = _random_state(accelerator.device)[None]
-        if shared:
-            random = accelerator.gather(random.to(accelerator.device)).cpu()
-            if not accelerator.is_main_process:
-                return
-        tensors = {"weights": weights, "random": random, **optimizer_tensors(optimizer)}
-        if state.snapshots:
-            tensors["snapshots"] = torch.stack(state.snapshots)
-        with writing_into(self.folder.parent), atomic_folder(self.folder, STATE, overwrite=True) as folder:
-            tensors_file = folder / _TENSORS_FILE
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, tensors_file)
-            values = {"key": self.key, "step": state.step, "tokens": state.tokens, "losses": state.losses}
-            values |= {"schedule": schedule.state_dict(), "sha256": sha256_file(tensors_file)}
-            write_json(folder / _STATE_FILE, values)
-
-    def is_due(self, step: int) -> bool:
-        """Whether the state is to be saved after this step."""
-        return self.every > 0 and step % self.every == 0
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        values, path = read_json(self.folder / _STATE_FILE), self.folder / _TENSORS_FILE
-        values = {name: values[name] for name in ("key", "step", "tokens", "losses", "schedule", "sha256")}
-        content = path.read_bytes()  # not mapped into memory: the file is replaced while its tensors are in use
-        if hashlib.sha256(content).hexdigest() != values["sha256"]:
-            raise LoraFactoryError(f"{path} was cut short or altered")
-        return values, load(content)
+def part_of(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The tensors with names of the form ``<kind>/<rest>``, by the rest."""
+    return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
 
 
 @contextmanager
@@ -281,17 +162,3 @@ def writing_into(folder: Path) -> Iterator[None]:
             f"cannot write into {folder}: {cause}; make room there or allow writing, then run the same command: it "
             "continues where it stopped"
         ) from error
-
-
-def _random_state(device: torch.device) -> torch.Tensor:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
-
-
-def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].clone())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:].clone(), device)
