@@ -208,29 +208,6 @@ def test_hidden_states_read_the_frozen_base_by_default(
     assert model.training
 
 
-def test_hidden_states_with_an_adapter(pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase) -> None:
-    model = attach(pico_model, "q_proj", "v_proj", "lm_head").eval()
-    encoder = HiddenStateEncoder(model, pico_tokenizer)
-    before = adapter_of(model)
-    expected = naive_hidden_states(model, pico_tokenizer, TEXTS[0])
-    torch.testing.assert_close(encoder.encode(TEXTS[:1], before)[0], expected, atol=1e-5, rtol=1e-4)
-    other = encoder.encode(TEXTS[:1], adapter_of(model, 0.5))[0]
-    assert not torch.allclose(other, expected)
-    assert not torch.allclose(other, encoder.encode(TEXTS[:1])[0])
-    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_of(model).items())
-
-
-def test_adapter_that_does_not_fit(pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(LoraFactoryError, match="needs a model with a LoRA slot"):
-        HiddenStateEncoder(pico_model, pico_tokenizer).encode(TEXTS, {})
-    model = attach(pico_model)
-    encoder, adapter = HiddenStateEncoder(model, pico_tokenizer), adapter_of(model)
-    key = next(iter(adapter))
-    for wrong in ({}, {**adapter, "extra": torch.zeros(1)}, {**adapter, key: torch.zeros(1)}):
-        with pytest.raises(LoraFactoryError, match="does not fit"):
-            encoder.encode(TEXTS, wrong)
-
-
 def test_hidden_state_identifier_follows_the_base(
     pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -41,8 +41,7 @@ def greedy_answers(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0
     )
-    padded = pad_tokens([prompt[::-1] for prompt in prompts], next(model.parameters()).device)
-    inputs = {name: value.flip(1) for name, value in padded.items()}  # on the left: the answers follow on the right
+    inputs = pad_tokens(prompts, next(model.parameters()).device, side="left")  # the answers follow on the right
     reader = _AnswerReader(tokenizer, inputs["input_ids"].shape[1], ends, references)
     base.generation_config = greedy  # generate takes from there what the configuration that it is given leaves open
     try:

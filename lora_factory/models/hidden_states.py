@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_factory.adapters.attach import adapter_parameters
-from lora_factory.adapters.live_models import base_of, plain_model, unmerge, without_adapters
+from lora_factory.adapters.live_models import base_of, plain_model, without_adapters
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, CausalInputs, frozen, pad_tokens, positions, text_tokens
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 class HiddenStateEncoder:
     """Hidden states of examples on the base model: the paper's task vectors, before their mean (Eq. 1).
 
-    By default any adapter of the model is switched off: the vectors then exist for tasks that no LoRA was trained on.
+    Any adapter of the model is switched off: the vectors exist for tasks that no LoRA was trained on.
 
     Args:
         model: The base model, with or without adapters attached.
@@ -67,13 +65,11 @@ class HiddenStateEncoder:
             fingerprint = _weights_fingerprint(base)
         self.identifier = f"hidden-states-and-errors-2:{base.config.model_type}:{fingerprint}:{max_length}"
 
-    def encode(self, examples: Sequence[Example | str], adapter: Mapping[str, Tensor] | None = None) -> Tensor:
+    def encode(self, examples: Sequence[Example | str]) -> Tensor:
         """Read examples with the model.
 
         Args:
             examples: Texts, or prompts with their completions, which are read as one text.
-            adapter: A PEFT state dict of the LoRA in the model's slot "default", to read with it (the paper's
-                variant); the slot itself is not changed.
 
         Returns:
             ``[hidden state of the last token; mean over all tokens; mean prediction error]`` of the last layer,
@@ -82,21 +78,17 @@ class HiddenStateEncoder:
             move for the example to become more likely, whatever the adapter is that moves them.
 
         Raises:
-            LoraFactoryError: When an example is empty, or the adapter does not fit the model's slot.
+            LoraFactoryError: When an example is empty, or the tokenizer has no token for it.
         """
         texts = [example if isinstance(example, str) else example.prompt + example.completion for example in examples]
         _refuse_empty(texts)
         if not texts:
             return torch.empty(0, self.width)
-        weights = {} if adapter is None else self._backbone_weights(adapter)
-        with frozen(self.model), without_adapters(self.model) if adapter is None else nullcontext():
-            batches = [
-                self._read(texts[start : start + self.batch_size], weights)
-                for start in range(0, len(texts), self.batch_size)
-            ]
-        return torch.cat(batches)
+        starts = range(0, len(texts), self.batch_size)
+        with frozen(self.model), without_adapters(self.model):
+            return torch.cat([self._read(texts[start : start + self.batch_size]) for start in starts])
 
-    def _read(self, texts: Sequence[str], weights: dict[str, Tensor]) -> Tensor:
+    def _read(self, texts: Sequence[str]) -> Tensor:
         rows = [text_tokens(self.tokenizer, text, begins=True)[: self.max_length] for text in texts]
         if not all(rows):
             raise LoraFactoryError(
@@ -104,29 +96,10 @@ class HiddenStateEncoder:
                 "write it in characters that it knows"
             )
         inputs = pad_tokens(rows, next(self._backbone.parameters()).device)
-        outputs = torch.func.functional_call(self._backbone, weights, kwargs={**inputs, "use_cache": False})
-        hidden, mask = outputs.last_hidden_state.float(), inputs["attention_mask"]
-        last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1]
-        error = _prediction_error(hidden[:, :-1], inputs["input_ids"][:, 1:], mask[:, 1:], self._head)
-        return torch.cat([last, masked_mean(hidden, mask), error], dim=-1).cpu()
-
-    def _backbone_weights(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapter's weights by the names of the backbone's parameters; a head's LoRA changes no hidden state."""
-        if not isinstance(self.model, PeftModel):
-            raise LoraFactoryError(
-                "adapter= needs a model with a LoRA slot; pass get_peft_model(base_model, layout.peft_config())"
-            )
-        unmerge(self.model)
-        slots = adapter_parameters(self.model)
-        wrong = [key for key in slots if key not in adapter or adapter[key].shape != slots[key].shape]
-        wrong += [key for key in adapter if key not in slots]
-        if wrong:
-            raise LoraFactoryError(
-                f"the adapter does not fit the model's LoRA slot: {len(wrong)} keys are missing, unknown or of "
-                f"another shape, first {wrong[0]!r}; attach one with get_peft_model(base_model, layout.peft_config())"
-            )
-        names = {id(parameter): name for name, parameter in self._backbone.named_parameters()}
-        return {names[id(slot)]: adapter[key].to(slot) for key, slot in slots.items() if id(slot) in names}
+        hidden = self._backbone(**inputs, use_cache=False).last_hidden_state.float()
+        mask, embeddings = inputs["attention_mask"], self._head.weight.float()
+        logits = (states @ embeddings.T for states in hidden[:, :-1])
+        return _summary(hidden, mask, logits, inputs["input_ids"][:, 1:], mask[:, 1:], embeddings)
 
 
 def task_vector(features: Tensor) -> Tensor:
@@ -142,16 +115,24 @@ def task_vector(features: Tensor) -> Tensor:
     return features.mean(dim=0)
 
 
-def _prediction_error(hidden: Tensor, targets: Tensor, mask: Tensor, head: nn.Module) -> Tensor:
-    """Mean over tokens of ``e(target) - sum_v p(v) e(v)``, e being the rows of the output embedding, ``(n, width)``.
+def _summary(
+    hidden: Tensor, mask: Tensor, logits: Iterable[Tensor], targets: Tensor, scored: Tensor, embeddings: Tensor
+) -> Tensor:
+    """Join last state, mean state and mean prediction error to a vector per example: ``(n, 3 * width)``, on the CPU.
 
-    One example at a time, since probabilities over a vocabulary are large.
+    Args:
+        hidden: Shape ``(n, tokens, width)``.
+        mask: The tokens whose states count, shape ``(n, tokens)``.
+        logits: For each example those that predict ``targets``; one at a time, since they are large.
+        targets: Token ids that are predicted.
+        scored: Those of ``targets`` whose error counts.
+        embeddings: Rows ``e`` of the output embedding; an error is ``e(target) - sum_v p(v) e(v)``.
     """
-    weight = head.get_parameter("weight").float()
-    errors = [
-        weight[ids] - (states @ weight.T).softmax(-1) @ weight for states, ids in zip(hidden, targets, strict=True)
-    ]
-    return masked_mean(torch.stack(errors), mask)
+    expected = torch.stack([row.float().softmax(-1) @ embeddings for row in logits])
+    error = masked_mean(embeddings[targets.clamp_min(0)] - expected, scored)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), (mask * places).argmax(1)]
+    return torch.cat([last, masked_mean(hidden, mask), error], dim=-1).cpu()
 
 
 def _weights_fingerprint(model: nn.Module) -> str:
@@ -195,12 +176,7 @@ def _read(base: Base, rows: Sequence[Any]) -> Tensor:
     if states is None:  # a decoder alone predicts the token that follows
         states, labels, logits = outputs.hidden_states, labels[:, 1:], logits[:, :-1]
     hidden, answered = states[-1].float()[:, : labels.shape[1]], labels != IGNORED
-    embeddings = base.model.get_output_embeddings().weight.float()
-    expected = torch.stack([row.float().softmax(-1) @ embeddings for row in logits])
-    error = masked_mean(embeddings[labels.clamp_min(0)] - expected, answered)
-    positions = torch.arange(labels.shape[1], device=labels.device)
-    last = hidden[torch.arange(len(hidden)), (answered * positions).argmax(1)]
-    return torch.cat([last, masked_mean(hidden, answered), error], dim=-1).cpu()
+    return _summary(hidden, answered, logits, labels, answered, base.model.get_output_embeddings().weight.float())
 
 
 FEATURE_EXAMPLES = 128  # training examples a task whose hidden states are computed

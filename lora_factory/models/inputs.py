@@ -11,8 +11,10 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example, ImageExample
@@ -66,18 +68,10 @@ def encode_sequences(
     return sequences
 
 
-def collate(batch: Sequence[TokenSequence], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def collate(batch: Sequence[TokenSequence], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     """Pad sequences on the right to the batch's longest; tensors of shape ``(batch, tokens)``."""
-    longest = max(len(sequence.tokens) for sequence in batch)
-
-    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
-    return {
-        "input_ids": padded([sequence.tokens for sequence in batch], pad_token_id),
-        "labels": padded([sequence.labels for sequence in batch], IGNORED),
-        "attention_mask": padded([[1] * len(sequence.tokens) for sequence in batch], 0),
-    }
+    inputs = pad_tokens([sequence.tokens for sequence in batch], device, pad_token_id)
+    return inputs | {"labels": padded([sequence.labels for sequence in batch], IGNORED, device)}
 
 
 def scored_tokens(batch: Sequence[TokenSequence]) -> int:
@@ -195,19 +189,24 @@ def frozen(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         model.train(training)
 
 
-def pad_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Pad token ids on the right to the longest row.
+def padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device, side: str = "right") -> Tensor:
+    """Integers padded to the longest row, on the right or on the left; shape ``(rows, longest)``."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side).to(device)
+
+
+def pad_tokens(
+    rows: Sequence[Sequence[int]], device: torch.device, pad_token_id: int = 0, side: str = "right"
+) -> dict[str, Tensor]:
+    """Token ids padded to the longest row, with the mask that leaves the padding out.
 
     Causal attention never looks right, and the mask covers the rest, so that any id serves as padding.
 
     Returns:
         ``input_ids`` and ``attention_mask``, shape ``(rows, tokens)``.
     """
-    longest = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device),
-    }
+    mask = padded([[1] * len(row) for row in rows], 0, device, side)
+    return {"input_ids": padded(rows, pad_token_id, device, side), "attention_mask": mask}
 
 
 class ModelInputs(Protocol):
@@ -238,11 +237,11 @@ class CausalInputs:
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, examples: Sequence[Any], arguments: CollectArguments) -> list[TokenSequence]:
-        """As ``sequences.encode_sequences``."""
+        """As `encode_sequences`."""
         return encode_sequences(self.tokenizer, _only(Example, examples), arguments)
 
     def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
-        """As ``sequences.collate``."""
+        """As `collate`."""
         return collate(rows, self.tokenizer.pad_token_id or 0, device)
 
 
@@ -270,11 +269,8 @@ class Seq2SeqInputs:
     def collate(self, rows: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` of the prompts, ``labels`` of the answers, padded on the right."""
         sources, answers = zip(*map(_split, rows), strict=True)
-        return {
-            "input_ids": _padded(sources, self.tokenizer.pad_token_id or 0, device),
-            "attention_mask": _padded([[1] * len(source) for source in sources], 0, device),
-            "labels": _padded(answers, IGNORED, device),
-        }
+        inputs = pad_tokens(sources, device, self.tokenizer.pad_token_id or 0)
+        return inputs | {"labels": padded(answers, IGNORED, device)}
 
 
 @dataclass(frozen=True)
@@ -315,7 +311,7 @@ class ImageInputs:
         inputs = self.questions([row.example for row in rows], device)
         answers = [_split(row)[1] for row in rows]
         if self.is_encoder_decoder:
-            return inputs | {"labels": _padded(answers, IGNORED, device)}
+            return inputs | {"labels": padded(answers, IGNORED, device)}
         return self._continued(inputs, answers)
 
     def questions(self, examples: Sequence[ImageExample], device: torch.device) -> dict[str, Tensor]:
@@ -357,10 +353,9 @@ class ImageInputs:
     def _continued(self, inputs: dict[str, Tensor], answers: Sequence[list[int]]) -> dict[str, Tensor]:
         """Prompts padded on the left, continued by their answers; what the answer's end needs is masked padding."""
         device, shape = inputs["input_ids"].device, inputs["input_ids"].shape
-        answer = _padded(answers, self.tokenizer.pad_token_id or 0, device)
-        mask = _padded([[1] * len(row) for row in answers], 0, device)
-        labels = torch.cat([torch.full(shape, IGNORED, device=device), answer.masked_fill(mask == 0, IGNORED)], 1)
-        tails = {"input_ids": answer, "attention_mask": mask}
+        tails = pad_tokens(answers, device, self.tokenizer.pad_token_id or 0)
+        answer = padded(answers, IGNORED, device)
+        labels = torch.cat([torch.full(shape, IGNORED, device=device), answer], 1)
         continued = {
             name: torch.cat([value, tails.get(name, torch.zeros_like(answer)).to(value.dtype)], 1)
             for name, value in inputs.items()
@@ -395,7 +390,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, length: int, 
 
 def positions(model: PreTrainedModel | PeftModel) -> int | None:
     """How many tokens a model has positions for, by its configuration; None where it does not say."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
@@ -440,8 +435,3 @@ def _split(row: TokenSequence) -> tuple[list[int], list[int]]:
     """Source and answer of a row, whose labels are ignored on the one and scored on the other."""
     asked = sum(label == IGNORED for label in row.labels)
     return row.tokens[:asked], row.tokens[asked:]
-
-
-def _padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], device=device)
