@@ -83,7 +83,6 @@ def compare(
         "budgets": {name: tokens // len(folds) for name, tokens in budgets.items()},
         "diagnostics": diagnostics,
         "curves": curves,
-        "ablations": [],
         **first,
     }
     check_reports(output_dir, "comparison.json")
