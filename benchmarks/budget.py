@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_factory import AdapterZoo
-from lora_factory.evaluation.comparison import score_task
 from lora_factory.evaluation.methods import MULTITASK
+from lora_factory.evaluation.perplexity import score_task
 from lora_factory.reporting.summary import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL, headroom
 from lora_factory.training.train import zoo_factory
 from lora_factory.utils.safe_files import read_json
@@ -56,7 +56,9 @@ def main() -> None:
         factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(COMPARE.multitask_rank))
         factory.slot.load(multitask_lora(known, base, options.domains, options.seed, seen, options.times))
         for task in (*seen, *unseen):
-            losses["longer", task.name] = score_task(factory, task, COMPARE).loss
+            window, tokens = COMPARE.window, COMPARE.max_tokens
+            score = score_task(factory.model, factory.tokenizer, task, window=window, max_tokens=tokens)
+            losses["longer", task.name] = score.loss
         for group, rows in (("seen", seen), ("unseen", unseen)):
             figures, of_fold = [], []
             for method in (MULTITASK, "longer", GENERATED, f"{GENERATED}{FROM_EXAMPLES}"):

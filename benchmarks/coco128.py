@@ -3,7 +3,7 @@
     LORA_FACTORY_SHARED=../shared python benchmarks/coco128.py
 
 Predictions are the annotated boxes, moved and resized at random, some dropped, some under another name, some of
-nothing. Ours go through ``detection.MeanAveragePrecision``, theirs through pycocotools on the annotation file itself.
+nothing. Ours go through ``mean_average_precision``, theirs through pycocotools on the annotation file itself.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lora_factory.evaluation.detection import Detection, MeanAveragePrecision
+from lora_factory.evaluation.detection import Detection, mean_average_precision
 from lora_factory.tasks.boxes import BINS, Box, boxes_to_text, text_to_boxes
 from lora_factory.tasks.coco_tasks import detection_tasks
 from lora_factory.tasks.image_sources import read_coco
@@ -45,7 +45,7 @@ def main() -> None:
     assert worst <= 0.5 + 1e-9
     for seed in range(3):
         found = perturbed(truth, list(coco.boxes), seed)
-        ours = MeanAveragePrecision().compute(predictions=list(found.values()), references=list(truth.values()))
+        ours = mean_average_precision(list(found.values()), list(truth.values()))
         theirs = with_pycocotools(annotations, found)
         difference = max(abs(ours[name] - theirs[name]) for name in theirs)
         figures = ", ".join(f"{name} {ours[name]:.6f}" for name in ("map", "map_50", "map_75"))

@@ -24,16 +24,15 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from detection_report import compare_detection, detection_table, write_detection_report
 from paper_recipe import paper_methods
 from tiny_models import tiny_florence
 
 from lora_factory import CollectArguments, Task, TrainArguments, collect_adapters, train_generator
 from lora_factory.collection.trainer import AdapterFactory
-from lora_factory.evaluation.detection_comparison import compare_detection, write_detection_report
 from lora_factory.models.inputs import ImageInputs, model_inputs
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.reporting.report import markdown_table
-from lora_factory.reporting.tables import detection_table
 from lora_factory.tasks.boxes import Box, boxes_to_text
 from lora_factory.tasks.examples import DETECTION_PROMPT, ImageExample
 from lora_factory.utils.files import atomic_folder

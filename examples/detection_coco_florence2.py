@@ -16,17 +16,16 @@ import random
 from pathlib import Path
 
 from accelerate import Accelerator
+from detection_report import compare_detection, detection_table, write_detection_report
 from paper_recipe import GENERATOR_EPOCHS, TEXT_ENCODER, paper_generator, paper_methods
 from PIL import Image, ImageDraw
 from tiny_models import tiny_florence, tiny_text_encoder
 
 from lora_factory import CollectArguments, collect_adapters, train_generator
 from lora_factory.collection.trainer import AdapterFactory
-from lora_factory.evaluation.detection_comparison import compare_detection, write_detection_report
 from lora_factory.models.inputs import model_inputs
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.reporting.report import markdown_table
-from lora_factory.reporting.tables import detection_table
 from lora_factory.tasks.coco_tasks import DESCRIPTIONS, detection_tasks
 from lora_factory.tasks.image_sources import ImageRows
 from lora_factory.tasks.task import Task

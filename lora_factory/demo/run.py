@@ -1,8 +1,7 @@
-"""The whole pipeline on an embedded real model and on real text of the running Python environment, offline."""
+"""Run the whole pipeline offline on an embedded real model and real text of the running Python environment."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -12,41 +11,42 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
-from tqdm.auto import tqdm
 
-from lora_factory._version import __version__
-from lora_factory.adapters.attach import AdapterSlot, attach_adapter
-from lora_factory.arguments import CollectArguments, DemoArguments, TrainArguments
+from lora_factory.arguments import CollectArguments, CompareArguments, DemoArguments, TrainArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.demo.corpus import build_corpus
-from lora_factory.evaluation.perplexity import TextScore, score_examples
+from lora_factory.evaluation.comparison import compare
+from lora_factory.evaluation.fold import Fold
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.embedded import EMBEDDED_BASE_MODEL, embedded_base_model
 from lora_factory.models.loading import load_base_model
-from lora_factory.reporting.summary import headroom
+from lora_factory.reporting.report import terminal_tables
+from lora_factory.reporting.summary import (
+    ANOTHER_TASK,
+    GENERATED,
+    GIBBERISH,
+    ORIGINAL_LORA,
+    ORIGINAL_MODEL,
+    UNIFORM_SOUP,
+    headroom,
+)
 from lora_factory.tasks.task import Task
-from lora_factory.training.train import train_generator
-from lora_factory.utils.cache import CellLog
+from lora_factory.training.train import train_generator, training_history
 from lora_factory.utils.files import write_json
 from lora_factory.utils.folders import GENERATOR, check_folder, check_reports
 from lora_factory.utils.paths import local_path
-from lora_factory.utils.versions import LIBRARIES
+from lora_factory.utils.versions import versions
 from lora_factory.zoo.store import AdapterZoo
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-METHODS = ("original model", "original LoRA", "uniform Model Soup", "generated")
+METHODS = (ORIGINAL_MODEL, ORIGINAL_LORA, UNIFORM_SOUP, GENERATED, f"{GENERATED}{ANOTHER_TASK}", GIBBERISH)
+_FIGURES = ("loss", "tokens", "characters", "perplexity", "bits_per_character")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ FAST = DemoSize(
 
 @dataclass
 class DemoRun:
-    """The state that the stages share: where results go and how long each stage took."""
+    """What the stages share: the output folder, the base model, and how many seconds each stage took."""
 
     folder: Path
     base_model: str
@@ -103,19 +103,20 @@ class DemoRun:
 
 
 def run_demo(arguments: DemoArguments) -> dict[str, Any]:
-    """Collect, train, generate and evaluate; continues where an interrupted run of the same folder stopped.
+    """Collect, train, generate and compare; continues where an interrupted run of the same folder stopped.
 
     Args:
         arguments: Output folder, base model and whether to make the short tour.
 
     Returns:
-        What ``results.json`` in the output folder says: scores by method and task, headroom, seconds, versions.
+        The content of ``results.json``: scores by method and task, headroom, seconds, versions. The output folder
+        holds ``comparison.json`` as well.
     """
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     size = FAST if arguments.fast else FULL
     folder = local_path(arguments.output_dir) / ("fast" if arguments.fast else "full")
-    check_reports(folder, "cells.jsonl", "results.json")
+    check_reports(folder, "cells.jsonl", "comparison.json", "results.json")
     check_folder(folder / "generator", GENERATOR, overwrite=True)
     start = time.perf_counter()
     base_model = arguments.base_model or str(embedded_base_model())
@@ -125,15 +126,32 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         seen, unseen = build_corpus(folder / "tasks", seen=size.seen_tasks)
     with run.stage("collect"):
         zoo = _collect(run, seen, folder / "zoo")
-        unseen_zoo = _collect(run, [unseen], folder / "unseen-zoo")
+        originals = _collect(run, [unseen], folder / "unseen-zoo")
     with run.stage("train"):
         generator = _trained_generator(run, zoo)
     with run.stage("generate"):
-        adapters = _generate(generator, [*seen, unseen], folder / "adapters")
+        for task in (*seen, unseen):
+            generator.save_adapter(task.descriptions[0], folder / "adapters" / task.name, overwrite=True)
     with run.stage("evaluate"):
-        scores, sample = _evaluate(run, zoo, unseen_zoo, adapters, seen, unseen)
-    results = _results(run, scores, sample, unseen.name)
+        history = training_history(folder / "generator")
+        fold = Fold(tuple(seen), (unseen,), zoo, originals, generator, history=history)
+        settings = CompareArguments(max_tokens=size.test_tokens)
+        comparison = compare(fold, run.base_model, folder, settings, methods=METHODS)
+        sample = _sample(run, unseen)
+    results = {
+        "base_model": run.base_model_name,
+        "unseen_task": unseen.name,
+        "scores": _scores(comparison),
+        "sample": sample,
+        "seconds": {**run.seconds, "all": round(sum(run.seconds.values()), 1)},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "settings": {"collect": asdict(size.collect), "train": asdict(size.train)},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), **versions()},
+    }
     write_json(folder / "results.json", results)
+    for table in terminal_tables(comparison):
+        console.print(table)
     _show(console, results, run, unseen)
     return results
 
@@ -154,120 +172,38 @@ def _trained_generator(run: DemoRun, zoo: AdapterZoo) -> CVAELoRAGenerator:
     return CVAELoRAGenerator.from_pretrained(folder)  # the same bits as a later run will load
 
 
-def _generate(generator: CVAELoRAGenerator, tasks: Sequence[Task], folder: Path) -> dict[str, torch.Tensor]:
-    """Write each task's adapter from its first description; vectors of shape ``(D,)`` by task name."""
-    vectors = {}
-    for task in tasks:
-        generator.save_adapter(task.descriptions[0], folder / task.name, overwrite=True)
-        vectors[task.name] = generator.layout.flatten(generator.generate_state_dict(task.descriptions[0]))
-    return vectors
-
-
-def _evaluate(
-    run: DemoRun,
-    zoo: AdapterZoo,
-    unseen_zoo: AdapterZoo,
-    generated: Mapping[str, torch.Tensor],
-    seen: Sequence[Task],
-    unseen: Task,
-) -> tuple[dict[str, dict[str, TextScore]], dict[str, str]]:
-    """Score every method on every task's test split; finished cells of an interrupted run are read back."""
-    model, tokenizer = load_base_model(run.base_model, dtype=run.size.collect.dtype)
-    soup = torch.stack([zoo.snapshots(name).mean(0) for name in zoo.tasks]).mean(0)
-    layout = zoo.layout
-    slot = AdapterSlot(attach_adapter(model, layout, layout.unflatten(soup)), layout)
-    cells = CellLog(run.folder / "cells.jsonl")
-    tasks = [*seen, unseen]
-    scores: dict[str, dict[str, TextScore]] = {method: {} for method in METHODS}
-    bar = tqdm(total=len(tasks) * len(METHODS), desc="evaluate", unit="cell")
-    for task in tasks:
-        source = unseen_zoo if task is unseen else zoo
-        adapters = {
-            "original model": torch.zeros(layout.size),
-            "original LoRA": source.final(task.name, source.runs(task.name)[-1]),
-            "uniform Model Soup": soup,
-            "generated": generated[task.name],
-        }
-        for method, vector in adapters.items():
-            facts = _facts(run, task, vector)
-            slot.load(vector)
-            cell = cells.get_or_compute(facts, partial(_score, slot.model, tokenizer, task, run.size))
-            scores[method][task.name] = TextScore(cell["loss"], cell["tokens"], cell["characters"])
-            bar.update()
-    bar.close()
-    slot.load(generated[unseen.name])
-    return scores, _sample(slot, tokenizer, unseen)
-
-
-def _facts(run: DemoRun, task: Task, vector: torch.Tensor) -> dict[str, Any]:
-    """What a score depends on."""
-    return {
-        "task": task.name,
-        "data": task.fingerprint(),
-        "base_model": run.base_model_name,
-        "weights": hashlib.sha256(vector.contiguous().numpy().tobytes()).hexdigest(),
-        "test_tokens": run.size.test_tokens,
-    }
-
-
-def _score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: DemoSize) -> dict[str, float]:
-    test = task.examples("test")
-    return score_examples(model, tokenizer, test, window=256, stride=192, max_tokens=size.test_tokens).to_dict()
-
-
-def _sample(slot: AdapterSlot, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, str]:
-    """How the base model and the generated adapter of the unseen task continue the same real beginning."""
+def _sample(run: DemoRun, task: Task) -> dict[str, str]:
+    """Continue the beginning of a test document of the unseen task with the base model and with its generated LoRA."""
+    base, tokenizer = load_base_model(run.base_model, dtype=run.size.collect.dtype)
+    model = PeftModel.from_pretrained(base, run.folder / "adapters" / task.name)
     beginning = tokenizer(task.examples("test")[0].completion).input_ids[:24]
     inputs = torch.tensor([beginning])
 
     def continued() -> str:
-        output = slot.model.generate(
+        output = model.generate(
             input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=40, do_sample=False
         )
         return str(tokenizer.decode(output[0, len(beginning) :]))
 
-    with slot.disabled():
+    with model.disable_adapter():
         before = continued()
     return {"task": task.name, "beginning": str(tokenizer.decode(beginning)), "before": before, "after": continued()}
 
 
-def _results(
-    run: DemoRun, scores: Mapping[str, Mapping[str, TextScore]], sample: Mapping[str, str], unseen: str
-) -> dict[str, Any]:
-    base, original = scores["original model"], scores["original LoRA"]
-    return {
-        "base_model": run.base_model_name,
-        "unseen_task": unseen,
-        "scores": {
-            method: {
-                task: {**score.to_dict(), "headroom": _headroom(base[task].loss, score.loss, original[task].loss)}
-                for task, score in row.items()
-            }
-            for method, row in scores.items()
-        },
-        "sample": dict(sample),
-        "seconds": {**run.seconds, "all": round(sum(run.seconds.values()), 1)},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "settings": {"collect": asdict(run.size.collect), "train": asdict(run.size.train)},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "lora-factory": __version__,
-            **{name: version(name) for name in LIBRARIES},
-        },
-    }
-
-
-def _headroom(base: float, adapter: float, original: float) -> float | None:
-    """Headroom as JSON has it: None where the original LoRA gains nothing."""
-    share = headroom(base, adapter, original)
-    return None if math.isnan(share) else share
+def _scores(comparison: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The figures of every cell with its headroom, by method and task; None where there is no figure."""
+    cells = {(cell["method"], cell["task"]): cell for cell in comparison["cells"]}
+    scores: dict[str, dict[str, dict[str, float | None]]] = {method: {} for method in comparison["methods"]}
+    for (method, task), cell in cells.items():
+        losses = [cells[name, task]["loss"] for name in (ORIGINAL_MODEL, method, ORIGINAL_LORA)]
+        share = math.nan if None in losses else headroom(*losses)
+        scores[method][task] = {name: cell.get(name) for name in _FIGURES}
+        scores[method][task]["headroom"] = None if math.isnan(share) else share
+    return scores
 
 
 def _show(console: Console, results: Mapping[str, Any], run: DemoRun, unseen: Task) -> None:
-    """Print the table, what it says in words, the text sample and what to try next."""
-    console.print(_table(results))
-    console.print(verdict(results), highlight=False)
+    """Print the text sample, the times and what to try next."""
     sample = results["sample"]
     console.print(f"\n[bold]The unseen task, {sample['task']}[/bold]: the same beginning, continued")
     for label in ("beginning", "before", "after"):
@@ -288,45 +224,3 @@ def next_commands(run: DemoRun, unseen: Task) -> list[str]:
         f"evaluate --adapter my-adapter --base-model {base} --tasks {folder['tasks/unseen.yaml']} --max-tokens 2000",
         f"train --zoo {folder['zoo']} --decoder conv1d --output-dir paper-generator",
     ]
-
-
-def _table(results: Mapping[str, Any]) -> Table:
-    title = "Test split: perplexity (PPL), bits per character (BPC), headroom recovered"
-    table = Table(title=f"{title}; {results['base_model']}")
-    tasks = list(results["scores"]["generated"])
-    table.add_column("", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for task in tasks:
-        note = "\n(unseen)" if task == results["unseen_task"] else ""
-        table.add_column(task.replace("_", "\n") + note, justify="right")
-    columns = (
-        ("PPL", "perplexity", "{:.2f}"),
-        ("BPC", "bits_per_character", "{:.3f}"),
-        ("headroom", "headroom", "{:.2f}"),
-    )
-    for title, key, form in columns:
-        for method, row in results["scores"].items():
-            values = [row[task][key] for task in tasks]
-            table.add_row(title, method, *("-" if value is None else form.format(value) for value in values))
-        table.add_section()
-    return table
-
-
-def verdict(results: Mapping[str, Any]) -> str:
-    """The table in words: the least recovered seen task, and whether the unseen one beats base model and soup."""
-    scores, unseen = results["scores"], results["unseen_task"]
-    shares = {task: row["headroom"] for task, row in scores["generated"].items() if task != unseen}
-    seen = {task: share for task, share in shares.items() if share is not None}
-    worst = min(seen, key=lambda task: seen[task], default=None)
-    recovered = (
-        f"generated adapters recover at least {seen[worst]:.0%} of the original LoRA's headroom ({worst})"
-        if worst is not None
-        else "no original LoRA gains anything, so there is no headroom to recover"
-    )
-    losses = {method: row[unseen]["loss"] for method, row in scores.items()}
-    base = "beats" if losses["generated"] < losses["original model"] else "DOES NOT BEAT"
-    soup = "beats" if losses["generated"] < losses["uniform Model Soup"] else "does not beat"
-    return (
-        f"Seen tasks: {recovered}.\n"
-        f"Unseen task {unseen}, from its description alone: {base} the original model, {soup} the uniform Model Soup."
-    )

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import Distribution, distributions
+from importlib.resources import files
 from importlib.util import find_spec
 from inspect import cleandoc
 from pathlib import Path
+
+import yaml
 
 UNSEEN_KIND = "type_stubs"
 _MAX_FILE_BYTES = 300_000  # larger files are tables or generated
@@ -170,115 +173,17 @@ def _package_files(packages: Sequence[str], *patterns: str, skipped: Iterable[st
             yield from _files(Path(root), package, patterns, skipped)
 
 
-KINDS: tuple[TextKind, ...] = (
-    TextKind(
-        "python_code",
-        (
-            "Python source code of library modules: imports, functions, classes and comments.",
-            "Write ordinary Python program code the way the standard library does.",
-            "Implementation files in the Python programming language (.py).",
-            "Continue a Python module with working function bodies and class definitions.",
-            "Code in Python that implements general-purpose library features.",
-        ),
-        _python_code,
-    ),
-    TextKind(
-        "cpp_headers",
-        (
-            "C++ header files: include guards, namespaces, templates, class and function declarations.",
-            "Write declarations for a C++ library, as found in .h files.",
-            "Headers of a C++ tensor library with templates, macros and inline functions.",
-            "Continue a .h file written in modern C++.",
-            "C and C++ interface code: #include lines, structs and member functions.",
-        ),
-        _cpp_headers,
-    ),
-    TextKind(
-        "licences",
-        (
-            "Software licence texts: permissions, conditions, warranty disclaimers and limits of liability.",
-            "Write the legal terms under which a program may be copied and distributed.",
-            "Open-source licence agreements and copyright notices.",
-            "Legal prose in English that grants rights to use, modify and redistribute software.",
-            "Continue a LICENSE file with clauses about redistribution and liability.",
-        ),
-        _licences,
-    ),
-    TextKind(
-        "reference_docs",
-        (
-            "Reference documentation of a programming language: its syntax and semantics, explained in prose.",
-            "Write a chapter of the language manual that explains statements, expressions and data types.",
-            "Formal explanations of Python's grammar and execution rules, in the style of a language reference.",
-            "Manual pages about how the language works, with grammar rules and footnotes.",
-            "Continue a help topic that describes a keyword or an operator in detail.",
-        ),
-        _reference_docs,
-    ),
-    TextKind(
-        "unit_tests",
-        (
-            "Unit tests: short test functions that assert what a mathematical or data library returns.",
-            "Write pytest cases that check results with assert statements.",
-            "Test suites with functions named test_ and many assertions.",
-            "Automated regression tests which compare computed values with the expected ones.",
-            "Continue a test_*.py file with more assertions.",
-        ),
-        _unit_tests,
-    ),
-    TextKind(
-        "package_readmes",
-        (
-            "README pages of software packages: what the project does, how to install it and how to start.",
-            "Write the Markdown project description shown on a package index.",
-            "Introductions to open-source projects with badges, features, installation and usage.",
-            "Continue a README.md that presents a library to new users.",
-            "Marketing and getting-started text of published packages, with links and command lines.",
-        ),
-        _package_readmes,
-    ),
-    TextKind(
-        "cython",
-        (
-            "Cython code: typed extension modules with cdef classes and C declarations.",
-            "Write .pyx and .pxd files that bind C++ libraries for use from an interpreter.",
-            "Extension modules in Cython with cdef, cimport and nogil blocks.",
-            "Continue a Cython source file that wraps native functions and memory.",
-            "Bindings between C++ and an interpreted language, written in Cython syntax.",
-        ),
-        _cython,
-    ),
-    TextKind(
-        "api_docstrings",
-        (
-            "API documentation in NumPy's docstring style: Parameters, Returns, Notes and Examples sections.",
-            "Write the documentation of a scientific function with its parameters and return values.",
-            "Structured docstrings with underlined section headings and typed argument lists.",
-            "Continue the description of a numerical routine: arguments, shapes, results and notes.",
-            "Help texts of functions for arrays, tables and graphs, section by section.",
-        ),
-        _api_docstrings,
-    ),
-    TextKind(
-        "interactive_sessions",
-        (
-            "Interactive interpreter sessions: lines typed at the >>> prompt and the results printed below.",
-            "Write doctest examples of symbolic mathematics with their output.",
-            "Transcripts of a console in which expressions are entered and evaluated one by one.",
-            "Continue a session at the prompt that simplifies, integrates and solves formulas.",
-            "Prompt and answer examples from a computer algebra system.",
-        ),
-        _interactive_sessions,
-    ),
-    TextKind(
-        UNSEEN_KIND,
-        (
-            "Type stub files (.pyi): annotated signatures of Python functions and classes without bodies.",
-            "Write Python type hints for a library: overloads, type variables and ellipsis bodies.",
-            "Stubs that declare the argument and return types of a Python module for a type checker.",
-            "Continue a .pyi file with class and function signatures.",
-            "Static typing declarations for Python packages, all bodies replaced by three dots.",
-        ),
-        _type_stubs,
-    ),
-)
+_FINDERS: dict[str, Callable[[], Iterable[Candidate]]] = {
+    "python_code": _python_code,
+    "cpp_headers": _cpp_headers,
+    "licences": _licences,
+    "reference_docs": _reference_docs,
+    "unit_tests": _unit_tests,
+    "package_readmes": _package_readmes,
+    "cython": _cython,
+    "api_docstrings": _api_docstrings,
+    "interactive_sessions": _interactive_sessions,
+    UNSEEN_KIND: _type_stubs,
+}
+_DESCRIPTIONS = yaml.safe_load(files("lora_factory.demo").joinpath("descriptions.yaml").read_text(encoding="utf-8"))
+KINDS = tuple(TextKind(name, tuple(_DESCRIPTIONS[name]), find) for name, find in _FINDERS.items())

@@ -12,8 +12,8 @@ __getattr__, __dir__, __all__ = lazy(
         "baselines": "uniform_soup greedy_soup Retrieval PcaRidge",
         "comparison": "compare",
         "cond_p_diff": "CondPDiff",
-        "detection": "Detection detect score_detections",
+        "detection": "Detection detect mean_average_precision score_detections",
         "fold": "Fold",
-        "perplexity": "TextScore evaluate_adapters score_examples",
+        "perplexity": "TextScore evaluate_adapters score_examples score_task",
     },
 )

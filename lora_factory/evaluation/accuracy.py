@@ -1,147 +1,22 @@
-"""Metrics in the manner of Hugging Face `evaluate`, and how often a model gives the right answer.
-
-The classes have the methods of `evaluate.Metric` without being one: importing `evaluate` takes a second or more, each
-of its metrics makes a folder in the user's cache, even when it keeps everything in memory, and `evaluate.load` needs
-the network.
-"""
+"""The share of a task's test examples that a causal language model answers right."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation.perplexity import TextScore
 from lora_factory.models.generate import end_tokens, greedy_answers, read_answer
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 
-Prediction = TypeVar("Prediction")
-Reference = TypeVar("Reference")
-
-
-class Metric(ABC, Generic[Prediction, Reference]):
-    """Collects predictions with their references until `compute` turns them into figures and starts afresh."""
-
-    def __init__(self) -> None:
-        self._pairs: list[tuple[Prediction, Reference]] = []
-
-    def add(self, *, prediction: Prediction, reference: Reference) -> None:
-        """Add one prediction and its reference."""
-        self.add_batch(predictions=[prediction], references=[reference])
-
-    def add_batch(self, *, predictions: Sequence[Prediction], references: Sequence[Reference]) -> None:
-        """Add predictions and their references, in the same order.
-
-        Raises:
-            LoraFactoryError: When there are more of the one than of the other.
-        """
-        if len(predictions) != len(references):
-            raise LoraFactoryError(
-                f"{len(predictions)} predictions and {len(references)} references; give one reference a prediction"
-            )
-        self._pairs.extend(zip(predictions, references, strict=True))
-
-    def compute(
-        self, *, predictions: Sequence[Prediction] = (), references: Sequence[Reference] = ()
-    ) -> dict[str, float]:
-        """The metric over all that was added, and over what is given here; afterwards nothing is left.
-
-        Raises:
-            LoraFactoryError: When there is nothing to compute it from, or a value is out of range or not finite.
-        """
-        self.add_batch(predictions=predictions, references=references)
-        pairs, self._pairs = self._pairs, []
-        if not pairs:
-            raise LoraFactoryError(f"{type(self).__name__} has no predictions; call add_batch before compute")
-        return self._compute(pairs)
-
-    @abstractmethod
-    def _compute(self, pairs: Sequence[tuple[Prediction, Reference]]) -> dict[str, float]:
-        """The figures of at least one pair."""
-
-
-class Perplexity(Metric[float, int]):
-    """``exp`` of the mean negative log-likelihood; every token counts the same, in whatever text it stands.
-
-    Predictions are texts' summed negative log-likelihoods in nats, references their numbers of scored tokens.
-    """
-
-    def _compute(self, pairs: Sequence[tuple[float, int]]) -> dict[str, float]:
-        total, tokens = _totals(pairs, "tokens")
-        return {"perplexity": TextScore(loss=total / tokens, tokens=tokens, characters=0).perplexity}
-
-
-class BitsPerCharacter(Metric[float, int]):
-    """Total bits over total characters, which is comparable between tokenizers.
-
-    Predictions are texts' summed negative log-likelihoods in nats, references their numbers of characters.
-    """
-
-    def _compute(self, pairs: Sequence[tuple[float, int]]) -> dict[str, float]:
-        total, characters = _totals(pairs, "characters")
-        return {"bits_per_character": total / (characters * math.log(2))}
-
-
-class ExactMatch(Metric[str, str]):
-    """The share of texts that equal their references, blanks around them aside.
-
-    Args:
-        ignore_case: Whether upper and lower case count as the same.
-    """
-
-    def __init__(self, *, ignore_case: bool = False) -> None:
-        super().__init__()
-        self.ignore_case = ignore_case
-
-    def _compute(self, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-        matches = sum(self._plain(prediction) == self._plain(reference) for prediction, reference in pairs)
-        return {"exact_match": matches / len(pairs)}
-
-    def _plain(self, text: str) -> str:
-        return text.strip().casefold() if self.ignore_case else text.strip()
-
-
-class ChoiceScore(NamedTuple):
-    """The total log-likelihood of one possible answer, in nats, and its length in characters."""
-
-    log_likelihood: float
-    length: int = 1
-
-
-class MultipleChoice(Metric[Sequence[ChoiceScore], int]):
-    """The share of questions whose right answer is the likeliest of the choices.
-
-    Predictions are the scores of a question's choices, references the index of the right one; of equally likely
-    choices, the first one is taken.
-
-    Args:
-        normalised: Whether log-likelihoods are divided by the answers' lengths, so that long answers are not at a
-            disadvantage: lm-evaluation-harness' `acc_norm`; without it, its `acc`.
-    """
-
-    def __init__(self, *, normalised: bool = False) -> None:
-        super().__init__()
-        self.normalised = normalised
-
-    def _compute(self, pairs: Sequence[tuple[Sequence[ChoiceScore], int]]) -> dict[str, float]:
-        right = sum(self._chosen(scores, answer) == answer for scores, answer in pairs)
-        return {"accuracy": right / len(pairs)}
-
-    def _chosen(self, scores: Sequence[ChoiceScore], answer: int) -> int:
-        if len(scores) < 2 or not 0 <= answer < len(scores) or any(length < 1 for _, length in scores):
-            raise LoraFactoryError(f"reference={answer}, {scores}: give two or more choices with lengths from 1 up")
-        values = [value / length if self.normalised else value for value, length in scores]
-        if not all(map(math.isfinite, values)):
-            raise LoraFactoryError(f"the log-likelihoods {values} must be finite; check the model and its adapter")
-        return max(range(len(values)), key=values.__getitem__)
+Result = TypeVar("Result")
 
 
 def task_accuracy(
@@ -223,19 +98,16 @@ def completion_accuracy(
         max_new_tokens = 2 + max(len(_answer_tokens(tokenizer, example.completion)) for example in examples)
     if max_new_tokens < 1:
         raise LoraFactoryError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    prompts = [_prompt_tokens(tokenizer, example, max_new_tokens, window, chat_template) for example in examples]
-    metric = ExactMatch()
-    # Longest first: alike lengths together need little padding, and too large a batch fails at once.
-    order = sorted(range(len(examples)), key=lambda number: len(prompts[number]), reverse=True)
-    with frozen(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            references = [examples[number].completion for number in batch]
-            answers = greedy_answers(
-                model, tokenizer, [prompts[number] for number in batch], references, max_new_tokens
-            )
-            metric.add_batch(predictions=answers, references=references)
-    return metric.compute()["exact_match"]
+    limit = max_new_tokens
+    prompts = [_prompt_tokens(tokenizer, example, limit, window, chat_template) for example in examples]
+
+    def answer(batch: list[int]) -> Sequence[str]:
+        references = [examples[number].completion for number in batch]
+        return greedy_answers(model, tokenizer, [prompts[number] for number in batch], references, limit)
+
+    answers = _in_batches(model, [len(prompt) for prompt in prompts], batch_size, answer)
+    pairs = zip(answers, examples, strict=True)
+    return sum(answer.strip() == example.completion.strip() for answer, example in pairs) / len(examples)
 
 
 def choice_accuracy(
@@ -275,27 +147,38 @@ def choice_accuracy(
         for example, offered in zip(examples, questions, strict=True)
         for choice in offered
     ]
-    losses: dict[int, float] = {}
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number].tokens), reverse=True)
+    lengths = [len(text.tokens) for text in texts]
+    losses = iter(
+        _in_batches(
+            model, lengths, batch_size, lambda batch: negative_log_likelihoods(model, [texts[i] for i in batch])
+        )
+    )
+    right = 0
+    for example, offered in zip(examples, questions, strict=True):
+        values = [-next(losses) / (len(choice) if normalised else 1) for choice in offered]
+        if not all(map(math.isfinite, values)):
+            raise LoraFactoryError(f"the log-likelihoods {values} must be finite; check the model and its adapter")
+        right += values.index(max(values)) == offered.index(example.completion.strip())
+    return right / len(examples)
+
+
+def _in_batches(
+    model: PreTrainedModel | PeftModel,
+    lengths: Sequence[int],
+    batch_size: int,
+    compute: Callable[[list[int]], Sequence[Result]],
+) -> list[Result]:
+    """Apply ``compute`` to batches of indices into ``lengths``; returns one result per index, in index order.
+
+    The longest texts come first: similar lengths together need little padding, and too large a batch fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    results: dict[int, Result] = {}
     with frozen(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            found = negative_log_likelihoods(model, [texts[number] for number in batch])
-            losses.update(zip(batch, found, strict=True))
-    metric = MultipleChoice(normalised=normalised)
-    numbers = iter(range(len(texts)))
-    for example, offered in zip(examples, questions, strict=True):
-        scores = [ChoiceScore(-losses[next(numbers)], len(choice)) for choice in offered]
-        metric.add(prediction=scores, reference=offered.index(example.completion.strip()))
-    return metric.compute()["accuracy"]
-
-
-def _totals(pairs: Sequence[tuple[float, int]], unit: str) -> tuple[float, int]:
-    """Summed negative log-likelihoods and summed counts."""
-    for loss, count in pairs:
-        if not math.isfinite(loss) or count < 1:
-            raise LoraFactoryError(f"a loss of {loss} over {count} {unit}; give a finite sum over at least one")
-    return math.fsum(loss for loss, _ in pairs), sum(count for _, count in pairs)
+            results.update(zip(batch, compute(batch), strict=True))
+    return [results[number] for number in range(len(lengths))]
 
 
 def _check(examples: Sequence[Example], batch_size: int) -> None:

@@ -1,34 +1,32 @@
-"""The generator beside everything it must beat: tasks, methods and seeds on the same held-out text, in one slot."""
+"""Score the generator and every baseline and control on the test splits of seen and unseen tasks."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lora_factory._version import __version__
 from lora_factory.arguments import CompareArguments
-from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation.accuracy import task_accuracy
+from lora_factory.evaluation.diagnostics import diagnose, points, storage
 from lora_factory.evaluation.fold import Fold
-from lora_factory.evaluation.methods import Contenders
-from lora_factory.evaluation.perplexity import TextScore, score_examples
+from lora_factory.evaluation.methods import ComparedMethods
+from lora_factory.evaluation.perplexity import score_task
 from lora_factory.reporting.summary import GENERATED
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.cache import CellLog
 from lora_factory.utils.files import write_json
 from lora_factory.utils.folders import COMPARISON_FILES, check_reports
-from lora_factory.utils.versions import LIBRARIES
+from lora_factory.utils.versions import versions
 
 
 def compare(
@@ -36,22 +34,27 @@ def compare(
     base_model: str | Path,
     output_dir: str | Path,
     arguments: CompareArguments | None = None,
+    *,
+    methods: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Score every method on every task of every fold; an interrupted comparison repeats no finished cell.
+    """Score methods on every task of every fold; an interrupted comparison repeats no finished cell.
+
+    A cell is the result of one method on one task with one seed.
 
     Args:
         folds: Tasks, zoo and generator; several of them to leave out other tasks, or for other seeds.
         base_model: Hub id or folder of the base model.
         output_dir: Folder of the cells, of what had to be trained for the baselines, and of ``comparison.json``.
         arguments: Seeds and sizes.
+        methods: Names of the methods to score; diagnostics, storage and points are left out then. Default: all.
 
     Returns:
-        What ``comparison.json`` says: cells, budgets (a fold and seed), diagnostics, storage, curves and points, see
-        ``report.py``. Storage and points are those of the first fold.
+        The content of ``comparison.json``: cells, budgets per fold and seed, diagnostics, storage, curves and points,
+        for ``report.py``. Storage and points are those of the first fold.
 
     Raises:
-        LoraFactoryError: When a fold does not hold together, the data of a task cannot be used (nothing is scored
-            then), or an adapter does not fit the base model.
+        LoraFactoryError: When a fold is not consistent, the data of a task cannot be used (nothing is scored then), an
+            adapter does not fit the base model, or a name is not that of a method.
     """
     arguments, output_dir = arguments or CompareArguments(), check_reports(output_dir, *COMPARISON_FILES)
     folds = [folds] if isinstance(folds, Fold) else list(folds)
@@ -63,22 +66,26 @@ def compare(
     diagnostics, curves, budgets = [], {}, Counter[str]()
     first: dict[str, Any] = {}
     for fold in folds:
-        contenders = Contenders(fold, base_model, output_dir, arguments)
-        cells += _cells(fold, contenders, arguments, log)
-        diagnostics.append(contenders.diagnostics())
-        budgets.update(contenders.budgets())
+        compared = ComparedMethods(fold, base_model, output_dir, arguments)
+        if unknown := sorted(set(methods) - compared.methods.keys()):
+            raise LoraFactoryError(f"methods names {unknown}; choose among {', '.join(compared.methods)}")
+        names = [name for name in compared.methods if name in methods or not methods]
+        cells += _cells(compared, names, log)
+        budgets.update({name: tokens for name, tokens in compared.budgets().items() if name in names})
+        if not methods:
+            diagnostics.append(diagnose(compared))
         if fold.history:
-            curves[f"generator, fold {fold.number}, seed {contenders.seeds[0]}"] = [
+            curves[f"generator, fold {fold.number}, seed {compared.seeds[0]}"] = [
                 {name: value for name, value in row.items() if name != "tokens"} for row in fold.history
             ]
         first = first or {
-            "methods": list(contenders.methods),
-            "storage": contenders.storage(),
-            "points": contenders.points(),
+            "methods": names,
+            "storage": [] if methods else storage(compared),
+            "points": {} if methods else points(compared),
         }
     comparison = {
         "base_model": folds[0].zoo.layout.base_model,
-        "created_with": {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}},
+        "created_with": versions(),
         "seeds": sorted({cell["seed"] for cell in cells}),
         "folds": [list(names) for names in dict.fromkeys(tuple(task.name for task in fold.unseen) for fold in folds)],
         "settings": asdict(arguments),
@@ -86,7 +93,6 @@ def compare(
         "budgets": {name: tokens // len(folds) for name, tokens in budgets.items()},
         "diagnostics": diagnostics,
         "curves": curves,
-        "ablations": [],
         **first,
     }
     check_reports(output_dir, "comparison.json")
@@ -94,19 +100,16 @@ def compare(
     return comparison
 
 
-def _cells(fold: Fold, contenders: Contenders, arguments: CompareArguments, log: CellLog) -> Iterator[dict[str, Any]]:
-    """Every method on every task for every seed.
+def _cells(compared: ComparedMethods, names: Sequence[str], log: CellLog) -> Iterator[dict[str, Any]]:
+    """Score the named methods on every task for every seed.
 
-    A cell whose metric is not a number says so; it is not kept, and so tried again by the next comparison.
+    A cell whose loss is not finite holds the reason instead. It is not written to the log, so that the next
+    comparison tries it again.
     """
-    wanted = [
-        (seed, task, method)
-        for seed in contenders.seeds
-        for task in (*fold.seen, *fold.unseen)
-        for method in contenders.methods
-    ]
-    settings = {name: value for name, value in asdict(arguments).items() if name != "seeds"}
-    if contenders.settings.chat_template:  # only then, so that other cells stay those of earlier comparisons
+    fold = compared.fold
+    wanted = [(seed, task, method) for seed in compared.seeds for task in fold.tasks for method in names]
+    settings = {name: value for name, value in asdict(compared.arguments).items() if name != "seeds"}
+    if compared.settings.chat_template:  # only then, so that other cells stay those of earlier comparisons
         settings["chat_template"] = True
     for seed, task, method in tqdm(wanted, desc="compare", unit="cell"):
         facts = {
@@ -119,48 +122,27 @@ def _cells(fold: Fold, contenders: Contenders, arguments: CompareArguments, log:
             "metric": [task.metric, *task.choices],
             "zoo": fold.zoo.fingerprint(),
             "settings": settings,
-            "generator": contenders.generator_fingerprint if method.startswith(GENERATED) else None,
+            "generator": compared.generator_fingerprint if method.startswith(GENERATED) else None,
         }
         try:
-            cell = log.get_or_compute(facts, partial(_scored, contenders, task, seed, method, arguments))
+            cell = log.get_or_compute(facts, partial(_scored, compared, task, seed, method))
         except ArithmeticError as error:
             warnings.warn(f"{task.name}, {method}, seed {seed}: {error}", stacklevel=2)
             cell = {**facts, "loss": None, "error": str(error)}
         yield cell
 
 
-def score_task(
-    factory: AdapterFactory, task: Task, arguments: CompareArguments, *, chat_template: bool = False
-) -> TextScore:
-    """How well the adapter in a factory's slot predicts a task's test split, as every cell of a comparison has it."""
-    return score_examples(
-        factory.model,
-        factory.tokenizer,
-        task.examples("test"),
-        window=arguments.window,
-        stride=arguments.window * 3 // 4,
-        max_tokens=arguments.max_tokens,
-        chat_template=chat_template,
-    )
-
-
-def _scored(contenders: Contenders, task: Task, seed: int, method: str, arguments: CompareArguments) -> dict[str, Any]:
+def _scored(compared: ComparedMethods, task: Task, seed: int, method: str) -> dict[str, Any]:
     """The figures of one cell.
 
     Raises:
         ArithmeticError: When the loss is not a finite number.
     """
-    factory = contenders.factory_of(method)
-    factory.slot.load(contenders.methods[method](task, seed))
-    score = score_task(factory, task, arguments, chat_template=contenders.settings.chat_template)
+    factory, arguments = compared.factory_of(method), compared.arguments
+    factory.slot.load(compared.methods[method](task, seed))
+    options: Any = {"window": arguments.window, "chat_template": compared.settings.chat_template}
+    score = score_task(factory.model, factory.tokenizer, task, max_tokens=arguments.max_tokens, **options)
     if not math.isfinite(score.loss):
         raise ArithmeticError(f"the loss is {score.loss}")
-    accuracy = task_accuracy(
-        factory.model,
-        factory.tokenizer,
-        task,
-        max_examples=arguments.max_examples,
-        window=arguments.window,
-        chat_template=contenders.settings.chat_template,
-    )
+    accuracy = task_accuracy(factory.model, factory.tokenizer, task, max_examples=arguments.max_examples, **options)
     return {**score.to_dict(), "accuracy": accuracy, "error": None}

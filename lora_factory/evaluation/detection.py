@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation.accuracy import Metric
 from lora_factory.models.inputs import ImageInputs, frozen
 from lora_factory.tasks.boxes import Box, text_to_boxes
 from lora_factory.tasks.examples import ImageExample
@@ -34,53 +33,63 @@ class Detection(NamedTuple):
     score: float
 
 
-class MeanAveragePrecision(Metric[Sequence[Detection], Sequence[tuple[str, Box]]]):
-    """COCO's mean average precision, overall and for each label, as pycocotools computes it.
+def mean_average_precision(
+    found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[tuple[str, Box]]]
+) -> dict[str, float]:
+    """COCO's mean average precision, overall and per label, as pycocotools computes it.
 
-    A prediction is the list of an image's detections, a reference that of its (label, box) pairs. ``map`` is the mean
-    over intersections over union of 0.5 to 0.95, ``map_50`` and ``map_75`` are those at 0.5 and 0.75; ``map_50/dog``
-    is one label's. Detections of a label that no reference has change nothing, as COCO has it.
+    Args:
+        found: The detections of every image. Those of a label that no image in ``truth`` has change nothing, as in
+            COCO.
+        truth: The annotated ``(label, box)`` pairs of every image, in the order of ``found``.
+
+    Returns:
+        ``map``, the mean over intersections over union of 0.5 to 0.95; ``map_50`` and ``map_75`` at 0.5 and 0.75; and
+        each of them per label, for example ``map_50/dog``.
+
+    Raises:
+        LoraFactoryError: When the numbers of images differ, no image has a box, or torchmetrics is not installed.
     """
-
-    def _compute(self, pairs: Sequence[tuple[Sequence[Detection], Sequence[tuple[str, Box]]]]) -> dict[str, float]:
-        try:
-            from torchmetrics.detection import MeanAveragePrecision as Backend
-        except ImportError as error:
-            raise LoraFactoryError(
-                f"mean average precision needs {error.name}: pip install 'lora-factory[images]'"
-            ) from error
-        labels = sorted({label for _, truth in pairs for label, _ in truth})
-        if not labels:
-            raise LoraFactoryError(f"no box in {len(pairs)} references; mean average precision needs one")
-        number = {label: index for index, label in enumerate(labels)}
-        backend = Backend(
-            box_format="xyxy",
-            backend="faster_coco_eval",
-            extended_summary=True,
-            # pycocotools' own; the defaults are rounded to 32 bits, which moves a recall of 0.8 below its threshold
-            iou_thresholds=numpy.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=numpy.linspace(0.0, 1.0, 101).tolist(),
-        )
-        for found, truth in pairs:
-            known = [one for one in found if one.label in number]
-            prediction = {
-                "boxes": torch.tensor([one.box for one in known], dtype=torch.float64).reshape(-1, 4),
-                "scores": torch.tensor([one.score for one in known], dtype=torch.float64),
-                "labels": torch.tensor([number[one.label] for one in known], dtype=torch.long),
-            }
-            reference = {
-                "boxes": torch.tensor([box for _, box in truth], dtype=torch.float64).reshape(-1, 4),
-                "labels": torch.tensor([number[label] for label, _ in truth], dtype=torch.long),
-            }
-            backend.update([prediction], [reference])
-        result = backend.compute()
-        figures = {name: float(result[name]) for name in ("map", "map_50", "map_75")}
-        for index, label in enumerate(labels):
-            precision = result["precision"][:, :, index, 0, -1]  # all areas, at most 100 detections an image
-            figures[f"map/{label}"] = float(precision.mean())
-            figures[f"map_50/{label}"] = float(precision[_IOU_50].mean())
-            figures[f"map_75/{label}"] = float(precision[_IOU_75].mean())
-        return figures
+    if len(found) != len(truth):
+        raise LoraFactoryError(f"{len(found)} predictions and {len(truth)} references; give one reference per image")
+    try:
+        from torchmetrics.detection import MeanAveragePrecision as Backend
+    except ImportError as error:
+        raise LoraFactoryError(
+            f"mean average precision needs {error.name}: pip install 'lora-factory[images]'"
+        ) from error
+    labels = sorted({label for row in truth for label, _ in row})
+    if not labels:
+        raise LoraFactoryError(f"no box in {len(truth)} references; mean average precision needs one")
+    number = {label: index for index, label in enumerate(labels)}
+    backend = Backend(
+        box_format="xyxy",
+        backend="faster_coco_eval",
+        extended_summary=True,
+        # pycocotools' own; the defaults are rounded to 32 bits, which moves a recall of 0.8 below its threshold
+        iou_thresholds=numpy.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=numpy.linspace(0.0, 1.0, 101).tolist(),
+    )
+    for boxes, row in zip(found, truth, strict=True):
+        known = [one for one in boxes if one.label in number]
+        prediction = {
+            "boxes": torch.tensor([one.box for one in known], dtype=torch.float64).reshape(-1, 4),
+            "scores": torch.tensor([one.score for one in known], dtype=torch.float64),
+            "labels": torch.tensor([number[one.label] for one in known], dtype=torch.long),
+        }
+        reference = {
+            "boxes": torch.tensor([box for _, box in row], dtype=torch.float64).reshape(-1, 4),
+            "labels": torch.tensor([number[label] for label, _ in row], dtype=torch.long),
+        }
+        backend.update([prediction], [reference])
+    result = backend.compute()
+    figures = {name: float(result[name]) for name in ("map", "map_50", "map_75")}
+    for index, label in enumerate(labels):
+        precision = result["precision"][:, :, index, 0, -1]  # all areas, at most 100 detections an image
+        figures[f"map/{label}"] = float(precision.mean())
+        figures[f"map_50/{label}"] = float(precision[_IOU_50].mean())
+        figures[f"map_75/{label}"] = float(precision[_IOU_75].mean())
+    return figures
 
 
 def detect(
@@ -129,9 +138,8 @@ def detect(
 
 
 def score_detections(found: Sequence[Sequence[Detection]], examples: Sequence[ImageExample]) -> dict[str, float]:
-    """The mean average precision of what was found on detection examples; see `MeanAveragePrecision`."""
-    truth = [[(example.label, box) for box in example.boxes] for example in examples]
-    return MeanAveragePrecision().compute(predictions=found, references=truth)
+    """The mean average precision of detections on examples with annotated boxes; see `mean_average_precision`."""
+    return mean_average_precision(found, [[(example.label, box) for box in example.boxes] for example in examples])
 
 
 def _read_boxes(

@@ -1,4 +1,4 @@
-"""What one comparison is about: tasks seen and unseen, their adapters, and the generator."""
+"""The tasks, zoos and generator that one comparison runs on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lora_factory.zoo.store import AdapterZoo
 
 @dataclass(frozen=True)
 class Fold:
-    """What one comparison is about.
+    """The tasks, zoos and generator that one comparison runs on.
 
     Attributes:
         seen: Tasks of the zoo that generator and baselines were made from.
-        unseen: Tasks of which neither text, checkpoint nor description was in it.
+        unseen: Tasks of which the zoo holds no checkpoint and no description.
         zoo: The seen tasks' adapters.
-        originals: The unseen tasks' own adapters: the unit of their headroom, shown to no method.
+        originals: LoRAs fine-tuned on the unseen tasks: headroom is measured in their gain, no method reads them.
         generator: The generator trained on ``zoo``.
         number: The fold's number in a series of them.
         seeds: Seeds to compare for this fold alone, where every seed has a zoo and a generator of its own.
@@ -36,7 +36,7 @@ class Fold:
     history: Sequence[Mapping[str, float]] = ()
 
     def __post_init__(self) -> None:
-        """Check that nothing unseen was seen."""
+        """Check that no unseen task is in the zoo, and that the generator was trained on the zoo."""
         if {task.name for task in self.seen} != set(self.zoo.tasks):
             raise LoraFactoryError(
                 f"the seen tasks {sorted(task.name for task in self.seen)} are not the zoo's: {self.zoo.tasks}; "
@@ -52,3 +52,8 @@ class Fold:
             )
         if self.unseen and self.originals is None:
             raise LoraFactoryError("unseen tasks need their own LoRAs as a unit; collect them into a zoo of their own")
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The seen tasks, then the unseen ones."""
+        return (*self.seen, *self.unseen)

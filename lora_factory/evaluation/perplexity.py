@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,6 +119,20 @@ def score_examples(
     return TextScore(loss=total / tokens, tokens=tokens, characters=characters)
 
 
+def score_task(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    window: int = 512,
+    max_tokens: int | None = None,
+    chat_template: bool = False,
+) -> TextScore:
+    """Score a task's test split in windows that overlap by a quarter; see :func:`score_examples`."""
+    options: Any = {"window": window, "stride": window * 3 // 4, "max_tokens": max_tokens}
+    return score_examples(model, tokenizer, task.examples("test"), chat_template=chat_template, **options)
+
+
 def evaluate_adapters(
     adapters: Sequence[str | Path],
     tasks: Sequence[Task],
@@ -165,18 +179,11 @@ def evaluate_adapters(
 
     def score(name: str, model: PreTrainedModel | PeftModel) -> dict[str, TextScore]:
         row = {}
+        options: Any = {"window": window, "max_tokens": max_tokens, "chat_template": chat_template}
         for task in tasks:
             if progress:
                 progress(f"scoring {name} on {task.name}")
-            row[task.name] = score_examples(
-                model,
-                tokenizer,
-                task.examples("test"),
-                window=window,
-                stride=window * 3 // 4,
-                max_tokens=max_tokens,
-                chat_template=chat_template,
-            )
+            row[task.name] = score_task(model, tokenizer, task, **options)
         return row
 
     scores = {"base model": score("base model", model)}

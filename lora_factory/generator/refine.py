@@ -1,4 +1,4 @@
-"""From generated weights to better ones by a user's own examples: a few cross-validated steps, or best of several."""
+"""Fine-tune generated weights on a user's own examples: a few cross-validated steps."""
 
 from __future__ import annotations
 
@@ -100,28 +100,6 @@ def refine_state_dict(
         settings = replace(settings, sequence_length=limit)
     sequences = base.inputs.encode([*map(as_example, as_examples(examples))], settings)
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
-
-
-@torch.no_grad()
-def best_of(base: Base, adapters: Tensor, sequences: Sequence[TokenSequence]) -> tuple[Tensor, list[float]]:
-    """The adapter with the lowest loss on a user's examples.
-
-    Args:
-        base: The frozen base model, its tokenizer and the layout.
-        adapters: Candidates of shape ``(n, D)``.
-        sequences: The examples, as ``base.inputs`` encodes them.
-
-    Returns:
-        The best one, shape ``(D,)``, and the loss of each in nats a token.
-
-    Raises:
-        LoraFactoryError: When no candidate has a finite loss.
-    """
-    with without_adapters(base.model):
-        losses = torch.stack([query_loss(base, adapter[None], [sequences]) for adapter in adapters])
-    if not torch.isfinite(losses).any():
-        raise LoraFactoryError(f"none of {len(adapters)} adapters has a finite loss on the examples; check them")
-    return adapters[losses.nan_to_num(torch.inf).argmin()], losses.tolist()
 
 
 def _left_out(

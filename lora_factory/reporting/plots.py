@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from statistics import fmean
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 5.0  # inches of 72 SVG points: narrow, so that letters stay readable on a phone
-_INK, _FAINT, _PAPER = "#1f2428", "#c9d1d9", "#fdfefe"  # what the dark rendering exchanges
-_DARK = {_INK: "#e6e9ec", _FAINT: "#3b434b", _PAPER: "#16191d"}
+INK, _FAINT, PAPER = "#1f2428", "#c9d1d9", "#fdfefe"  # what the dark rendering exchanges
+_DARK = {INK: "#e6e9ec", _FAINT: "#3b434b", PAPER: "#16191d"}
 # Middle tones that stand out from white and from near-black, and from each other for most colour-blind readers.
-_COLOURS = ("#1f83c4", "#d9822b", "#2a9d6e", "#c2569b", "#8a6fd1", "#b5942b", "#d2504a", "#7d8894")
+COLOURS = ("#1f83c4", "#d9822b", "#2a9d6e", "#c2569b", "#8a6fd1", "#b5942b", "#d2504a", "#7d8894")
 _MARKERS = ("o", "s", "^", "D", "v")
 _LEFT_END, _RIGHT_END = -0.6, 1.4  # headrooms beyond are drawn at the edge, with their number
 
@@ -66,60 +66,26 @@ def draw_plots(comparison: Mapping[str, Any], summaries: Sequence[MethodSummary]
     Raises:
         LoraFactoryError: If matplotlib or scikit-learn is missing.
     """
-    _check_extra()
-    from matplotlib import rc_context
-
-    # Letters stay letters, and the same numbers give the same bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
+    with svg_settings():
         return [
             *_headroom_plot(summaries),
             *_point_plots(comparison.get("points", {})),
             *_curve_plots(comparison.get("curves", {})),
-            *_ablation_plots(comparison.get("ablations", [])),
         ]
 
 
-def draw_detections(methods: Sequence[str], pictures: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Draw the boxes that every method found, side by side (the paper's Figure 4); no picture, no plot.
-
-    Args:
-        methods: The columns.
-        pictures: The rows, as ``detection_comparison.compare_detection`` makes them.
+@contextmanager
+def svg_settings() -> Iterator[None]:
+    """Have matplotlib write text as SVG text, and the same bytes for the same numbers.
 
     Raises:
         LoraFactoryError: If matplotlib or scikit-learn is missing.
     """
     _check_extra()
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from PIL import Image
 
-    if not pictures:
-        return []
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
-        figure = Figure((1.8 * len(methods), 1.9 * len(pictures)), layout="constrained", facecolor="none")
-        panels = figure.subplots(len(pictures), len(methods), squeeze=False)
-        for row, picture in zip(panels, pictures, strict=True):
-            image = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])), formats=("JPEG",))
-            row[0].set_ylabel(_short(picture["task"]), color=_INK, fontsize=9)
-            for axes, method in zip(row, methods, strict=True):
-                axes.imshow(image)
-                axes.set(xticks=[], yticks=[])
-                for box in picture["truth"]:
-                    _rectangle(axes, box, image.size, _COLOURS[2], "--")
-                for one in picture["found"][method]:
-                    _rectangle(
-                        axes,
-                        one["box"],
-                        image.size,
-                        _COLOURS[1],
-                        "-",
-                        f"{_short(one['label'], 12)} {one['score']:.2f}",
-                    )
-        for axes, method in zip(panels[0], methods, strict=True):
-            axes.set_title(_short(method), color=_INK, fontsize=9)
-        caption = "Boxes that each method found, with its certainty (solid), and those of the annotation (dashed)."
-        return [_plot(figure, "Boxes", caption)]
+        yield
 
 
 def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.ndarray, str]:
@@ -160,16 +126,18 @@ def _check_extra() -> None:
 def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
     figure, (axes,) = _figure(0.9 + 0.36 * len(summaries))
     for end in (0, 1):
-        axes.axvline(end, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
-    blue, orange = _COLOURS[:2]
-    for offset, group, colour, face in ((-0.18, "seen", blue, blue), (0.18, "unseen", orange, _PAPER)):
+        axes.axvline(end, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+    blue, orange = COLOURS[:2]
+    for offset, group, colour, face in ((-0.18, "seen", blue, blue), (0.18, "unseen", orange, PAPER)):
         for row, summary in enumerate(summaries):
             found = summary.groups[group]
             if found:
                 _interval(axes, row + offset, found.headroom, colour, face)
     axes.set_xlim(_LEFT_END - 0.05, _RIGHT_END + 0.05)
     axes.set_ylim(len(summaries) - 0.4, -0.6)
-    axes.set_yticks(range(len(summaries)), ["\n".join(wrap(_short(summary.method, 48), 25)) for summary in summaries])
+    axes.set_yticks(
+        range(len(summaries)), ["\n".join(wrap(shortened(summary.method, 48), 25)) for summary in summaries]
+    )
     axes.set_xticks([0, 1], ["0\noriginal model", "1\noriginal LoRA"])
     axes.grid(axis="y", color=_FAINT, linewidth=0.5)
     _legend(figure, [_Entry("seen tasks", "o", blue), _Entry("unseen tasks", "o", orange, hollow=True)])
@@ -177,18 +145,7 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
         "Share of the gain of each task's own LoRA that a method recovers, with bootstrap 95 % intervals. "
         "Triangles stand for values beyond the edge. The table below gives the same numbers."
     )
-    return [_plot(figure, "Headroom per method", caption)]
-
-
-def _rectangle(
-    axes: Axes, box: Sequence[float], size: tuple[int, int], colour: str, style: str, words: str = ""
-) -> None:
-    from matplotlib.patches import Rectangle
-
-    left, top, right, bottom = (share * length for share, length in zip(box, size * 2, strict=True))
-    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linestyle=style))
-    if words:
-        axes.text(left, top, words, fontsize=6, color=_PAPER, va="bottom", bbox={"pad": 0.6, "color": colour})
+    return [render(figure, "Headroom per method", caption)]
 
 
 def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: str) -> None:
@@ -212,7 +169,7 @@ def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: 
         va="center",
         ha="left" if left else "right",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -238,7 +195,7 @@ def _point_plots(points: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
         labels, kinds = ([found[key][index] for index in kept] for key in ("labels", "kinds"))
         left_out = len(found["rows"]) - len(kept)
         words += f" {left_out} points that are not finite are left out." if left_out else ""
-        plots.append(_plot(_scatter(places, labels, kinds), f"{title} ({method})", words + _reading(method)))
+        plots.append(render(_scatter(places, labels, kinds), f"{title} ({method})", words + _reading(method)))
     return plots
 
 
@@ -269,9 +226,9 @@ def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) ->
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(True)
-    entries = [_Entry(_short(task, 16), *looks[task]) for task in tasks]
+    entries = [_Entry(shortened(task, 16), *looks[task]) for task in tasks]
     if len(kind_names) > 1:
-        entries += [_Entry(f"({kind})", "o", _INK, hollow=order > 0) for order, kind in enumerate(kind_names)]
+        entries += [_Entry(f"({kind})", "o", INK, hollow=order > 0) for order, kind in enumerate(kind_names)]
     _legend(figure, entries)
     return figure
 
@@ -297,37 +254,10 @@ def _curve_plots(curves: Mapping[str, Sequence[Mapping[str, float | None]]]) -> 
             axes.set_ylabel(quantity)
             axes.grid(axis="y", color=_FAINT, linewidth=0.5)
         panels[-1].set_xlabel("training step")
-        _legend(figure, [_Entry(_short(name.partition(",")[2] or name), "_", looks[name][1]) for name in runs], 3)
+        _legend(figure, [_Entry(shortened(name.partition(",")[2] or name), "_", looks[name][1]) for name in runs], 3)
         plots.append(
-            _plot(figure, f"Loss curves: {model}", "Training losses by step; gaps are values that were not finite.")
+            render(figure, f"Loss curves: {model}", "Training losses by step; gaps are values that were not finite.")
         )
-    return plots
-
-
-def _ablation_plots(ablations: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Headroom by value, one line a method, one plot a parameter."""
-    plots = []
-    for parameter in dict.fromkeys(run["parameter"] for run in ablations):
-        runs = [run for run in ablations if run["parameter"] == parameter and run["headroom"] is not None]
-        values = list(dict.fromkeys(run["value"] for run in runs))
-        methods = list(dict.fromkeys(run["method"] for run in runs))
-        if len(values) < 2:
-            continue
-        figure, (axes,) = _figure(3.0)
-        looks = _looks(methods)
-        for method, (marker, colour) in looks.items():
-            found = {
-                value: [run["headroom"] for run in runs if (run["method"], run["value"]) == (method, value)]
-                for value in values
-            }
-            heights = [fmean(found[value]) if found[value] else math.nan for value in values]
-            axes.plot(range(len(values)), heights, marker + "-", color=colour, linewidth=1.3, markersize=5)
-        axes.set_xticks(range(len(values)), [_short(str(value), 12) for value in values])
-        axes.set_xlabel(_short(parameter))
-        axes.set_ylabel("headroom")
-        axes.grid(axis="y", color=_FAINT, linewidth=0.5)
-        _legend(figure, [_Entry(_short(method), *looks[method]) for method in methods], 2)
-        plots.append(_plot(figure, f"Ablation: {parameter}", "Mean headroom over tasks and runs by value."))
     return plots
 
 
@@ -338,10 +268,10 @@ def _line(rows: Sequence[Mapping[str, float | None]], *keys: str) -> list[list[f
 
 def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """A marker and a colour for every name; five markers and eight colours make 40 different pairs."""
-    return dict(zip(names, zip(cycle(_MARKERS), cycle(_COLOURS), strict=False), strict=False))
+    return dict(zip(names, zip(cycle(_MARKERS), cycle(COLOURS), strict=False), strict=False))
 
 
-def _short(text: str, length: int = 28) -> str:
+def shortened(text: str, length: int = 28) -> str:
     """Printable text of at most this many characters."""
     text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
@@ -355,9 +285,9 @@ def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     rows = figure.subplots(panels, sharex=True, squeeze=False)[:, 0].tolist()
     for axes in rows:
         axes.set_facecolor("none")
-        axes.tick_params(which="both", colors=_INK, labelsize=10, length=0)
-        axes.xaxis.label.set(color=_INK, size=10)
-        axes.yaxis.label.set(color=_INK, size=10)
+        axes.tick_params(which="both", colors=INK, labelsize=10, length=0)
+        axes.xaxis.label.set(color=INK, size=10)
+        axes.yaxis.label.set(color=INK, size=10)
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(_FAINT)
@@ -381,20 +311,20 @@ def _legend(figure: Figure, entries: Sequence[_Entry], columns: int = 3) -> None
         ncols=columns,
         frameon=False,
         fontsize=10,
-        labelcolor=_INK,
+        labelcolor=INK,
         handletextpad=0,
         columnspacing=1,
     )
 
 
-def _plot(figure: Figure, title: str, caption: str) -> Plot:
+def render(figure: Figure, title: str, caption: str) -> Plot:
     """Render once; the dark rendering differs in a few colours only."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     light = dark = buffer.getvalue()
     for colour, exchanged in _DARK.items():
         dark = dark.replace(colour, exchanged)
-    return Plot(_short(title, 80), caption, _data_uri(light), _data_uri(dark))
+    return Plot(shortened(title, 80), caption, _data_uri(light), _data_uri(dark))
 
 
 def _data_uri(svg: str) -> str:

@@ -15,9 +15,9 @@ from rich.box import SIMPLE
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_factory.reporting.plots import draw_detections, draw_plots
+from lora_factory.reporting.plots import draw_plots
 from lora_factory.reporting.summary import Finding, findings, summarise
-from lora_factory.reporting.tables import Table, comparison_tables, detection_table
+from lora_factory.reporting.tables import Table, comparison_tables
 from lora_factory.utils.files import write_text
 from lora_factory.utils.folders import check_reports
 from lora_factory.utils.printable import printable
@@ -60,19 +60,16 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     """One HTML page with the findings, every table and the plots; it requests nothing from anywhere.
 
     Args:
-        comparison: What ``comparison.compare`` returns; with ``detection``, what ``compare_detection`` returns, its
-            table and boxes are shown as well.
+        comparison: What ``comparison.compare`` returns.
 
     Raises:
         LoraFactoryError: If the extra ``report`` is not installed.
     """
-    detection = comparison.get("detection")
-    pictures = draw_detections(detection["methods"], detection["pictures"]) if detection else []
     return render_page(
         base_model=printable(comparison["base_model"]),
         findings=[Finding(printable(finding.text), finding.warning) for finding in findings(comparison)],
-        tables=[*comparison_tables(comparison), *([detection_table(detection)] if detection else [])],
-        plots=[*draw_plots(comparison, summarise(comparison)), *pictures],
+        tables=comparison_tables(comparison),
+        plots=draw_plots(comparison, summarise(comparison)),
         seeds=", ".join(map(str, comparison["seeds"])),
         folds=[", ".join(map(printable, fold)) for fold in comparison["folds"]],
         versions=", ".join(f"{printable(name)} {printable(it)}" for name, it in comparison["created_with"].items()),

@@ -32,6 +32,8 @@ def headroom(base_loss: float, adapter_loss: float, original_loss: float) -> flo
 GENERATED = "generated"
 FROM_EXAMPLES = " from examples"  # how the name of what is conditioned on examples ends, instead of on a text
 ANOTHER_TASK = ", another task"
+GIBBERISH = f"{GENERATED}, gibberish"
+UNIFORM_SOUP = "uniform soup"
 ORIGINAL_MODEL = "original model"
 ORIGINAL_LORA = "original LoRA"
 ORIGINALS = frozenset({ORIGINAL_LORA, "original LoRA, best"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean
@@ -74,29 +74,6 @@ class Table:
         return [(group, len(list(columns))) for group, columns in groupby(self.columns, lambda column: column.group)]
 
 
-def detection_table(result: Mapping[str, Any]) -> Table:
-    """Table 1's layout: a row a method, mAP50 and mAP75 of every task.
-
-    Args:
-        result: What ``detection_comparison.compare_detection`` returns.
-    """
-    cells = {(cell["method"], cell["task"]): cell for cell in result["cells"]}
-    columns, best = [Column("method")], set[tuple[int, int]]()
-    rows: list[list[str]] = [[method] for method in result["methods"]]
-    for task in result["tasks"]:
-        group = f"{task} (unseen)" if task in result["unseen"] else task
-        for heading, key in (("mAP50", "map_50"), ("mAP75", "map_75")):
-            columns.append(Column(heading, group))
-            values = [cells[method, task][key] for method in result["methods"]]
-            best |= {(row, len(columns) - 1) for row, value in enumerate(values) if value == max(values)}
-            for row, value in zip(rows, values, strict=True):
-                row.append(f"{value:.3f}")
-    images = ", ".join(f"{task} {count}" for task, count in result["images"].items())
-    note = f"COCO's average precision at an overlap of 0.5 and 0.75 on test images ({images})."
-    title = f"Detection on {result['base_model']}"
-    return _printable(Table(title, note, tuple(columns), tuple(map(tuple, rows)), frozenset(best)))
-
-
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     """Every table that has rows, in the order of reading, in plain printable text."""
     tables = [
@@ -104,7 +81,6 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
         _steering_table(steering_margins(comparison)),
         *(_task_table(comparison, group) for group in reversed(GROUPS)),
         _storage_table(comparison.get("storage", [])),
-        *_ablation_tables(comparison.get("ablations", [])),
         _diagnostics_table(comparison.get("diagnostics", [])),
         _failure_table(comparison),
     ]
@@ -215,28 +191,6 @@ def _storage_table(storage: Sequence[Mapping[str, Any]]) -> Table:
         tuple(map(Column, ("What", "Size", "Share"))),
         tuple(rows),
     )
-
-
-def _ablation_tables(ablations: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """One table a parameter: headroom by value, method and task, as in the paper's Tables 4 and 5."""
-    for parameter in dict.fromkeys(run["parameter"] for run in ablations):
-        runs = [run for run in ablations if run["parameter"] == parameter]
-        means = _means(((run["value"], run["method"], run["task"]), run["headroom"]) for run in runs)
-        columns = [
-            (method, task)
-            for method in dict.fromkeys(run["method"] for run in runs)
-            for task in sorted({run["task"] for run in runs if run["method"] == method})
-        ]
-        rows = [
-            (str(value), *(format_number(means.get((value, *column))) for column in columns))
-            for value in dict.fromkeys(run["value"] for run in runs)
-        ]
-        yield Table(
-            f"Ablation: {parameter}",
-            "Headroom; means over runs.",
-            (Column(parameter), *(Column(task, method) for method, task in columns)),
-            tuple(rows),
-        )
 
 
 def _diagnostics_table(diagnostics: Sequence[Mapping[str, Any]]) -> Table:

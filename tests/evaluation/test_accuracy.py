@@ -1,4 +1,4 @@
-"""Metric classes by hand-computed values; accuracies against a computation one token at a time."""
+"""Accuracies against a computation one token at a time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,8 @@ from transformers import (
 
 from lora_factory.adapters.attach import AdapterSlot
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation.accuracy import (
-    BitsPerCharacter,
-    ChoiceScore,
-    ExactMatch,
-    MultipleChoice,
-    Perplexity,
-    choice_accuracy,
-    completion_accuracy,
-    task_accuracy,
-)
-from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.evaluation import accuracy
+from lora_factory.evaluation.accuracy import choice_accuracy, completion_accuracy, task_accuracy
 from lora_factory.models.inputs import render_chat
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
@@ -123,79 +114,10 @@ def answering(pico_model_folder) -> Setup:
     return Setup(model.eval(), tokenizer)
 
 
-def test_perplexity_and_bits_per_character_weigh_every_token_the_same(pico_model, pico_tokenizer) -> None:
-    examples = [Example("", "The old man reads a letter."), Example("Who?", " x")]
-    scores = [score_examples(pico_model, pico_tokenizer, [example]) for example in examples]
-    both = score_examples(pico_model, pico_tokenizer, examples)
-    losses = [score.loss * score.tokens for score in scores]
-    perplexity, bits = Perplexity(), BitsPerCharacter()
-    perplexity.add_batch(predictions=losses, references=[score.tokens for score in scores])
-    for loss, score in zip(losses, scores, strict=True):
-        bits.add(prediction=loss, reference=score.characters)
-    assert perplexity.compute() == {"perplexity": pytest.approx(both.perplexity, rel=1e-5)}
-    assert bits.compute() == {"bits_per_character": pytest.approx(both.bits_per_character, rel=1e-5)}
-
-
-def test_values_known_by_heart() -> None:
-    assert Perplexity().compute(predictions=[math.log(2), 3 * math.log(8)], references=[1, 3]) == {
-        "perplexity": pytest.approx(2 ** (10 / 4))
-    }
-    bits = BitsPerCharacter().compute(predictions=torch.tensor([math.log(2) * 6]), references=[3])
-    assert bits == {"bits_per_character": pytest.approx(2)}
-    assert Perplexity().compute(predictions=[1e6], references=[1]) == {"perplexity": math.inf}
-
-
-def test_exact_match_leaves_blanks_aside_and_case_if_asked() -> None:
-    pairs = {"predictions": [" yes\n", "Yes", "no", ""], "references": ["yes", "yes", "yes", " "]}
-    assert ExactMatch().compute(**pairs) == {"exact_match": 0.5}
-    assert ExactMatch(ignore_case=True).compute(**pairs) == {"exact_match": 0.75}
-
-
-def test_multiple_choice_by_total_or_by_character() -> None:
-    scores = [ChoiceScore(-3.0, 2), ChoiceScore(-4.0, 8), ChoiceScore(-4.5, 3)]
-    assert MultipleChoice().compute(predictions=[scores, scores], references=[0, 1]) == {"accuracy": 0.5}
-    assert MultipleChoice().compute(predictions=[scores], references=[0]) == {"accuracy": 1}
-    assert MultipleChoice(normalised=True).compute(predictions=[scores], references=[0]) == {"accuracy": 0}
-    assert MultipleChoice(normalised=True).compute(predictions=[scores], references=[1]) == {"accuracy": 1}
-
-
-def test_compute_covers_all_that_was_added_and_starts_afresh() -> None:
-    metric = ExactMatch()
-    metric.add_batch(predictions=["a", "b"], references=["a", "c"])
-    metric.add(prediction="d", reference="d")
-    assert metric.compute(predictions=["e"], references=["e"]) == {"exact_match": 0.75}
-    assert metric.compute(predictions=["e"], references=["f"]) == {"exact_match": 0}
-    with pytest.raises(LoraFactoryError, match="ExactMatch has no predictions; call add_batch"):
-        metric.compute()
-
-
-@pytest.mark.parametrize(
-    ("metric", "prediction", "reference", "says"),
-    [
-        (Perplexity(), math.nan, 3, "a loss of nan over 3 tokens"),
-        (Perplexity(), math.inf, 3, "a loss of inf over 3 tokens"),
-        (BitsPerCharacter(), 1.0, 0, "over 0 characters; give a finite sum over at least one"),
-        (
-            MultipleChoice(),
-            [ChoiceScore(math.nan), ChoiceScore(-1.0)],
-            1,
-            "nan, -1.0. must be finite; check the model",
-        ),
-        (MultipleChoice(), [ChoiceScore(-2.0), ChoiceScore(-1.0)], -1, "reference=-1, .*give two or more choices"),
-        (MultipleChoice(), [ChoiceScore(-2.0), ChoiceScore(-1.0)], 2, "reference=2, "),
-        (MultipleChoice(), [ChoiceScore(-2.0)], 0, "two or more"),
-        (MultipleChoice(normalised=True), [ChoiceScore(-2.0, 0), ChoiceScore(-1.0, 1)], 0, "lengths from 1 up"),
-    ],
-)
-def test_values_that_mean_nothing_are_refused(metric, prediction, reference, says) -> None:
-    metric.add(prediction=prediction, reference=reference)
-    with pytest.raises(LoraFactoryError, match=says):
-        metric.compute()
-
-
-def test_one_reference_a_prediction() -> None:
-    with pytest.raises(LoraFactoryError, match="2 predictions and 1 references"):
-        ExactMatch().add_batch(predictions=["a", "b"], references=["a"])
+def test_log_likelihoods_that_are_not_finite_are_refused(answering: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "negative_log_likelihoods", lambda _, windows: [math.nan] * len(windows))
+    with pytest.raises(LoraFactoryError, match=r"nan, nan.* must be finite; check the model"):
+        choice_accuracy(answering.model, answering.tokenizer, [Example("Fox?", " yes")], ("yes", "no"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])

@@ -18,11 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation import comparison
-from lora_factory.evaluation import methods as contenders
+from lora_factory.evaluation import comparison, diagnostics, methods
 from lora_factory.evaluation.comparison import compare
 from lora_factory.evaluation.fold import Fold
-from lora_factory.evaluation.methods import Contenders
+from lora_factory.evaluation.methods import ComparedMethods
 from lora_factory.evaluation.perplexity import score_examples
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.examples import Example
@@ -64,8 +63,8 @@ def fold(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path, pico
 
 @pytest.fixture(autouse=True)
 def short_diffusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = partial(contenders.train_cond_p_diff, autoencoder_steps=10, diffusion_steps=10)
-    monkeypatch.setattr(contenders, "train_cond_p_diff", short)
+    short = partial(methods.train_cond_p_diff, autoencoder_steps=10, diffusion_steps=10)
+    monkeypatch.setattr(methods, "train_cond_p_diff", short)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +99,8 @@ def test_finished_cells_are_not_repeated(
     def repeated(*_: object, **__: object) -> None:
         raise AssertionError("a finished cell was scored again")
 
-    monkeypatch.setattr(comparison, "score_examples", repeated)
-    monkeypatch.setattr(contenders, "train_multitask", repeated)
+    monkeypatch.setattr(comparison, "score_task", repeated)
+    monkeypatch.setattr(methods, "train_multitask", repeated)
     assert compare(fold, pico_model_folder, output, ARGUMENTS)["cells"] == first["cells"]
 
 
@@ -121,7 +120,7 @@ def test_a_zoo_larger_than_memory_is_compared_alike(
     for one, other in zip(held["cells"], stored["cells"], strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), one["method"]
     assert stored["points"]["weights"]["labels"] == held["points"]["weights"]["labels"]
-    monkeypatch.setattr(contenders, "SHOWN_BYTES", 0)
+    monkeypatch.setattr(diagnostics, "SHOWN_BYTES", 0)
     shown = compare(fold, pico_model_folder, output, ARGUMENTS)["points"]
     assert shown["weights"]["kinds"].count("real") == shown["latents"]["kinds"].count("posterior") == len(SEEN)
 
@@ -139,14 +138,14 @@ def only_rows(read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def test_a_nan_metric_fails_its_cell_and_not_the_run(
     fold: Fold, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score_examples, calls = comparison.score_examples, []
+    score_task, calls = comparison.score_task, []
 
     def sometimes_nan(*words: Any, **options: Any) -> Any:
-        score = score_examples(*words, **options)
+        score = score_task(*words, **options)
         calls.append(score)
         return dataclasses.replace(score, loss=float("nan")) if len(calls) == 3 else score
 
-    monkeypatch.setattr(comparison, "score_examples", sometimes_nan)
+    monkeypatch.setattr(comparison, "score_task", sometimes_nan)
     with pytest.warns(UserWarning, match="the loss is nan"):
         result = compare(fold, pico_model_folder, tmp_path, ARGUMENTS)
     failed = [cell for cell in result["cells"] if cell["loss"] is None]
@@ -182,15 +181,15 @@ def test_a_zoo_in_the_chat_template_is_compared_in_it(
 def test_no_method_depends_on_an_unseen_task(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
     poison = Task.from_examples("verse", ["zzz"], ["poison " * 40] * 4, ["poison"], ["poison"])
     poisoned = dataclasses.replace(fold, unseen=(poison,))
-    clean = Contenders(fold, pico_model_folder, tmp_path / "clean", ARGUMENTS)
-    dirty = Contenders(poisoned, pico_model_folder, tmp_path / "dirty", ARGUMENTS)
+    clean = ComparedMethods(fold, pico_model_folder, tmp_path / "clean", ARGUMENTS)
+    dirty = ComparedMethods(poisoned, pico_model_folder, tmp_path / "dirty", ARGUMENTS)
     for task in fold.seen:
         for name in clean.methods:
             assert torch.equal(clean.methods[name](task, 0), dirty.methods[name](task, 0)), (task.name, name)
     for way, rows in clean.features.items():
         dirty.features[way]["verse"] = rows["verse"]  # the same question, asked of what was fitted
     for name in clean.methods:
-        own = name.startswith("original LoRA") or "best of" in name  # its own LoRA or examples
+        own = name.startswith("original LoRA")  # its own LoRA
         own = own or name in ("generated from examples", "multi-task LoRA, refined")
         if not own:
             assert torch.equal(clean.methods[name](fold.unseen[0], 0), dirty.methods[name](poison, 0)), name
@@ -225,7 +224,7 @@ def test_folds_and_seeds_of_their_own_are_joined(fold: Fold, pico_model_folder: 
 
 def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
     wider = dataclasses.replace(ARGUMENTS, multitask_rank=4, multitask_learning_rate=1e-2)
-    rivals = Contenders(fold, pico_model_folder, tmp_path, wider)
+    rivals = ComparedMethods(fold, pico_model_folder, tmp_path, wider)
     weights = rivals.methods["multi-task LoRA"](fold.seen[0], 0)
     assert len(weights) == 2 * fold.zoo.layout.size
     factory = rivals.factory_of("multi-task LoRA")
@@ -235,7 +234,7 @@ def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_fo
 
 
 def test_a_condition_from_examples_is_of_as_many_as_asked(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
-    one = Contenders(fold, pico_model_folder, tmp_path, dataclasses.replace(ARGUMENTS, examples=1))
+    one = ComparedMethods(fold, pico_model_folder, tmp_path, dataclasses.replace(ARGUMENTS, examples=1))
     rows = one.features["hidden"]["verse"]
     assert any(torch.equal(one.condition("hidden", "verse", 0), row) for row in rows)
     assert len({one.condition("hidden", "verse", seed).sum().item() for seed in range(8)}) > 1

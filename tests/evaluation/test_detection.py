@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny_models import make_tokenizer, tiny_florence
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation.detection import Detection, MeanAveragePrecision, detect, score_detections
+from lora_factory.evaluation.detection import Detection, detect, mean_average_precision, score_detections
 from lora_factory.models.inputs import ImageInputs
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.tasks.boxes import Box, boxes_to_text
@@ -89,7 +89,7 @@ def pycocotools_figures(found: list[list[Detection]], truth: list[Truth]) -> dic
 def test_average_precision_is_that_of_pycocotools(seed: int) -> None:
     truth = random_truth(12, "abc" if seed else "ab", seed)
     found = perturbed(truth, seed)
-    figures = MeanAveragePrecision().compute(predictions=found, references=truth)
+    figures = mean_average_precision(found, truth)
     expected = pycocotools_figures(found, truth)
     assert 0.05 < expected["map_75"] < expected["map_50"] < 0.99
     assert figures == pytest.approx(expected, abs=1e-6)
@@ -100,22 +100,21 @@ def test_a_recall_on_a_threshold_counts_as_in_pycocotools(boxes: int) -> None:
     truth: list[Truth] = [[("a", Box(0, 0, 10 + number, 20))] for number in range(boxes)]
     found = [[Detection("a", row[0][1], 0.9 - number / 100)] for number, row in enumerate(truth)]
     found[boxes // 2] = [Detection("a", Box(200, 200, 220, 220), 0.95)]
-    figures = MeanAveragePrecision().compute(predictions=found, references=truth)
+    figures = mean_average_precision(found, truth)
     assert figures == pytest.approx(pycocotools_figures(found, truth), abs=1e-6)
 
 
 def test_perfect_boxes_and_none() -> None:
     truth = random_truth(4, "ab", 0)
     perfect = [[Detection(label, box, 0.5) for label, box in row] for row in truth]
-    metric = MeanAveragePrecision()
-    figures = metric.compute(predictions=perfect, references=truth)
+    figures = mean_average_precision(perfect, truth)
     assert figures == pytest.approx(dict.fromkeys(figures, 1.0))
     assert "map_50/b" in figures
-    assert set(metric.compute(predictions=[[]] * 4, references=truth).values()) == {0.0}
+    assert set(mean_average_precision([[]] * 4, truth).values()) == {0.0}
     with pytest.raises(LoraFactoryError, match="no box in 1 references"):
-        metric.compute(predictions=[[]], references=[[]])
-    with pytest.raises(LoraFactoryError, match="has no predictions"):
-        metric.compute()
+        mean_average_precision([[]], [[]])
+    with pytest.raises(LoraFactoryError, match="1 predictions and 4 references"):
+        mean_average_precision([[]], truth)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from helpers.models import TRAINING_TEXT
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.refine import best_of, refine, refine_state_dict
+from lora_factory.generator.refine import refine, refine_state_dict
 from lora_factory.models.inputs import TokenSequence, encode_sequences
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.examples import Example
@@ -68,21 +68,3 @@ def test_a_state_dict_is_refined_on_a_users_examples(factory: AdapterFactory) ->
 def test_a_loss_that_is_not_finite_stops(factory: AdapterFactory, sequences: list[TokenSequence]) -> None:
     with pytest.raises(LoraFactoryError, match="lower learning_rate"):
         refine(factory, torch.full_like(factory.initial, torch.inf), sequences, steps=1)
-
-
-def test_the_best_of_several_is_the_one_with_the_lowest_loss(
-    factory: AdapterFactory, sequences: list[TokenSequence]
-) -> None:
-    better = refine(factory, factory.initial, sequences, steps=10)
-    candidates = torch.stack(
-        [
-            factory.initial,
-            torch.full_like(better, torch.nan),
-            better,
-            torch.randn(len(better), generator=torch.Generator().manual_seed(0)),
-        ]
-    )
-    chosen, losses = best_of(factory, candidates, sequences)
-    assert torch.equal(chosen, better) and losses[2] == min(losses[0], losses[2], losses[3])
-    with pytest.raises(LoraFactoryError, match="none of 1 adapters"):
-        best_of(factory, candidates[1:2], sequences)

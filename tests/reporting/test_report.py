@@ -63,10 +63,6 @@ def make_full_comparison(task: str = "a") -> dict[str, Any]:
             "latents": points(3, "posterior", "prior"),
             "weights": points(2, "real", "generated"),
         },
-        ablations=[
-            {"parameter": "rank", "value": value, "method": "generated", "task": task, "headroom": 0.9 + value / 100}
-            for value in (2, 2, 4)
-        ],
     )
     for entry in comparison["cells"]:
         entry["task"] = task if entry["task"] == "a" else entry["task"]
@@ -311,10 +307,9 @@ def test_accuracy_has_a_column_when_it_was_measured() -> None:
     assert "| generated | **3.32** | **0.300** | **0.880** |" in lines
 
 
-def test_storage_ablations_and_diagnostics() -> None:
+def test_storage_and_diagnostics() -> None:
     text = markdown_tables(make_full_comparison())
     assert "| data set | 999 B | 0.0% |\n| all LoRA checkpoints | 2 MB | 100.0% |" in text
-    assert "| rank | generated a |\n| :-- | --: |\n| 2 | 0.92 |\n| 4 | 0.94 |" in text
     assert "| 0, 0 | 31.04 | 12 of 32 | 1.50 | 0.80 | n/a |" in text
 
 
@@ -364,7 +359,7 @@ def test_page_holds_everything_and_asks_for_nothing_outside() -> None:
     page = Page(text)
     plots = page.values("img", "src")
     titles = ["Headroom per method", "Task vectors (t-SNE)", "Hidden states (t-SNE)", "Latent space (PCA)"]
-    titles += ["Weights (PCA)", "Loss curves: generator", "Loss curves: COND P-DIFF", "Ablation: rank"]
+    titles += ["Weights (PCA)", "Loss curves: generator", "Loss curves: COND P-DIFF"]
     assert all(title in page.text for title in titles) and len(plots) == len(titles) == len(page.values("img", "alt"))
     assert all(page.values("img", "alt"))
     assert page.values("source", "media") == ["(prefers-color-scheme: dark)"] * len(plots)
