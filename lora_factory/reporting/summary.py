@@ -186,7 +186,7 @@ def steering_margins(comparison: Mapping[str, Any]) -> dict[str, Interval]:
 
 
 def findings(comparison: Mapping[str, Any]) -> list[Finding]:
-    """Say in printable sentences what the generator recovers, whether its condition matters, what beats it or failed."""
+    """Say in printable sentences what the generator recovers, whether its condition matters, and what beats it."""
     summaries = summarise(comparison)
     sentences = [
         *_result_sentences(summaries),
