@@ -1,6 +1,6 @@
-"""The demo: the whole pipeline on a real embedded model and text that Python packages hold.
+"""The demo: the whole pipeline on an embedded real model and on text of installed Python packages.
 
-In: nothing but installed packages. Out: a zoo, a generator, adapters and a report in one folder.
+In: installed packages. Out: a zoo, a generator, adapters and a report in one folder.
 """
 
 from lora_factory._lazy import lazy

@@ -1,8 +1,7 @@
-"""The demo's tasks: kinds of real text found in the running Python environment, nothing downloaded."""
+"""Write the demo's tasks from text of the running Python environment; nothing is downloaded."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from lora_factory.tasks.task_file import load_tasks, save_tasks
 from lora_factory.tasks.text import SPLITS, Split
 from lora_factory.utils.files import atomic_folder, write_text
 from lora_factory.utils.folders import FolderKind, check_folder
-from lora_factory.utils.paths import local_path, sha256_file
+from lora_factory.utils.paths import local_path, sha256_file, sha256_text
 
 _SUMS = "SHA256SUMS"
 _DOCUMENT_BYTES = 5_000
@@ -34,10 +33,8 @@ _GENERATED = re.compile(
 )
 
 
-def build_corpus(
-    folder: str | Path, *, seen: int | None = None, exclude: Sequence[str] = ()
-) -> tuple[list[Task], Task]:
-    """Write the demo's tasks into a folder, or take them from there when an earlier call wrote them.
+def build_corpus(folder: str | Path, *, seen: int | None = None) -> tuple[list[Task], Task]:
+    """Write the demo's tasks into a folder, or load them when an earlier call wrote them.
 
     The folder gets `<kind>/{train,validation,test}.jsonl` with a column "text", and the task files `tasks.yaml` (seen)
     and `unseen.yaml`. It appears whole or not at all; one that has lost or changed files is written again. Documents
@@ -47,37 +44,30 @@ def build_corpus(
     Args:
         folder: Where to write.
         seen: How many of the seen tasks to return, in their fixed order; default: all. All are written.
-        exclude: Names of seen kinds not to return.
 
     Returns:
         The seen tasks, and the one task that no adapter is trained on.
 
     Raises:
-        LoraFactoryError: The folder holds something else, too few kinds of text were found, or `exclude` names an
-            unknown one.
+        LoraFactoryError: The folder holds something else, or too few kinds of text were found.
     """
     folder = local_path(folder).absolute()
-    if unknown := sorted(set(exclude) - {kind.name for kind in KINDS}):
-        raise LoraFactoryError(f"exclude names {unknown[0]!r}; the kinds are {', '.join(kind.name for kind in KINDS)}")
     if not _is_whole(folder):
         check_folder(folder, _corpus(), overwrite=True)
         _write_corpus(folder)
-    tasks = [task for task in language_tasks(load_tasks(folder / "tasks.yaml")) if task.name not in exclude]
-    return tasks[:seen], language_tasks(load_tasks(folder / "unseen.yaml"))[0]
+    return language_tasks(load_tasks(folder / "tasks.yaml"))[:seen], language_tasks(
+        load_tasks(folder / "unseen.yaml")
+    )[0]
 
 
 def find_documents(kind: TextKind) -> dict[Split, list[str]] | None:
-    """The documents of one kind by split, in a fixed order; None when this environment has too little of it.
-
-    Args:
-        kind: What to look for.
-    """
+    """The documents of one kind by split, in a fixed order; None when this environment has too little text of it."""
     documents: dict[str, str] = {}
     size = 0
     # Hash order mixes the packages, so that no large one fills the corpus alone.
-    for candidate in sorted(kind.candidates(), key=lambda candidate: _digest(candidate.key)):
+    for candidate in sorted(kind.candidates(), key=lambda candidate: sha256_text(candidate.key)):
         text = _clean(candidate.read())
-        digest = _digest(_essence(text)) if text else ""
+        digest = sha256_text(_essence(text)) if text else ""
         if text and digest not in documents:
             documents[digest] = _excerpt(text, digest)
             size += len(documents[digest].encode())
@@ -107,7 +97,7 @@ def _write_corpus(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is there as it was written; the list of sums names the task files and the data."""
+    """Whether every file of the folder has the hash in SHA256SUMS, which lists the task files and the data."""
     if not (folder / _SUMS).is_file():
         return False
     sums = [line.split("  ", 1) for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()]
@@ -118,7 +108,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _corpus() -> FolderKind:
-    """A corpus that lacks something is replaced, a folder with anything else in it is not."""
+    """The kind of folder that may be replaced: one with files of a corpus and nothing else."""
     kinds = "|".join(re.escape(kind.name) for kind in KINDS)
     files = rf"{_SUMS}|tasks\.yaml|unseen\.yaml|({kinds})/({'|'.join(SPLITS)})\.jsonl"
     return FolderKind("a corpus", files, lambda folder: (folder / UNSEEN_KIND).is_dir() or (folder / _SUMS).is_file())
@@ -135,7 +125,7 @@ def _clean(text: str | None) -> str | None:
 
 
 def _essence(text: str) -> str:
-    """What two texts share that differ in spacing, numbers or the names of the holders of copyright only."""
+    """The letters of a text without copyright lines; equal for texts that differ in spacing, numbers or holders."""
     return re.sub(r"[^a-z]+", "", "\n".join(line for line in text.lower().splitlines() if "copyright" not in line))
 
 
@@ -178,7 +168,3 @@ def _size(texts: Iterable[str]) -> int:
 
 def _long_lines(text: str) -> set[str]:
     return {line for line in map(str.strip, text.lower().splitlines()) if len(line) >= 25}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

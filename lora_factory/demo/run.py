@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ _FIGURES = ("loss", "tokens", "characters", "perplexity", "bits_per_character")
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How long each stage of the demo runs."""
+    """Settings of the demo's stages."""
 
     seen_tasks: int
     collect: CollectArguments
@@ -78,7 +78,7 @@ FULL = DemoSize(
 )
 FAST = DemoSize(
     seen_tasks=3,
-    collect=CollectArguments(**{**asdict(FULL.collect), "steps": 12, "snapshots": 4}),
+    collect=replace(FULL.collect, steps=12, snapshots=4),
     train=TrainArguments(steps=60),
     test_tokens=1000,
 )
@@ -161,7 +161,7 @@ def _collect(run: DemoRun, tasks: Sequence[Task], folder: Path) -> AdapterZoo:
 
 
 def _trained_generator(run: DemoRun, zoo: AdapterZoo) -> CVAELoRAGenerator:
-    """Train the generator, unless the folder holds one trained like this on this zoo."""
+    """Train the generator, or load the one in the folder if it was trained on this zoo with these settings."""
     folder = run.folder / "generator"
     if (folder / "training.json").is_file():
         generator = CVAELoRAGenerator.from_pretrained(folder)
@@ -169,7 +169,7 @@ def _trained_generator(run: DemoRun, zoo: AdapterZoo) -> CVAELoRAGenerator:
         if generator.config.zoo_fingerprint == zoo.fingerprint() and recorded == asdict(run.size.train):
             return generator
     train_generator(zoo, folder, run.size.train, overwrite=True)
-    return CVAELoRAGenerator.from_pretrained(folder)  # the same bits as a later run will load
+    return CVAELoRAGenerator.from_pretrained(folder)  # a later run loads these bits too
 
 
 def _sample(run: DemoRun, task: Task) -> dict[str, str]:
@@ -216,7 +216,7 @@ def _show(console: Console, results: Mapping[str, Any], run: DemoRun, unseen: Ta
 
 
 def next_commands(run: DemoRun, unseen: Task) -> list[str]:
-    """Three commands to go on with: write an adapter from a text of one's own, score it, train the paper's decoder."""
+    """Three commands to continue with: generate an adapter from a text, score it, train the paper's decoder."""
     folder = {name: shlex.quote(str(run.folder / name)) for name in ("generator", "zoo", "tasks/unseen.yaml")}
     text, base = shlex.quote(unseen.descriptions[1]), shlex.quote(run.base_model_name)
     return [

@@ -1,4 +1,4 @@
-"""The kinds of real text in a Python environment with lora-factory's dependencies, and where they lie in it."""
+"""Find kinds of real text, such as code, licences and docstrings, in the running Python environment."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Candidate:
     """A text that may become a document.
 
     Attributes:
-        key: Names the text, the same on every machine.
-        read: Fetches the text; None when it cannot be read as UTF-8 or is too large to be written by hand.
+        key: Name of the text that does not depend on the machine.
+        read: Returns the text, or None when it is not UTF-8 or too large to be written by hand.
     """
 
     key: str
@@ -44,24 +44,13 @@ class TextKind:
 
     Attributes:
         name: The task's name.
-        descriptions: What the text is, in several wordings.
+        descriptions: Descriptions of the text in several wordings.
         candidates: Finds the texts of this kind in the running environment.
     """
 
     name: str
     descriptions: tuple[str, ...]
     candidates: Callable[[], Iterable[Candidate]]
-
-
-def _python_code() -> Iterator[Candidate]:
-    return _files(Path(sysconfig.get_path("stdlib")), "stdlib", ["*.py"], _NOT_LIBRARY)
-
-
-def _cpp_headers() -> Iterator[Candidate]:
-    # ATen/ops holds thousands of generated declarations.
-    return _package_files(
-        ["torch"], "include/c10/**/*.h", "include/ATen/**/*.h", "include/torch/**/*.h", skipped=["ops"]
-    )
 
 
 def _licences() -> Iterator[Candidate]:
@@ -87,32 +76,8 @@ def _package_readmes() -> Iterator[Candidate]:
         yield Candidate(distribution.name, partial(_description, distribution))
 
 
-def _unit_tests() -> Iterator[Candidate]:
-    return _package_files(["sympy", "networkx", "numpy", "pandas"], "tests/**/test_*.py")
-
-
-def _cython() -> Iterator[Candidate]:
-    packages = ["pyarrow", "numpy", "pandas", "aiohttp", "multidict", "frozenlist", "propcache", "yarl"]
-    return _package_files(packages, "*.pyx", "*.pxd", "*.pxi")
-
-
-def _api_docstrings() -> Iterator[Candidate]:
-    for file in _package_files(["numpy", "networkx", "pandas"], "*.py", skipped=["tests"]):
-        yield Candidate(file.key, partial(_numpy_docstrings, file))
-
-
-def _interactive_sessions() -> Iterator[Candidate]:
-    for file in _package_files(["sympy"], "*.py", skipped=["tests"]):
-        yield Candidate(file.key, partial(_sessions, file))
-
-
-def _type_stubs() -> Iterator[Candidate]:
-    packages = ["numpy", "pandas", "torch", "tokenizers", "PIL", "safetensors", "attr", "yarl", "frozenlist"]
-    return _package_files(packages, "*.pyi", skipped=["tests"])
-
-
 def _published_distributions() -> Iterator[Distribution]:
-    """Distributions that came from a package index; a project under development stays private."""
+    """Distributions that were installed from a package index; projects under development are left out."""
     for distribution in distributions():
         if distribution.metadata["Name"] and distribution.read_text("direct_url.json") is None:
             yield distribution
@@ -173,17 +138,27 @@ def _package_files(packages: Sequence[str], *patterns: str, skipped: Iterable[st
             yield from _files(Path(root), package, patterns, skipped)
 
 
+def _from_docstrings(packages: Sequence[str], extract: Callable[[Candidate], str]) -> Iterator[Candidate]:
+    """What ``extract`` takes from the Python files of installed packages, tests aside."""
+    for file in _package_files(packages, "*.py", skipped=["tests"]):
+        yield Candidate(file.key, partial(extract, file))
+
+
+_HEADERS = [f"include/{folder}/**/*.h" for folder in ("c10", "ATen", "torch")]
+_CYTHON = "pyarrow numpy pandas aiohttp multidict frozenlist propcache yarl".split()
+_STUBS = "numpy pandas torch tokenizers PIL safetensors attr yarl frozenlist".split()
 _FINDERS: dict[str, Callable[[], Iterable[Candidate]]] = {
-    "python_code": _python_code,
-    "cpp_headers": _cpp_headers,
+    "python_code": partial(_files, Path(sysconfig.get_path("stdlib")), "stdlib", ["*.py"], _NOT_LIBRARY),
+    # ATen/ops holds thousands of generated declarations.
+    "cpp_headers": partial(_package_files, ["torch"], *_HEADERS, skipped=["ops"]),
     "licences": _licences,
     "reference_docs": _reference_docs,
-    "unit_tests": _unit_tests,
+    "unit_tests": partial(_package_files, ["sympy", "networkx", "numpy", "pandas"], "tests/**/test_*.py"),
     "package_readmes": _package_readmes,
-    "cython": _cython,
-    "api_docstrings": _api_docstrings,
-    "interactive_sessions": _interactive_sessions,
-    UNSEEN_KIND: _type_stubs,
+    "cython": partial(_package_files, _CYTHON, "*.pyx", "*.pxd", "*.pxi"),
+    "api_docstrings": partial(_from_docstrings, ["numpy", "networkx", "pandas"], _numpy_docstrings),
+    "interactive_sessions": partial(_from_docstrings, ["sympy"], _sessions),
+    UNSEEN_KIND: partial(_package_files, _STUBS, "*.pyi", skipped=["tests"]),
 }
 _DESCRIPTIONS = yaml.safe_load(files("lora_factory.demo").joinpath("descriptions.yaml").read_text(encoding="utf-8"))
 KINDS = tuple(TextKind(name, tuple(_DESCRIPTIONS[name]), find) for name, find in _FINDERS.items())

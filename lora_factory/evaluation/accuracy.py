@@ -29,14 +29,14 @@ def task_accuracy(
     window: int = 512,
     chat_template: bool = False,
 ) -> float | None:
-    """The share of a task's test examples that a model answers right, by the task's own metric.
+    """Return the share of a task's test examples that a model answers right, by the metric that the task names.
 
     Args:
         model: A causal language model, with or without an adapter; left in the mode it was in.
         tokenizer: The model's tokenizer.
-        task: What to answer.
+        task: A task with prompts.
         max_examples: Ask at most this many, spread evenly over the test split; default: all.
-        batch_size: Texts a forward pass.
+        batch_size: Texts per forward pass.
         window: Tokens of prompt and answer; a longer prompt loses its beginning.
         chat_template: Ask and answer in the tokenizer's chat template.
 
@@ -71,7 +71,7 @@ def completion_accuracy(
     window: int = 512,
     chat_template: bool = False,
 ) -> float:
-    """The share of prompts that the model itself, decoding greedily, completes exactly as the examples do.
+    """Return the share of prompts whose greedy completion equals the example's, whitespace around it aside.
 
     An answer ends with the end-of-text token, or with the line on which the example's completion ends. The model's
     own generation settings (sampling, penalties, limits) are left aside.
@@ -80,9 +80,9 @@ def completion_accuracy(
         model: A causal language model, with or without an adapter; left in the mode it was in.
         tokenizer: The model's tokenizer; it needs no padding token.
         examples: Prompts with their right answers.
-        max_new_tokens: Cut an answer off here and take it as it is; default: two tokens more than the longest
-            completion has, so that a longer answer is not mistaken for it.
-        batch_size: Prompts a forward pass.
+        max_new_tokens: Tokens after which an answer is cut off; default: two more than the longest completion has,
+            so that a longer answer differs from it.
+        batch_size: Prompts per forward pass.
         window: Tokens of prompt and answer; a longer prompt loses its beginning.
         chat_template: Ask in the tokenizer's chat template; the right answer is the turn as the template writes it.
 
@@ -121,16 +121,16 @@ def choice_accuracy(
     window: int = 512,
     chat_template: bool = False,
 ) -> float:
-    """The share of prompts after which the right answer is the likeliest one of the choices.
+    """Return the share of prompts after which the right answer is the most likely choice.
 
-    Blanks around choices do not count: each one is scored with the blanks that the example's completion starts with.
+    Whitespace around choices is ignored: each is scored with the whitespace that the example's completion starts with.
 
     Args:
         model: A causal language model, with or without an adapter; left in the mode it was in.
         tokenizer: The model's tokenizer.
         examples: Prompts with their right answers.
-        choices: The possible answers: one list for all examples, or one list an example.
-        batch_size: Texts, each a prompt with one choice, a forward pass.
+        choices: The possible answers: one list for all examples, or one list per example.
+        batch_size: Texts per forward pass, each a prompt with one choice.
         normalised: Whether log-likelihoods are divided by the choices' numbers of characters.
         window: Tokens of prompt and choice; a longer prompt loses its beginning.
         chat_template: Put prompts and choices into the tokenizer's chat template.
@@ -200,7 +200,7 @@ def _answer_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _in_chat(tokenizer: PreTrainedTokenizerBase, example: Example, ends: set[int]) -> Example:
-    """An example in the chat template, its completion as it is read when a model gives it."""
+    """Put an example into the chat template; its completion becomes what `read_answer` reads from the model's turn."""
     prompt, turn = render_chat(tokenizer, example)
     return Example(prompt, read_answer(tokenizer, _answer_tokens(tokenizer, turn), ends))
 
@@ -208,7 +208,7 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, example: Example, ends: set[int
 def _prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, example: Example, answer: int, window: int, chat_template: bool
 ) -> list[int]:
-    """As many of the prompt's last tokens as the window has room for before the tokens of an answer."""
+    """Tokenise a prompt and keep its last ``window - answer`` tokens, where ``answer`` is the answer's length."""
     if not answer < window:
         raise LoraFactoryError(f"window={window} has no room for a prompt and {answer} tokens of answer; enlarge it")
     tokens = text_tokens(tokenizer, example.prompt, begins=not chat_template)
@@ -219,11 +219,11 @@ def _prompt_tokens(
 
 
 def _questions(examples: Sequence[Example], choices: Sequence[str] | Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Each example's choices without the blanks around them; the right answer is one of them."""
+    """Strip every example's choices and check that they differ and include the example's completion."""
     shared = all(isinstance(choice, str) for choice in choices)
     each = [choices] * len(examples) if shared else choices
     if len(each) != len(examples):
-        raise LoraFactoryError(f"{len(each)} lists of choices and {len(examples)} examples; give one list an example")
+        raise LoraFactoryError(f"{len(each)} lists of choices and {len(examples)} examples; give one list per example")
     questions = []
     for example, offered in zip(examples, each, strict=True):
         found = tuple(str(choice).strip() for choice in offered)

@@ -1,6 +1,6 @@
-"""What a generator must beat: soups, retrieval, mixture, PCA with ridge regression, multi-task LoRA; and two controls.
+"""Baselines (soups, retrieval, similarity mixture, PCA with ridge regression) and two control conditions.
 
-Every baseline yields an adapter as a float32 vector of shape ``(D,)`` in the layout's order, as the generator does.
+Every baseline returns an adapter as a float32 vector of shape ``(D,)`` in the layout's order.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.nn import functional
 from lora_factory.errors import LoraFactoryError
 from lora_factory.zoo.snapshots import SnapshotRows, mean_snapshot
 
-TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # of cosines: from nearly one task to nearly all alike
+TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # from the nearest task alone to almost equal shares
 RIDGES = torch.logspace(-8, 4, 49, dtype=torch.float64)  # in units of the features' mean eigenvalue
 
 
 class ConditionBaseline(Protocol):
-    """A generator without training steps: fitted to the zoo's tasks, asked with a task vector."""
+    """A map from task vectors to adapters, fitted to a zoo in closed form."""
 
     @classmethod
     def fit(cls, task_vectors: Tensor, task_weights: Tensor) -> Self:
         """Fit to a zoo.
 
         Args:
-            task_vectors: The condition of every task, shape ``(tasks, width)``.
-            task_weights: The mean of every task's snapshots in the same order, shape ``(tasks, D)``.
+            task_vectors: One vector per task, shape ``(tasks, width)``.
+            task_weights: The mean of each task's snapshots, in the order of ``task_vectors``, shape ``(tasks, D)``.
 
         Raises:
             LoraFactoryError: When the shapes do not fit, a value is not finite, or there are too few tasks.
@@ -88,7 +88,7 @@ def greedy_soup(candidates: Tensor, validation_loss: Callable[[Tensor], float]) 
 
 @dataclass(frozen=True, eq=False)
 class Retrieval:
-    """The adapter of the nearest task, by cosine similarity after the zoo's mean task vector is taken away.
+    """A baseline that returns the adapter of the most similar task, by cosine similarity of centred task vectors.
 
     Attributes:
         center: Mean task vector, shape ``(width,)``.
@@ -118,11 +118,11 @@ class Retrieval:
 
 @dataclass(frozen=True, eq=False)
 class SimilarityMixture:
-    """The tasks' adapters mixed by a softmax over their cosine similarities.
+    """A baseline that returns a mean of the tasks' adapters, weighted by a softmax over their cosine similarities.
 
     Attributes:
-        tasks: Similarities and adapters.
-        temperature: Of the softmax; the one that best reconstructs each task's adapter from the other tasks'.
+        tasks: The fitted task vectors and adapters.
+        temperature: Temperature of the softmax with the least leave-one-task-out error of the adapters.
     """
 
     tasks: Retrieval
@@ -151,7 +151,7 @@ class SimilarityMixture:
 
 @dataclass(frozen=True, eq=False)
 class PcaRidge:
-    """Principal components of the tasks' adapters, their coefficients by ridge regression from the task vector.
+    """A baseline that predicts the adapters' principal components by ridge regression from the task vector.
 
     After weights2weights (Dravid et al. 2024), with all components that the tasks span. They come from the
     ``(tasks, tasks)`` Gram matrix; nothing larger than ``(tasks, D)`` is ever made.
@@ -179,7 +179,7 @@ class PcaRidge:
         mean = weights.mean(0)
         coefficients, components = _principal_components(weights - mean)
         center, scale = vectors.mean(0), vectors.std(0, correction=0)
-        scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)  # a constant feature says nothing
+        scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)  # a constant feature is left out
         inputs = ((vectors - center) / scale).double()
         values, basis = torch.linalg.eigh(inputs @ inputs.T)
         values = values.clamp_min(0)
@@ -197,7 +197,7 @@ class PcaRidge:
 
 
 def gibberish(seed: int) -> str:
-    """A control condition: a sentence of 8 to 12 words of random letters, the same one for the same seed."""
+    """Make a control condition: a sentence of 8 to 12 words of random letters, fixed by the seed."""
     source = random.Random(seed)
     words = [
         "".join(source.choices(string.ascii_lowercase, k=source.randint(3, 9))) for _ in range(source.randint(8, 12))
@@ -206,7 +206,7 @@ def gibberish(seed: int) -> str:
 
 
 def other_task(task: str, tasks: Sequence[str]) -> str:
-    """A control condition: another task than ``task``, a different one for each of ``tasks``.
+    """Choose another task as a control condition; no two of ``tasks`` get the same one.
 
     Tasks are sorted and shifted by half their number: neighbours in the alphabet are often variants of one data set.
 
@@ -235,10 +235,10 @@ def _leave_one_out(values: Tensor, basis: Tensor, targets: Tensor, ridge: Tensor
 
 
 def _checked(task_vectors: Tensor, task_weights: Tensor, minimum: int) -> tuple[Tensor, Tensor]:
-    """Both as float32 matrices with one row a task."""
+    """Check both matrices and return them as float32 on the CPU."""
     shapes = f"task_vectors {tuple(task_vectors.shape)}, task_weights {tuple(task_weights.shape)}"
     if task_vectors.ndim != 2 or task_weights.ndim != 2 or len(task_vectors) != len(task_weights):
-        raise LoraFactoryError(f"{shapes}: expected (tasks, width) and (tasks, D) with one row a task in each")
+        raise LoraFactoryError(f"{shapes}: expected (tasks, width) and (tasks, D) with one row per task in each")
     if len(task_vectors) < minimum:
         raise LoraFactoryError(f"{shapes}: this baseline needs {minimum} tasks or more; collect more of them")
     for name, rows in (("task_vectors", task_vectors), ("task_weights", task_weights)):
@@ -248,7 +248,7 @@ def _checked(task_vectors: Tensor, task_weights: Tensor, minimum: int) -> tuple[
 
 
 def _fitting(vector: Tensor, center: Tensor) -> Tensor:
-    """The vector as float32 on the CPU, of the width that the baseline was fitted to."""
+    """Check that a task vector has the width of ``center`` and return it as float32 on the CPU."""
     if vector.shape != center.shape:
         raise LoraFactoryError(
             f"a task vector of shape {tuple(vector.shape)} does not fit; this baseline was fitted to "

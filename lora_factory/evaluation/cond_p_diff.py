@@ -32,6 +32,7 @@ from lora_factory.zoo.snapshots import SnapshotRows, in_parts, mean_snapshot
 FORMAT_VERSION = 1
 DIFFUSION_TIMES = 1000  # T
 INPUT_NOISE, LATENT_NOISE = 0.001, 0.1  # standard deviations of P-diff's auto-encoder (Wang et al. 2024)
+LEARNING_RATE = 1e-3  # of the denoiser's AdamW, at its peak
 LATENT_BATCH = 4  # latents that the small denoiser sees for every snapshot that the auto-encoder sees
 CONFIG_FILE, WEIGHTS_FILE = "cond_p_diff.json", "model.safetensors"
 _FOLDER = FolderKind(
@@ -45,8 +46,8 @@ class CondPDiff(nn.Module):
     Args:
         size: Number of weights D.
         condition_width: Width of the task vectors.
-        chunk: Weights a chunk.
-        chunk_rank: Numbers that a chunk is reduced to; the auto-encoder has about ``2 * chunk_rank * D`` parameters.
+        chunk: Number of weights per chunk.
+        chunk_rank: Rank of each chunk's linear map; the auto-encoder has about ``2 * chunk_rank * D`` parameters.
         latent_size: Size of the latent.
         width: Hidden size of the denoiser, even.
         levels: Residual levels of the denoiser.
@@ -105,7 +106,7 @@ class CondPDiff(nn.Module):
         return (chunks * self.scale[:, None]).flatten(1)[:, : self.sizes["size"]] + self.mean
 
     def standard_condition(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Task vectors ``(..., width)`` in the span of the training tasks', about 1 a feature of the original ones."""
+        """Project task vectors ``(..., width)`` to the training tasks' span and scale them to about 1 per feature."""
         width, spanned = self.sizes["condition_width"], self.standardiser.spanned("condition")
         return self.standardiser("condition", vectors) * math.sqrt(width / spanned)
 
@@ -116,7 +117,7 @@ class CondPDiff(nn.Module):
         Args:
             vector: Task vector of shape ``(width,)``.
             seed: Seed of the sample.
-            steps: By default DDPM's ancestral sampling over all 1000 times; a number takes so many steps of DDIM.
+            steps: Number of DDIM steps; default: DDPM's ancestral sampling over all 1000 times.
 
         Returns:
             Weights of shape ``(D,)``, float32, on the CPU.
@@ -171,7 +172,7 @@ class CondPDiff(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts a latent from a noisy one; time and condition are added up and injected at every level."""
+    """Predicts clean latents from noisy ones; the sum of time and condition embeddings enters at every level."""
 
     def __init__(self, latent_size: int, condition_width: int, width: int, levels: int) -> None:
         """Widths of latent, condition and hidden layers, and the number of levels."""
@@ -214,7 +215,6 @@ def train_cond_p_diff(
     diffusion_steps: int = 1500,
     batch_size: int = 32,
     autoencoder_learning_rate: float = 5e-3,
-    diffusion_learning_rate: float = 1e-3,
     condition_noise: float = 0.2,
     device: str | torch.device = "cpu",
 ) -> CondPDiff:
@@ -226,10 +226,9 @@ def train_cond_p_diff(
         seed: Seed of the initial weights and of all draws.
         autoencoder_steps: Optimizer steps of the auto-encoder.
         diffusion_steps: Optimizer steps of the denoiser.
-        batch_size: Snapshots a step of the auto-encoder; the denoiser has four times as many latents a step.
+        batch_size: Snapshots per step of the auto-encoder; the denoiser takes four times as many latents per step.
         autoencoder_learning_rate: Peak learning rate of the auto-encoder's AdamW, with a cosine to zero.
-        diffusion_learning_rate: The same for the denoiser.
-        condition_noise: Noise on the standardised task vectors, as the generator's training has it.
+        condition_noise: Standard deviation of the noise added to standardised task vectors.
         device: Where to train.
 
     Returns:
@@ -270,7 +269,7 @@ def train_cond_p_diff(
         noisy = scheduler.add_noise(clean, _noise(clean, source), times)
         return functional.mse_loss(model.denoiser(noisy, times, condition), clean)
 
-    _optimise(denoising, list(model.denoiser.parameters()), diffusion_steps, diffusion_learning_rate, "denoiser")
+    _optimise(denoising, list(model.denoiser.parameters()), diffusion_steps, LEARNING_RATE, "denoiser")
     return model.cpu().eval()
 
 

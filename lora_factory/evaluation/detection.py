@@ -1,8 +1,8 @@
-"""Object detection as text: one task per category, boxes that a model writes, and their mean average precision."""
+"""Object detection as text: parse the boxes that a model writes and score them by mean average precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -16,16 +16,16 @@ from lora_factory.models.inputs import ImageInputs, frozen
 from lora_factory.tasks.boxes import Box, text_to_boxes
 from lora_factory.tasks.examples import ImageExample
 
-_IOU_50, _IOU_75 = 0, 5  # where they stand among COCO's thresholds
+_IOU_50, _IOU_75 = 0, 5  # their indices among COCO's thresholds
 
 
 class Detection(NamedTuple):
-    """A box that a model found.
+    """A labelled box that a model wrote.
 
     Attributes:
-        label: What the model says that it shows.
-        box: Where, in pixels.
-        score: How sure the model was of its location tokens, their mean probability (geometric), at most 1.
+        label: The label that the model wrote.
+        box: Corners in pixels.
+        score: Geometric mean of the probabilities of the box's location tokens, at most 1.
     """
 
     label: str
@@ -85,7 +85,7 @@ def mean_average_precision(
     result = backend.compute()
     figures = {name: float(result[name]) for name in ("map", "map_50", "map_75")}
     for index, label in enumerate(labels):
-        precision = result["precision"][:, :, index, 0, -1]  # all areas, at most 100 detections an image
+        precision = result["precision"][:, :, index, 0, -1]  # all areas, at most 100 detections per image
         figures[f"map/{label}"] = float(precision.mean())
         figures[f"map_50/{label}"] = float(precision[_IOU_50].mean())
         figures[f"map_75/{label}"] = float(precision[_IOU_75].mean())
@@ -99,20 +99,18 @@ def detect(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 256,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Detection]]:
-    """Have a model write the boxes of images, greedily, and read them.
+    """Let a model write the boxes of images by greedy decoding, and parse them.
 
     Args:
         model: An image-text-to-text model, with or without an adapter.
-        inputs: How it reads images, an ``AdapterFactory``'s ``inputs``.
-        examples: What to look at; only image, size and prompt are read.
-        batch_size: Images at a time.
-        max_new_tokens: Where an answer is cut off.
-        progress: Called after every batch with the numbers of images done and to do in all.
+        inputs: The model's processor, for example an ``AdapterFactory``'s ``inputs``.
+        examples: Images with their sizes and prompts; annotated boxes are not read.
+        batch_size: Images per forward pass.
+        max_new_tokens: Number of tokens after which an answer is cut off.
 
     Returns:
-        For every image its detections, in the order in which they were written.
+        The detections of every image, in the order in which the model wrote them.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     found = []
@@ -132,8 +130,6 @@ def detect(
             for example, tokens, chance in zip(batch, written, chances, strict=True):
                 size = example.size if example.boxes else example.image.size
                 found.append(_read_boxes(inputs.tokenizer, tokens, chance, size))
-            if progress:
-                progress(len(found), len(examples))
     return found
 
 
@@ -145,7 +141,7 @@ def score_detections(found: Sequence[Sequence[Detection]], examples: Sequence[Im
 def _read_boxes(
     tokenizer: PreTrainedTokenizerBase, tokens: Tensor, chances: Tensor, size: tuple[int, int]
 ) -> list[Detection]:
-    """The boxes of one answer; a location is one token, or several where a model has none for it."""
+    """Parse the boxes of one answer; a location is one token, or several where the tokenizer has no token for it."""
     control = {token for token in tokenizer.all_special_ids if not str(tokenizer.decode([token])).startswith("<loc_")}
     pieces = ["" if token in control else str(tokenizer.decode([token])) for token in tokens.tolist()]
     ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)

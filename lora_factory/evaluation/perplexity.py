@@ -1,4 +1,4 @@
-"""How good an adapter is: token-weighted perplexity and bits per character, with one adapter slot reused for all."""
+"""Token-weighted perplexity and bits per character of causal language models and adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,23 +16,22 @@ from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
 from lora_factory.models.losses import Window, negative_log_likelihoods
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
+from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import read_json_object
 from lora_factory.zoo.store import RECORD_FILE, ZOO_FILE, AdapterZoo
 
-if TYPE_CHECKING:
-    from lora_factory.tasks.examples import Example
-    from lora_factory.tasks.task import Task
-
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts some text.
+    """The loss of a model on some text.
 
     Attributes:
-        loss: Mean negative log-likelihood in nats a scored token.
+        loss: Mean negative log-likelihood in nats per scored token.
         tokens: Number of scored tokens.
-        characters: Number of characters that the scored tokens spell.
+        characters: Number of characters of the scored tokens' text.
     """
 
     loss: float
@@ -41,7 +40,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``; infinite where that is beyond a float."""
+        """``exp(loss)``; infinite where a float cannot hold it."""
         return math.exp(self.loss) if not self.loss > 700 else math.inf
 
     @property
@@ -50,7 +49,7 @@ class TextScore:
         return self.loss * self.tokens / (self.characters * math.log(2))
 
     def to_dict(self) -> dict[str, float]:
-        """Every figure, the derived ones as well, for JSON."""
+        """All fields, the perplexity and the bits per character, for JSON."""
         return {**asdict(self), "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
 
 
@@ -66,26 +65,26 @@ def score_examples(
     chat_template: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextScore:
-    """Score the completions of examples; every token counts once and the same, whatever the example's length.
+    """Score the completions of examples; every token is scored once and has the same weight.
 
     A text longer than the window is read in overlapping windows: each token is scored in the first window that holds
-    it, so that all but a text's beginning have at least ``window - stride`` tokens of context. Prompts are read, not
-    scored. Where the tokenizer starts a text with no special token, a plain text's first token cannot be scored.
+    it, so that every token beyond the first window has at least ``window - stride`` tokens of context. Prompts are
+    read, not scored. A plain text's first token is not scored if the tokenizer adds no special token before it.
 
     Args:
         model: A causal language model; scored in eval mode and left in the mode it was in.
         tokenizer: The model's tokenizer.
-        examples: Prompt and completion each; a plain text has an empty prompt.
-        window: Tokens a forward pass and text; as many as the model has positions for, where these are fewer.
-        stride: Tokens from one window's start to the next one's; below ``window``, and shortened with it.
-        batch_size: Windows a forward pass.
+        examples: Prompts with completions; a plain text has an empty prompt.
+        window: Tokens per window, at most the number of the model's positions.
+        stride: Tokens between the starts of two windows; below ``window``, and shortened in proportion to it.
+        batch_size: Windows per forward pass.
         max_tokens: Stop after this many scored tokens, in the order of the examples; default: score all.
-        chat_template: Put prompts and completions into the tokenizer's chat template, as a collection that is told to
-            does; what it adds to a completion, the end of the turn, is scored too.
-        progress: Called after every forward pass with the numbers of windows done and to do in all.
+        chat_template: Put prompts and completions into the tokenizer's chat template, as ``collect --chat-template``
+            does; the end of the turn, which it adds to a completion, is scored too.
+        progress: Called after every forward pass with the number of windows done and the number of all windows.
 
     Returns:
-        The mean loss over all scored tokens, with their number and that of their characters.
+        The mean loss over all scored tokens, their number, and the number of their characters.
 
     Raises:
         LoraFactoryError: When there is nothing to score, a size is out of range, or the chat template does not fit.
@@ -108,7 +107,7 @@ def score_examples(
             break
     if not tokens:
         raise LoraFactoryError(f"{len(examples)} examples hold no token to score; give longer texts or completions")
-    windows.sort(key=lambda item: len(item.tokens), reverse=True)  # alike lengths together: little padding
+    windows.sort(key=lambda item: len(item.tokens), reverse=True)  # similar lengths together: little padding
     total = 0.0
     with frozen(model):
         for start in range(0, len(windows), batch_size):
@@ -143,26 +142,28 @@ def evaluate_adapters(
     zoo: AdapterZoo | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, TextScore]]:
-    """Score a base model and adapters for it on every task's test split, in the chat template if they learned it so.
+    """Score a base model and adapters for it on every task's test split.
+
+    Texts are put into the chat template if the adapters were trained in it.
 
     Args:
         adapters: Folders of PEFT LoRA adapters.
-        tasks: What to score them on.
+        tasks: Tasks with test splits.
         base_model: Hub id or folder of the base model; default: the one that the first adapter names.
-        max_tokens: Score at most this many tokens a task.
-        window: Tokens a forward pass and text; windows overlap by a quarter.
-        zoo: Its record says whether texts are put into the chat template; runs of a zoo have records of their own.
-        progress: Called with what is being scored, before each task and model.
+        max_tokens: Score at most this many tokens per task.
+        window: Tokens per window; windows overlap by a quarter.
+        zoo: The zoo that the adapters were generated from, whose record says whether the chat template was used;
+            not needed for runs of a zoo and generated adapters, which have records of their own.
+        progress: Called with a description of the scoring that begins, before each model and task.
 
     Returns:
-        One row a model (``"base model"``, then the adapters as they were named), one score a task in each.
+        Scores by model (``"base model"``, then the adapters' folders as given) and task name.
 
     Raises:
         LoraFactoryError: When an adapter cannot be read or does not fit the base model, the data of a task cannot be
-            used (nothing is scored then), or the adapters are of zoos with and without the chat template.
+            used (nothing is scored then), or some adapters were trained in the chat template and others not.
     """
     from lora_factory.models.loading import load_base_model
-    from lora_factory.tasks.task_file import check_tasks
 
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
@@ -199,7 +200,7 @@ def evaluate_adapters(
 
 @dataclass(frozen=True)
 class _Text:
-    """One example's token ids, the index of the first scored one, and the characters of the scored ones."""
+    """An example's token ids, the index of the first scored token, and how many characters are scored."""
 
     tokens: list[int]
     first: int
@@ -207,7 +208,7 @@ class _Text:
 
 
 def _learned_in_chat(adapters: Sequence[str | Path], zoo: AdapterZoo | None) -> bool:
-    """Whether the chat template was used, by the records of a zoo, of its runs, and of generated adapters."""
+    """Read from the records of the zoo, its runs and generated adapters whether the chat template was used."""
     records = {str(zoo.folder): zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks[:1]} if zoo else {}
     given = {name: record.arguments.get("chat_template") for name, record in records.items()}
     for folder in (local_path(name).resolve() for name in adapters):
@@ -238,7 +239,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | 
 
 
 def _windows(text: _Text, window: int, stride: int) -> Iterator[Window]:
-    """Overlapping windows over a text, each with the tokens that none before it scored."""
+    """Cut a text into overlapping windows; each scores the tokens that no earlier window scored."""
     first = text.first
     for start in range(0, len(text.tokens), stride):
         end = min(start + window, len(text.tokens))

@@ -1,4 +1,4 @@
-"""The report's plots, as SVG in a light and a dark rendering; needs the extra ``report``."""
+"""Draw the report's plots as SVG in light and dark colours; needs the extra ``report``."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _LEFT_END, _RIGHT_END = -0.6, 1.4  # headrooms beyond are drawn at the edge, wit
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot.
+    """A plot in light and dark colours.
 
     Attributes:
         title: Its heading.
-        caption: What it shows and how to read it.
+        caption: A sentence or two that explain it.
         light: The SVG for light pages as a data URI.
         dark: The SVG for dark pages as a data URI.
     """
@@ -81,19 +81,23 @@ def svg_settings() -> Iterator[None]:
     Raises:
         LoraFactoryError: If matplotlib or scikit-learn is missing.
     """
-    _check_extra()
-    from matplotlib import rc_context
-
+    try:
+        import sklearn  # noqa: F401
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise LoraFactoryError(
+            f"{error.name} is not installed, and the report's plots need it: pip install 'lora-factory[report]'"
+        ) from error
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
         yield
 
 
 def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.ndarray, str]:
-    """Bring vectors to the plane.
+    """Project vectors to two dimensions.
 
     Args:
         rows: Vectors of shape ``(n, width)``.
-        neighbours: Use t-SNE, which keeps neighbours together; with fewer than 12 rows it is PCA as well.
+        neighbours: Use t-SNE where there are 12 rows or more; otherwise PCA.
 
     Returns:
         Points of shape ``(n, 2)``, and the name of the method.
@@ -111,16 +115,6 @@ def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.nd
     start = points / max(float(points.std()), 1e-12) * 1e-4
     model = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init=start, random_state=0)
     return model.fit_transform(centred), "t-SNE"
-
-
-def _check_extra() -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise LoraFactoryError(
-            f"{error.name} is not installed, and the report's plots need it: pip install 'lora-factory[report]'"
-        ) from error
 
 
 def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
@@ -149,7 +143,7 @@ def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
 
 
 def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: str) -> None:
-    """A mean as a point and its interval as a line; beyond the edges a triangle with the mean's number."""
+    """Draw a mean as a point and its interval as a line, or a triangle with its value where it is beyond the axis."""
     mean = interval.mean
     if _LEFT_END <= mean <= _RIGHT_END:
         if not math.isnan(interval.low):
@@ -158,26 +152,17 @@ def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: 
         axes.plot([mean], [height], "o", color=colour, markersize=5.5, markerfacecolor=face)
         return
     left = mean < _LEFT_END
-    edge = _LEFT_END if left else _RIGHT_END
-    axes.plot([edge], [height], "<" if left else ">", color=colour, markersize=5.5, markerfacecolor=face)
-    side = 6 if left else -6
-    axes.annotate(
-        format_number(mean, 1),
-        (edge, height),
-        (side, 0),
-        textcoords="offset points",
-        va="center",
-        ha="left" if left else "right",
-        fontsize=8,
-        color=INK,
-    )
+    edge, marker, shift = (_LEFT_END, "<", 6) if left else (_RIGHT_END, ">", -6)
+    axes.plot([edge], [height], marker, color=colour, markersize=5.5, markerfacecolor=face)
+    look: Any = {"va": "center", "ha": "left" if left else "right", "fontsize": 8, "color": INK}
+    axes.annotate(format_number(mean, 1), (edge, height), (shift, 0), textcoords="offset points", **look)
 
 
 def _point_plots(points: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
-    """Figure 2 of the paper (task vectors, hidden states), the latent space, and real beside generated weights."""
+    """Draw task vectors, hidden states (Figure 2 of the paper), latents, and real beside generated weights."""
     shown = {
-        "task vectors": (True, "Task vectors", "One point a task vector, coloured by task."),
-        "hidden states": (True, "Hidden states", "One point an example's hidden state, coloured by its task."),
+        "task vectors": (True, "Task vectors", "One point per task vector, coloured by task."),
+        "hidden states": (True, "Hidden states", "One point per example's hidden state, coloured by task."),
         "latents": (False, "Latent space", "The generator's latent space, coloured by task."),
         "weights": (
             False,
@@ -195,16 +180,13 @@ def _point_plots(points: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
         labels, kinds = ([found[key][index] for index in kept] for key in ("labels", "kinds"))
         left_out = len(found["rows"]) - len(kept)
         words += f" {left_out} points that are not finite are left out." if left_out else ""
-        plots.append(render(_scatter(places, labels, kinds), f"{title} ({method})", words + _reading(method)))
+        words += " t-SNE keeps neighbours together; other distances have no meaning." if method == "t-SNE" else ""
+        plots.append(render(_scatter(places, labels, kinds), f"{title} ({method})", words))
     return plots
 
 
-def _reading(method: str) -> str:
-    return " t-SNE keeps neighbours together; its distances mean nothing else." if method == "t-SNE" else ""
-
-
 def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) -> Figure:
-    """Points coloured and shaped by task; of two kinds, the first is faint and filled, the second large and hollow."""
+    """Draw points coloured and shaped by task; those of the second kind are larger and hollow."""
     tasks, kind_names = sorted(set(labels)), sorted(set(kinds), key=list(kinds).index)
     figure, (axes,) = _figure(4.2)
     looks = _looks(tasks)
@@ -234,7 +216,7 @@ def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) ->
 
 
 def _curve_plots(curves: Mapping[str, Sequence[Mapping[str, float | None]]]) -> list[Plot]:
-    """One plot a kind of model (the name's beginning, up to a comma), one panel a quantity."""
+    """Draw one plot per model (the part of a curve's name before the first comma), with one panel per quantity."""
     plots = []
     for model in dict.fromkeys(name.partition(",")[0] for name in curves):
         runs = {name: rows for name, rows in curves.items() if name.partition(",")[0] == model and rows}
@@ -262,12 +244,12 @@ def _curve_plots(curves: Mapping[str, Sequence[Mapping[str, float | None]]]) -> 
 
 
 def _line(rows: Sequence[Mapping[str, float | None]], *keys: str) -> list[list[float]]:
-    """One list of numbers a key, NaN where a row has none."""
+    """The values of every key over the rows, NaN where a row has none."""
     return [[math.nan if (value := row.get(key)) is None else value for row in rows] for key in keys]
 
 
 def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A marker and a colour for every name; five markers and eight colours make 40 different pairs."""
+    """Give every name a marker and a colour; 40 names get different pairs."""
     return dict(zip(names, zip(cycle(_MARKERS), cycle(COLOURS), strict=False), strict=False))
 
 
@@ -318,7 +300,7 @@ def _legend(figure: Figure, entries: Sequence[_Entry], columns: int = 3) -> None
 
 
 def render(figure: Figure, title: str, caption: str) -> Plot:
-    """Render once; the dark rendering differs in a few colours only."""
+    """Render a figure as light SVG, and replace three colours for the dark one."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     light = dark = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Show a comparison to people: Markdown and terminal tables, and one self-contained HTML page with plots."""
+"""Render a comparison as Markdown, as terminal tables, and as one self-contained HTML page with plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_factory.reporting.plots import draw_plots
-from lora_factory.reporting.summary import Finding, findings, summarise
+from lora_factory.reporting.summary import findings, summarise
 from lora_factory.reporting.tables import Table, comparison_tables
 from lora_factory.utils.files import write_text
 from lora_factory.utils.folders import check_reports
@@ -26,7 +26,7 @@ _TERMINAL_COLUMNS = 6  # beside a row's name: wider tables are cut into several
 
 
 def markdown_tables(comparison: Mapping[str, Any]) -> str:
-    """The findings and every table of a comparison, as GitHub-flavoured Markdown.
+    """Render the findings and every table of a comparison as GitHub-flavoured Markdown.
 
     Args:
         comparison: What ``comparison.compare`` returns.
@@ -34,7 +34,7 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
     blocks = [f"# Comparison on {_markdown(printable(comparison['base_model']))}"]
     blocks.append(
         "\n".join(
-            f"- {'**Warning:** ' if finding.warning else ''}{_markdown(printable(finding.text))}"
+            f"- {'**Warning:** ' if finding.warning else ''}{_markdown(finding.text)}"
             for finding in findings(comparison)
         )
     )
@@ -44,20 +44,18 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
 
 
 def terminal_tables(comparison: Mapping[str, Any]) -> list[RichTable]:
-    """Every table of a comparison for a rich console; the first one is captioned with the findings.
+    """Make rich tables of every table of a comparison; the caption of the first one holds the findings.
 
     Args:
         comparison: What ``comparison.compare`` returns.
     """
-    words = "\n".join(
-        f"{'! ' if finding.warning else ''}{printable(finding.text)}" for finding in findings(comparison)
-    )
+    words = "\n".join(f"{'! ' if finding.warning else ''}{finding.text}" for finding in findings(comparison))
     tables = [part for table in comparison_tables(comparison) for part in _narrow(table)]
     return [_rich_table(table, words if index == 0 else "") for index, table in enumerate(tables)]
 
 
 def html_page(comparison: Mapping[str, Any]) -> str:
-    """One HTML page with the findings, every table and the plots; it requests nothing from anywhere.
+    """Render one HTML page with the findings, every table and the plots; it loads nothing from outside.
 
     Args:
         comparison: What ``comparison.compare`` returns.
@@ -67,7 +65,7 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     """
     return render_page(
         base_model=printable(comparison["base_model"]),
-        findings=[Finding(printable(finding.text), finding.warning) for finding in findings(comparison)],
+        findings=findings(comparison),
         tables=comparison_tables(comparison),
         plots=draw_plots(comparison, summarise(comparison)),
         seeds=", ".join(map(str, comparison["seeds"])),
@@ -78,7 +76,7 @@ def html_page(comparison: Mapping[str, Any]) -> str:
 
 
 def render_page(**values: Any) -> str:  # noqa: ANN401
-    """Fill in the page's template; ``values`` are its variables, as ``html_page`` gives them."""
+    """Render ``report.html`` with the template's variables; `html_page` lists them."""
     source = files("lora_factory.reporting").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(**values)
@@ -89,7 +87,7 @@ def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:
 
     Args:
         comparison: What ``comparison.compare`` returns.
-        folder: Where to; made if missing, older reports in it are replaced.
+        folder: Output folder; made if missing. Older reports in it are replaced.
 
     Returns:
         The path of the page.
@@ -105,7 +103,7 @@ def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:
 
 
 def markdown_table(table: Table) -> str:
-    """One table in GitHub-flavoured Markdown, the best entries in bold."""
+    """Render a table as GitHub-flavoured Markdown, with the best entries in bold."""
 
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(texts) + " |"
@@ -121,13 +119,13 @@ def markdown_table(table: Table) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Plain text with what Markdown and HTML would act on made harmless."""
+    """Escape the characters that Markdown and HTML interpret."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
 
 
 def _narrow(table: Table) -> list[Table]:
-    """The table cut into parts narrow enough for a terminal; every part repeats the rows' names."""
+    """Cut a table into parts of at most seven columns; every part repeats the first column."""
     parts = []
     for start in range(1, len(table.columns), _TERMINAL_COLUMNS):
         kept = [0, *range(start, min(start + _TERMINAL_COLUMNS, len(table.columns)))]
@@ -143,7 +141,7 @@ def _narrow(table: Table) -> list[Table]:
 
 
 def _rich_table(table: Table, caption: str) -> RichTable:
-    """The table for a console; `Text` keeps rich from reading markup in names."""
+    """Convert a table for rich; `Text` keeps rich from interpreting markup in names."""
     shown = RichTable(title=Text(table.title), caption=Text(caption), caption_justify="left", box=SIMPLE)
     for index, column in enumerate(table.columns):
         wordy = index == 0 or column.wordy

@@ -1,4 +1,4 @@
-"""What a comparison's cells say: headroom with bootstrap intervals, steering margins, and the findings in words."""
+"""Summarise a comparison: headroom with bootstrap intervals, steering margins, and findings in words."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import printable
 
 
 def headroom(base_loss: float, adapter_loss: float, original_loss: float) -> float:
-    """The share of what the task's own LoRA gains that an adapter recovers: 0 is the base model, 1 the original LoRA.
+    """Return the share of the original LoRA's gain over the base model that an adapter recovers.
 
     Args:
-        base_loss: Loss of the base model, in nats a token.
-        adapter_loss: Loss of the adapter in question.
-        original_loss: Loss of the LoRA that was fine-tuned on the task.
+        base_loss: Loss of the base model, in nats per token.
+        adapter_loss: Loss of the adapter, in nats per token.
+        original_loss: Loss of the LoRA that was fine-tuned on the task, in nats per token.
 
     Returns:
-        ``(base - adapter) / (base - original)``; NaN where the original LoRA gains nothing, so that there is no unit.
+        ``(base - adapter) / (base - original)``: 0 is the base model, 1 the original LoRA; NaN where the original LoRA
+        gains nothing.
     """
     gain = base_loss - original_loss
     return (base_loss - adapter_loss) / gain if gain > 0 else math.nan
 
 
 GENERATED = "generated"
-FROM_EXAMPLES = " from examples"  # how the name of what is conditioned on examples ends, instead of on a text
+FROM_EXAMPLES = " from examples"  # in the names of methods that are conditioned on examples instead of a text
 ANOTHER_TASK = ", another task"
 GIBBERISH = f"{GENERATED}, gibberish"
 UNIFORM_SOUP = "uniform soup"
@@ -40,7 +42,7 @@ ORIGINALS = frozenset({ORIGINAL_LORA, "original LoRA, best"})
 _OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}"}
 UNREFINED = f"{GENERATED}{FROM_EXAMPLES}, unrefined"
 _VARIANTS = {UNREFINED, f"{GENERATED} from text and examples, unrefined", f"{GENERATED}{FROM_EXAMPLES}, best of 4"}
-_NO_RIVALS = ORIGINALS | _OURS | _VARIANTS | {f"{name}, sampled" for name in _OURS}  # neither a control nor a baseline
+_NO_RIVALS = ORIGINALS | _OURS | _VARIANTS | {f"{name}, sampled" for name in _OURS}  # neither controls nor baselines
 GROUPS = {"seen": True, "unseen": False}
 NEEDED_MARGIN = 0.1
 _LEAD = 0.005  # what two decimals show
@@ -48,14 +50,14 @@ _RESAMPLES = 2000
 
 
 class Place(NamedTuple):
-    """Where a cell was measured; what is compared shares it."""
+    """Task, fold and seed of a cell; methods are compared at the same place."""
 
     task: str
     fold: int
     seed: int
 
     def __str__(self) -> str:
-        """The place in words."""
+        """Name the place in words."""
         return f"{self.task} (fold {self.fold}, seed {self.seed})"
 
 
@@ -75,14 +77,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """One method on the seen or on the unseen tasks.
+    """Figures of one method on the seen tasks, or on the unseen tasks.
 
     Attributes:
-        headroom: Share of the original LoRA's gain that the method recovers.
+        headroom: Mean share of the original LoRA's gain that the method recovers.
         worst_task: The task with the lowest mean headroom.
         worst_headroom: That task's mean.
         cells: Number of measured cells.
-        lead: By how much the method's headroom is above the generator's, over the cells that both have.
+        lead: The method's headroom minus the generator's, over the places where both were measured.
     """
 
     headroom: Interval
@@ -94,7 +96,7 @@ class GroupSummary:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One method of a comparison.
+    """Figures of one method of a comparison.
 
     Attributes:
         method: Its name.
@@ -102,7 +104,7 @@ class MethodSummary:
         unseen: Its figures on unseen tasks; None without a measured cell.
         failed: Number of its failed cells, which enter no mean.
         token_budget: Training tokens that went through the base model, in all; None if unknown.
-        beats_generator: "seen" and "unseen", as far as this control or baseline recovers more than the generator.
+        beats_generator: Those of "seen" and "unseen" where this control or baseline recovers more than the generator.
     """
 
     method: str
@@ -118,9 +120,8 @@ class MethodSummary:
         return {"seen": self.seen, "unseen": self.unseen}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about a comparison; a warning is bad news for the generator or for the measurement."""
+class Finding(NamedTuple):
+    """One sentence about a comparison; a warning reports a weakness of the generator or of the measurement."""
 
     text: str
     warning: bool = False
@@ -129,10 +130,10 @@ class Finding:
 def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
     """Summarise every method of a comparison, in its order.
 
-    A task counts once: its folds and seeds are averaged before tasks are resampled for the intervals, since they
-    share what was measured, and methods differ in what a seed changes. A method conditioned on examples is compared
-    with the generator conditioned on examples, every other one with the generator conditioned on a text. Failed cells
-    enter no mean, nor do places without a unit, where the original LoRA gains nothing over the original model.
+    Folds and seeds of a task are averaged before tasks are resampled for the intervals, since they share test data. A
+    method conditioned on examples is compared with the generator conditioned on examples, every other method with the
+    generator conditioned on a text. Failed cells enter no mean, nor do places where the original LoRA gains nothing
+    over the original model.
 
     Args:
         comparison: What ``comparison.compare`` returns.
@@ -161,16 +162,16 @@ def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
 
 
 def method_names(comparison: Mapping[str, Any]) -> list[str]:
-    """Every method, first those that the comparison lists."""
+    """The names of all methods: those that the comparison lists, then others that have cells."""
     return list(dict.fromkeys([*comparison["methods"], *(cell["method"] for cell in comparison["cells"])]))
 
 
 def steering_margins(comparison: Mapping[str, Any]) -> dict[str, Interval]:
-    """Headroom of the generated adapters minus that of those generated for another task, over the cells of both.
+    """Return the headroom of generated adapters minus the headroom of those generated with another task's condition.
 
     Returns:
-        The margin on ``seen`` and on ``unseen`` tasks, for conditions from a text; the same for conditions from
-        examples (``seen, from examples``) where they were measured. A mean is NaN where nothing was.
+        Margins on ``seen`` and ``unseen`` tasks for conditions from a text, and on ``seen, from examples`` and
+        ``unseen, from examples`` where these were measured. The mean is NaN without a measurement.
     """
     headrooms = _headrooms(comparison)
     measured = {method for method, _ in headrooms}
@@ -185,18 +186,19 @@ def steering_margins(comparison: Mapping[str, Any]) -> dict[str, Interval]:
 
 
 def findings(comparison: Mapping[str, Any]) -> list[Finding]:
-    """Say in words what the numbers mean: results, steering, who beats the generator, what failed or has no unit."""
+    """Say in printable sentences what the generator recovers, whether its condition matters, and what beats it."""
     summaries = summarise(comparison)
-    return [
+    sentences = [
         *_result_sentences(summaries),
         *_steering_sentences(steering_margins(comparison)),
         *_rival_sentences(summaries),
         *_measurement_sentences(comparison),
     ]
+    return [Finding(printable(text), warning) for text, warning in sentences]
 
 
 def failed_cells(comparison: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
-    """The cells that hold no usable loss, each with the reason."""
+    """The cells without a finite loss, each with the reason."""
     return [
         (cell, str(cell["error"] or f"the loss is {cell['loss']}"))
         for cell in comparison["cells"]
@@ -205,7 +207,7 @@ def failed_cells(comparison: Mapping[str, Any]) -> list[tuple[Mapping[str, Any],
 
 
 def places_without_unit(comparison: Mapping[str, Any]) -> dict[Place, str]:
-    """The places where headroom has no unit, each with the reason."""
+    """The places where headroom is undefined, each with the reason."""
     losses = _losses(comparison)
     reasons = {}
     for place in sorted({_place(cell) for cell in comparison["cells"]}):
@@ -218,7 +220,7 @@ def places_without_unit(comparison: Mapping[str, Any]) -> dict[Place, str]:
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
-    """A number for a table, or "n/a" where there is none."""
+    """Format a number for a table; "n/a" for None and for values that are not finite."""
     return "n/a" if value is None or not math.isfinite(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
@@ -231,7 +233,7 @@ def _is_measured(cell: Mapping[str, Any]) -> bool:
 
 
 def _losses(comparison: Mapping[str, Any]) -> dict[tuple[str, Place], float]:
-    """The measured cells' losses in nats a token, by method and place."""
+    """The measured cells' losses in nats per token, by method and place."""
     losses: dict[tuple[str, Place], float] = {}
     for cell in filter(_is_measured, comparison["cells"]):
         key = cell["method"], _place(cell)
@@ -248,7 +250,7 @@ def _headroom(losses: Mapping[tuple[str, Place], float], place: Place, method: s
 
 
 def _headrooms(comparison: Mapping[str, Any]) -> defaultdict[tuple[str, bool], dict[Place, float]]:
-    """The headroom at every place that has a unit, by method and by whether the task was seen."""
+    """The headroom at every place where it is defined, by method and by whether the task was seen."""
     losses, unitless = _losses(comparison), places_without_unit(comparison)
     headrooms: defaultdict[tuple[str, bool], dict[Place, float]] = defaultdict(dict)
     for cell in filter(_is_measured, comparison["cells"]):
@@ -258,7 +260,7 @@ def _headrooms(comparison: Mapping[str, Any]) -> defaultdict[tuple[str, bool], d
 
 
 def _generated_like(method: str, measured: Collection[tuple[str, bool]]) -> str:
-    """The generator's row that a method is compared with: the one that makes of the same what it does."""
+    """Name the generator's row that a method is compared with: the one with the same kind of condition."""
     names, from_examples = {name for name, _ in measured}, f"{GENERATED}{FROM_EXAMPLES}"
     if method.startswith(from_examples) or method.endswith(", refined"):
         return from_examples
@@ -282,10 +284,7 @@ def _summarise_group(values: Mapping[Place, float], generated: Mapping[Place, fl
 
 
 def _bootstrap(values: Mapping[Place, float]) -> Interval:
-    """The mean over tasks, or over the seeds of an only task, and its percentile bootstrap interval.
-
-    The resamples come from a seeded generator of their own.
-    """
+    """The mean over tasks, or over the seeds of a single task, and its percentile bootstrap interval (seeded)."""
     several = len({place.task for place in values}) > 1
     units = defaultdict(list)
     for place in sorted(values):
@@ -301,7 +300,7 @@ def _bootstrap(values: Mapping[Place, float]) -> Interval:
 
 
 def _result_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
-    """How much of the original LoRA's gain the generator recovers."""
+    """Say how much of the original LoRA's gain the generator recovers."""
     for summary in summaries:
         if summary.method in _OURS:
             how = summary.method.removeprefix(GENERATED)
@@ -314,7 +313,7 @@ def _result_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
 
 
 def _steering_sentences(margins: Mapping[str, Interval]) -> Iterator[Finding]:
-    """Whether the generator listens to its condition."""
+    """Say whether generated adapters depend on the condition."""
     for name, margin in margins.items():
         group, _, way = name.partition(",")
         where = f"On {group} tasks{way}"
@@ -329,7 +328,7 @@ def _steering_sentences(margins: Mapping[str, Interval]) -> Iterator[Finding]:
 
 
 def _rival_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
-    """Which controls and baselines beat the generator."""
+    """Name the controls and baselines that beat the generator."""
     for summary in summaries:
         for name, group in summary.groups.items():
             if group and name in summary.beats_generator:
@@ -341,7 +340,7 @@ def _rival_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
 
 
 def _measurement_sentences(comparison: Mapping[str, Any]) -> Iterator[Finding]:
-    """What the means leave out."""
+    """Name the failed cells and the places where headroom is undefined."""
     failed, unitless = failed_cells(comparison), places_without_unit(comparison)
     if failed:
         yield Finding(

@@ -1,4 +1,4 @@
-"""A comparison's tables, the same for Markdown, terminal and page."""
+"""The tables of a comparison as data, for Markdown, terminal and HTML."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from lora_factory.reporting.summary import (
 )
 from lora_factory.utils.printable import printable
 
-_METRICS = (  # heading, key in a cell, digits, what is best, meaning
-    ("PPL", "perplexity", 2, min, "PPL: perplexity a token, lower is better."),
+_METRICS = (  # heading, key in a cell, digits, how the best is chosen, note
+    ("PPL", "perplexity", 2, min, "PPL: perplexity per token, lower is better."),
     ("BPC", "bits_per_character", 3, min, "BPC: bits per character, lower is better, comparable between tokenizers."),
     ("accuracy", "accuracy", 3, max, "Accuracy: share of right completions."),
 )
@@ -37,8 +37,8 @@ class Column(NamedTuple):
 
     Attributes:
         name: Its heading.
-        group: A heading above the names of neighbours that share it.
-        wordy: Whether it holds words, which read from the left and may be wrapped.
+        group: Heading above the names of neighbouring columns with this group.
+        wordy: Whether it holds words, which are left-aligned and may be wrapped.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One table for every output; its texts are plain and not yet escaped.
+    """A table in plain text; each output escapes it.
 
     Attributes:
         title: Its heading.
-        note: What a reader has to know to read it.
+        note: Explanation printed with the table.
         columns: Its columns; the first names the row.
-        rows: Its texts, one a column.
+        rows: The text of every column, by row.
         best: Row and column of the entries to set in bold.
-        marked: The rows that beat the generator.
+        marked: Indices of the rows that beat the generator.
     """
 
     title: str
@@ -68,14 +68,14 @@ class Table:
 
     @property
     def headings(self) -> list[tuple[str, int]]:
-        """Every group with the number of its columns; empty when no column has a group."""
+        """The groups with their numbers of columns; empty when no column has a group."""
         if not any(column.group for column in self.columns):
             return []
         return [(group, len(list(columns))) for group, columns in groupby(self.columns, lambda column: column.group)]
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """Every table that has rows, in the order of reading, in plain printable text."""
+    """Make every table that has rows, in reading order, in printable text."""
     tables = [
         _headroom_table(summarise(comparison)),
         _steering_table(steering_margins(comparison)),
@@ -88,7 +88,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
 
 
 def _printable(table: Table) -> Table:
-    """The table as people may see it, whatever the names in it hold."""
+    """Replace control characters in every text of a table."""
     return replace(
         table,
         columns=tuple(Column(printable(name), printable(group), wordy) for name, group, wordy in table.columns),
@@ -154,7 +154,7 @@ def _steering_table(margins: Mapping[str, Interval]) -> Table:
 
 
 def _task_table(comparison: Mapping[str, Any], group: str) -> Table:
-    """Perplexity and bits per character as in the paper's Table 2, and accuracy where it was measured."""
+    """Perplexity and bits per character (Table 2 of the paper), and accuracy where it was measured."""
     cells = [cell for cell in comparison["cells"] if cell["seen"] is GROUPS[group]]
     tasks = sorted({cell["task"] for cell in cells})
     methods = [name for name in method_names(comparison) if any(cell["method"] == name for cell in cells)]
@@ -227,7 +227,7 @@ def _failure_table(comparison: Mapping[str, Any]) -> Table:
 
 
 def _means(pairs: Iterable[tuple[Any, float | None]]) -> dict[Any, float]:
-    """The mean of every key's finite values."""
+    """The mean of the finite values of every key."""
     values = defaultdict(list)
     for key, value in pairs:
         if value is not None and math.isfinite(value):

@@ -77,7 +77,7 @@ def test_descriptions_are_varied_and_belong_to_one_kind():
 def test_a_second_call_reuses_what_is_there_and_limits_what_it_returns(made_up, tmp_path):
     seen, unseen = build_corpus(tmp_path / "tasks")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "tasks").rglob("*")}
-    one, again = build_corpus(tmp_path / "tasks", seen=1, exclude=["python_code"])
+    one, again = build_corpus(tmp_path / "tasks", seen=1)
     assert [task.name for task in one] == ["licences"] and again.fingerprint() == unseen.fingerprint()
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "tasks").rglob("*")} == before
     assert [task.name for task in seen] == ["python_code", "licences", "cython"]
@@ -112,9 +112,7 @@ def test_a_folder_with_other_things_is_left_alone(made_up, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_too_little_text_and_unknown_names_are_errors(made_up, tmp_path, monkeypatch):
-    with pytest.raises(LoraFactoryError, match="exclude names 'nonsense'"):
-        build_corpus(tmp_path / "tasks", exclude=["nonsense"])
+def test_too_little_text_is_an_error(made_up, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "KINDS", made_up[:2])
     with pytest.raises(LoraFactoryError, match="2 kinds of text"):
         build_corpus(tmp_path / "tasks")
