@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import datasets
 
@@ -92,19 +92,13 @@ class CocoSource:
 
 
 @dataclass(frozen=True)
-class ImageRows:
-    """Rows of a data set, each with an image and either a prompt and a completion, or objects with boxes.
+class RowSource:
+    """A data set with a column of images.
 
     Attributes:
         path: As in `DataSource`; a folder may hold images with a ``metadata.jsonl`` beside them.
         name: As in `DataSource`, like ``data_files``, ``splits`` and ``revision``.
         image_column: Column of images.
-        prompt_column: Column of the questions; without it, every row is asked ``prompt``.
-        completion_column: Column of the answers, for captions and visual questions.
-        category: For detection: the category to find; only rows that show it are taken.
-        objects_column: For detection: column with the lists ``bbox`` and ``category`` (or ``categories``).
-        box_format: "xywh" (as COCO has it) or "xyxy".
-        prompt: What the model is asked where there is no prompt column.
     """
 
     path: str
@@ -113,6 +107,40 @@ class ImageRows:
     splits: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     image_column: str = "image"
+
+    def __post_init__(self) -> None:
+        """Check what `DataSource` checks."""
+        object.__setattr__(self, "data_files", self.rows.data_files)
+
+    @property
+    def rows(self) -> DataSource:
+        """Where the rows come from."""
+        return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set's id on the Hub; None for local files and folders."""
+        return self.rows.hub_id
+
+    def relative_to(self, folder: Path) -> Self:
+        """The same source, its local paths taken as relative to ``folder``."""
+        rows = self.rows.relative_to(folder)
+        return replace(self, path=rows.path, data_files=rows.data_files)
+
+
+@dataclass(frozen=True)
+class ImageRows(RowSource):
+    """Rows of a data set, each with an image and either a prompt and a completion, or objects with boxes.
+
+    Attributes:
+        prompt_column: Column of the questions; without it, every row is asked ``prompt``.
+        completion_column: Column of the answers, for captions and visual questions.
+        category: For detection: the category to find; only rows that show it are taken.
+        objects_column: For detection: column with the lists ``bbox`` and ``category`` (or ``categories``).
+        box_format: "xywh" (as COCO has it) or "xyxy".
+        prompt: What the model is asked where there is no prompt column.
+    """
+
     prompt_column: str | None = None
     completion_column: str | None = None
     category: str | None = None
@@ -129,18 +157,7 @@ class ImageRows:
             )
         if self.box_format not in ("xywh", "xyxy"):
             raise LoraFactoryError(f"box_format={self.box_format!r}: choose xywh or xyxy")
-        object.__setattr__(self, "data_files", self._rows.data_files)
-
-    @property
-    def hub_id(self) -> str | None:
-        """The data set's id on the Hub; None for local files and folders."""
-        rows = self._rows
-        return None if rows.format is not None or Path(rows.path).expanduser().is_dir() else rows.path
-
-    def relative_to(self, folder: Path) -> ImageRows:
-        """The same source, its local paths taken as relative to ``folder``."""
-        rows = self._rows.relative_to(folder)
-        return replace(self, path=rows.path, data_files=rows.data_files)
+        super().__post_init__()
 
     def load(self, task: str) -> dict[Split, list[ImageExample]]:
         """The examples of each split that the data set has.
@@ -148,11 +165,7 @@ class ImageRows:
         Raises:
             LoraFactoryError: The data cannot be found or read, a column is missing, or no row has what is asked for.
         """
-        return {split: self._split(rows, f"{task}/{split}") for split, rows in load_splits(self._rows, task).items()}
-
-    @property
-    def _rows(self) -> DataSource:
-        return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
+        return {split: self._split(rows, f"{task}/{split}") for split, rows in load_splits(self.rows, task).items()}
 
     def _split(self, rows: datasets.Dataset, where: str) -> list[ImageExample]:
         wanted = self.objects_column if self.category else self.completion_column

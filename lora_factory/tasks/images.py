@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -13,7 +12,8 @@ from PIL import Image
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.image_files import ImageLike, check_image, image_fingerprint, images_in
-from lora_factory.tasks.text import SPLITS, DataSource, Split, load_splits
+from lora_factory.tasks.image_sources import RowSource
+from lora_factory.tasks.text import SPLITS, Split, carve, load_splits
 from lora_factory.utils.paths import safe_name
 
 if TYPE_CHECKING:
@@ -83,8 +83,11 @@ class ImageTask:
         Raises:
             LoraFactoryError: When there is no description, one class only, or too few images to carve a split out of.
         """
-        given = dict(zip(SPLITS, (train, validation, test), strict=True))
-        return cls(name, tuple(descriptions), tuple(shown), license, None, _complete(given, name))
+        given: dict[Split, list[LabelledImage]] = {
+            split: [LabelledImage(*row) for row in rows]
+            for split, rows in zip(SPLITS, (train, validation, test), strict=True)
+        }
+        return cls(name, tuple(descriptions), tuple(shown), license, None, carve(given, name, _same_row, mixed=True))
 
     @classmethod
     def from_folder(
@@ -171,24 +174,15 @@ class ImageTask:
 
 
 @dataclass(frozen=True)
-class ImageClasses:
+class ImageClasses(RowSource):
     """Images with their classes, as a task file has them.
 
     Attributes:
-        path: A folder as `ImageTask.from_folder` takes it; or as in `DataSource` a data set's id on the Hub or a local
-            file of rows, or a format with ``data_files``.
-        name: As in `DataSource`, like ``data_files``, ``splits`` and ``revision``.
-        image_column: A data set's column of images.
-        label_column: Its column of classes.
+        path: A folder as `ImageTask.from_folder` takes it, or as in `RowSource`, which has the other attributes.
+        label_column: A data set's column of classes.
         positives: Classes to answer "yes" for, and "no" for all others; default: every class goes by its name.
     """
 
-    path: str
-    name: str | None = None
-    data_files: Mapping[str, Sequence[str]] | None = None
-    splits: Mapping[str, str] = field(default_factory=dict)
-    revision: str | None = None
-    image_column: str = "image"
     label_column: str = "label"
     positives: Sequence[str] = ()
 
@@ -200,12 +194,7 @@ class ImageClasses:
                 f"positives={given!r} must be a list of classes; put each in quotes, since YAML reads yes and no as"
                 " true and false"
             )
-        object.__setattr__(self, "data_files", self._rows.data_files)
-
-    def relative_to(self, folder: Path) -> ImageClasses:
-        """The same source, its local paths taken as relative to ``folder``."""
-        rows = self._rows.relative_to(folder)
-        return replace(self, path=rows.path, data_files=rows.data_files)
+        super().__post_init__()
 
     def task(self, name: str, descriptions: Sequence[str], license: str | None = None) -> ImageTask:
         """The task of telling these images apart; files are listed and data sets read now.
@@ -218,14 +207,10 @@ class ImageClasses:
             task = ImageTask.from_folder(name, descriptions, folder, license=license)
         else:
             columns = {"image_column": self.image_column, "label_column": self.label_column}
-            parts = load_splits(self._rows, name)
+            parts = load_splits(self.rows, name)
             task = ImageTask.from_dataset(name, descriptions, parts, license=license, **columns)
-            task = replace(task, dataset=None if self._rows.format else self.path)
+            task = replace(task, dataset=self.hub_id)
         return task.asking_for(self.positives) if self.positives else task
-
-    @property
-    def _rows(self) -> DataSource:
-        return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
 
 
 def check_images(task: ImageTask) -> None:
@@ -264,6 +249,11 @@ def _labelled(folder: Path) -> list[LabelledImage]:
     return [LabelledImage(file, path.name) for path in classes for file in images_in(path)]
 
 
+def _same_row(row: LabelledImage) -> Hashable:
+    """What says that two rows are one: an image in memory is the same object, and any other has the same value."""
+    return (id(row.image) if isinstance(row.image, Image.Image) else row.image, row.label)
+
+
 def _rows(data: Dataset, image_column: str, label_column: str, task: str) -> list[LabelledImage]:
     """A split's rows, with images as files' contents where the data set holds those."""
     from datasets import ClassLabel, Image
@@ -285,18 +275,3 @@ def _rows(data: Dataset, image_column: str, label_column: str, task: str) -> lis
         name = labels.int2str(label) if isinstance(labels, ClassLabel) else str(label)
         rows.append(LabelledImage(image["bytes"] or image["path"], name))
     return rows
-
-
-def _complete(given: Mapping[Split, Sequence[LabelledImage]], task: str) -> dict[Split, list[LabelledImage]]:
-    """All three splits: those given, the missing ones carved out of train."""
-    complete = {split: [LabelledImage(*row) for row in rows] for split, rows in given.items()}
-    missing = [split for split in SPLITS if not complete[split] and split != "train"]
-    train = complete["train"]
-    share = max(1, len(train) // 10)
-    if missing and len(train) <= share * len(missing):
-        raise LoraFactoryError(f"task {task!r} has {len(train)} training images, too few; give more of them")
-    if missing:
-        random.Random(0).shuffle(train)
-    for split in missing:
-        complete[split], complete["train"] = complete["train"][:share], complete["train"][share:]
-    return complete

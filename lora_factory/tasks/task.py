@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example, ImageExample, as_example
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
-from lora_factory.tasks.text import SPLITS, DataSource, Split, load_examples, with_text
+from lora_factory.tasks.text import SPLITS, DataSource, Split, carve, load_examples, with_text
 from lora_factory.utils.paths import safe_name
 
 METRICS = ("exact_match", "multiple_choice")
@@ -93,7 +92,7 @@ class Task:
         task = cls(name, tuple(descriptions), None, license, metric, choices)
         given = dict(zip(SPLITS, (train, validation, test), strict=True))
         found = {split: with_text(map(as_example, examples)) for split, examples in given.items() if len(examples)}
-        task._examples.update(_complete(found, name))
+        task._examples.update(carve(found, name))
         return task
 
     @property
@@ -121,7 +120,7 @@ class Task:
                 found = load_examples(self.data, self.name)
             else:
                 found = self.data.load(self.name)
-            self._examples.update(_complete(found, self.name))
+            self._examples.update(carve(found, self.name))
         return self._examples[split]
 
     @property
@@ -170,25 +169,3 @@ def _checked_choices(given: object, metric: str | None, task: str) -> tuple[str,
     if len(choices) == 1 or len(set(choices)) < len(choices):
         raise LoraFactoryError(f"task {task!r}: choices={choices!r} must be two or more, all different")
     return choices
-
-
-def _complete(found: Mapping[Split, list[Any]], task: str) -> dict[Split, list[Any]]:
-    """All three splits: those found, the missing ones carved out of train."""
-    complete = {split: found[split] for split in SPLITS if found.get(split)}
-    missing = [split for split in SPLITS if split not in complete]
-    if "train" in missing:
-        raise LoraFactoryError(f"task {task!r} has no training text; give at least one example that is not empty")
-    distinct = list(dict.fromkeys(complete["train"]))
-    if missing and len(distinct) < len(missing) + 1:
-        raise LoraFactoryError(
-            f"task {task!r} has {len(distinct)} different training rows, too few to carve out {' and '.join(missing)};"
-            " give these splits, or more rows"
-        )
-    random.Random(0).shuffle(distinct)
-    share = max(1, len(distinct) // 10)
-    for number, split in enumerate(missing):
-        carved = set(distinct[number * share : (number + 1) * share])
-        complete[split] = [example for example in complete["train"] if example in carved]
-    held_out = {example for split in missing for example in complete[split]}
-    complete["train"] = [example for example in complete["train"] if example not in held_out]
-    return complete

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks.coco_tasks import DESCRIPTIONS, detection_tasks
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.images import ImageClasses, ImageTask, check_images
@@ -215,8 +216,6 @@ def _tasks_of(entry: object, path: Path, number: int) -> Sequence[Task | ImageTa
 
 
 def _tasks_of_categories(source: CocoSource, values: Mapping[str, Any]) -> list[Task]:
-    from lora_factory.tasks.coco_tasks import DESCRIPTIONS, detection_tasks  # it imports this module
-
     checked = Task(**{"name": "category", "descriptions": DESCRIPTIONS, **values, "data": None})
     more: Any = {"descriptions": checked.descriptions, "prompt": source.prompt, "license": checked.license}
     return detection_tasks(source.path, source.annotations, **more)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import random
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import datasets
 import numpy
@@ -22,6 +23,7 @@ from lora_factory.utils.paths import local_path
 
 Split = Literal["train", "validation", "test"]
 Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
+Row = TypeVar("Row")
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 _OWN_FORMATS = ("json", "csv", "text")  # read by `read_rows`: the readers of `datasets` guess types and change cells
@@ -186,6 +188,49 @@ def read_examples(path: str | Path) -> list[Example]:
     if "text" not in columns and {"prompt", "completion"} <= set(columns):
         source = replace(source, text_column=None, prompt_column="prompt", completion_column="completion")
     return load_examples(source, "examples")["train"]
+
+
+def carve(
+    found: Mapping[Split, Sequence[Row]],
+    task: str,
+    key: Callable[[Row], Hashable] = lambda row: row,
+    *,
+    mixed: bool = False,
+) -> dict[Split, list[Row]]:
+    """All three splits: those found, the missing ones carved out of train, a tenth of its different rows each.
+
+    The same rows are carved out every time, and equal rows stay on one side.
+
+    Args:
+        found: Rows by split; a split without rows is missing.
+        task: The task's name, for error messages.
+        key: What rows are equal by.
+        mixed: Whether the rows come in random order, since their own puts one class after the other, when a split is
+            missing; by default they keep their order.
+
+    Raises:
+        LoraFactoryError: There is no row to learn from, or too few to carve splits out of.
+    """
+    complete = {split: [*found[split]] for split in SPLITS if found.get(split)}
+    missing = [split for split in SPLITS if split not in complete]
+    if "train" in missing:
+        raise LoraFactoryError(f"task {task!r} has no training text; give at least one example that is not empty")
+    if not missing:
+        return complete
+    rows = complete["train"]
+    distinct = list(dict.fromkeys(map(key, rows)))
+    if len(distinct) < len(missing) + 1:
+        raise LoraFactoryError(
+            f"task {task!r} has {len(distinct)} different training rows, too few to carve out {' and '.join(missing)};"
+            " give these splits, or more rows"
+        )
+    random.Random(0).shuffle(distinct)
+    if mixed:
+        random.Random(0).shuffle(rows)
+    share = max(1, len(distinct) // 10)
+    home = {one: split for number, split in enumerate(missing) for one in distinct[number * share :][:share]}
+    carved = {split: [row for row in rows if home.get(key(row), "train") == split] for split in (*missing, "train")}
+    return {split: carved.get(split) or complete[split] for split in SPLITS}
 
 
 def with_text(examples: Iterable[Example]) -> list[Example]:
