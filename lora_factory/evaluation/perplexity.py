@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,14 +15,13 @@ from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
+from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import Window, negative_log_likelihoods
+from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import read_json
 from lora_factory.zoo.store import RECORD_FILE, ZOO_FILE, AdapterZoo
-
-if TYPE_CHECKING:
-    from lora_factory.tasks.examples import Example
-    from lora_factory.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,6 @@ def evaluate_adapters(
         LoraFactoryError: When an adapter cannot be read or does not fit the base model, or some adapters were
             trained in the chat template and others not.
     """
-    from lora_factory.models.loading import load_base_model
-
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     named = None if base_model is None else str(base_model)
