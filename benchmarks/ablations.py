@@ -24,7 +24,7 @@ from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.evaluation.baselines import uniform_soup
-from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.evaluation.perplexity import score_task
 from lora_factory.models.loading import load_base_model
 from lora_factory.reporting.summary import headroom
 from lora_factory.utils.cache import CellLog
@@ -122,9 +122,7 @@ def measure(zoo: AdapterZoo, settings: TrainArguments, tasks: list, base: Path, 
         losses = {}
         for name, adapter in adapters.items():
             slot.load(adapter)
-            score = score_examples(
-                slot.model, tokenizer, task.examples("test"), window=256, stride=192, max_tokens=TOKENS
-            )
+            score = score_task(slot.model, tokenizer, task, window=256, max_tokens=TOKENS)
             losses[name] = score.loss
         for name in METHODS:
             shares[name][task.name] = headroom(losses["base"], losses[name], losses["original"])

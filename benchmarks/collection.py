@@ -2,7 +2,7 @@
 
     LORA_FACTORY_SHARED=../shared python benchmarks/collection.py --output /tmp/collection
 
-A 260 K Llama on text domains. The bare loop trains one LoRA a domain with the same base, LoRA, data, batch size,
+A 260 K Llama on text domains. The bare loop trains one LoRA per domain with the same base, LoRA, data, batch size,
 optimiser and schedule, and keeps nothing; collection adds validation, snapshots, saved states, leases and the zoo's
 files. Both run in turns in one process. Seconds of processor time stand beside those of the clock, which other work on
 the machine distorts. The second part collects one zoo with one process and with two, and compares the files.

@@ -3,7 +3,7 @@
     python benchmarks/digit_detection.py --output digit-detection-output
 
 The base model is trained from scratch to find all digits of a canvas but nines, of which it never sees one, as the
-paper's base knows neither sofas nor motorbikes. Then one LoRA a digit (rank 2, the paper's modules), a generator on
+paper's base knows neither sofas nor motorbikes. Then one LoRA per digit (rank 2, the paper's modules), a generator on
 all ten, and the methods of Table 1 on canvases of digits that were in no training.
 """
 

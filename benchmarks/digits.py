@@ -124,7 +124,7 @@ def sentences(chosen: list[int]) -> list[str]:
 
 
 def collect_together(factory: AdapterFactory, tasks: Sequence[ImageTask], folder: Path) -> AdapterZoo:
-    """One LoRA a task as `collect_adapters` trains it, but many of them in one batch, which takes a fifth of the time.
+    """Train one LoRA per task as `collect_adapters` does, but many in one batch, in a fifth of the time.
 
     The tasks have the same images in the same order, so that a batch of images serves all of them.
     """

@@ -123,7 +123,7 @@ def _generated(generator: CVAELoRAGenerator, vectors: dict, task: ImageTask, nam
 
 
 def _joined(vectors: dict[str, dict[str, torch.Tensor]], names: list[str]) -> dict[str, torch.Tensor]:
-    """One vector a task: the modalities side by side, each minus its mean and in units of its spread."""
+    """One vector per task: the modalities side by side, each minus its mean and in units of its spread."""
     parts = []
     for rows in vectors.values():
         known = torch.stack([rows[name] for name in names])

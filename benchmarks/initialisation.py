@@ -3,7 +3,7 @@
     LORA_FACTORY_SHARED=../shared python benchmarks/initialisation.py --domains domains-output --fold 0
 
 Reads the zoo and the generator that `benchmarks/domains.py` made. Both starts have the generator's rank and train on
-the domain's own training text, with AdamW, 8 x 128 tokens a step, at each of two constant learning rates; the better
+the domain's own training text, with AdamW, 8 x 128 tokens per step, at each of two constant learning rates; the better
 one counts. The goal is the validation loss that the domain's own LoRA ended with.
 """
 

@@ -62,10 +62,10 @@ def main() -> None:
     parser.add_argument("--base", default=BASE, help=f"base model (default: {BASE})")
     parser.add_argument("--seen", type=int, default=78, help="tasks that are collected (default: all 78)")
     parser.add_argument("--unseen", type=int, default=17, help="tasks left out (default: all 17)")
-    parser.add_argument("--steps", type=int, default=100, help="steps a task's LoRA (default: 100)")
-    parser.add_argument("--rows", type=int, default=30, help="test rows scored a task (default: 30)")
+    parser.add_argument("--steps", type=int, default=100, help="steps per task's LoRA (default: 100)")
+    parser.add_argument("--rows", type=int, default=30, help="test rows scored per task (default: 30)")
     parser.add_argument("--window", type=int, default=384, help="tokens of a sequence (default: 384)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step (default: 8)")
     parser.add_argument("--dtype", default="float32", help="of the base model (default: float32)")
     parser.add_argument(
         "--refine-steps", type=int, default=REFINE_STEPS, help=f"most steps on 16 examples (default: {REFINE_STEPS})"
@@ -123,7 +123,7 @@ def main() -> None:
     console = Console(width=110)
     console.print(table)
     console.print(
-        f"loss in nats a token, accuracy as a share; {options.rows} rows a task; {options.steps} steps of "
+        f"loss in nats per token, accuracy as a share; {options.rows} rows per task; {options.steps} steps of "
         f"{options.batch_size} x {options.window} tokens a LoRA, rank {RANK}; {options.refine_steps} steps at most on "
         f"examples; {options.dtype}; seed {options.seed}; {Path(options.base).name}; lora-factory {__version__}, "
         f"torch {torch.__version__}"

@@ -47,7 +47,7 @@ def main() -> None:
         print(json.dumps(measure(options.folder / str(options.measure), options.measure)))
         return
     columns = ("tasks", "open ms", "snapshot ms", "statistics s", "batch ms", "fit s", "peak memory GB")
-    table = Table(title=f"{SNAPSHOTS} snapshots of {make_layout().size:,} weights a task, batches of {BATCH}")
+    table = Table(title=f"{SNAPSHOTS} snapshots of {make_layout().size:,} weights per task, batches of {BATCH}")
     for column in columns:
         table.add_column(column, justify="right")
     for count in (0, *map(int, options.tasks.split(","))):

@@ -13,6 +13,7 @@ output layer of Florence-2-base. Not in the paper, and chosen here: learning rat
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -45,17 +46,14 @@ COLLECT = CollectArguments(
     learning_rate=1e-4,
     dtype="float32",
 )
-SMOKE = CollectArguments(
-    rank=2,
-    lora_alpha=4.0,
-    target_modules="q_proj,k_proj,v_proj,fc2,lm_head,conv",
+SMOKE = replace(
+    COLLECT,
+    target_modules=f"{COLLECT.target_modules},conv",
     epochs=3,
     snapshots=2,
     batch_size=4,
     sequence_length=32,
-    packing=False,
     learning_rate=1e-2,
-    dtype="float32",
 )
 
 
@@ -65,7 +63,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of COCO's images (default: the Hub's)")
     parser.add_argument("--annotations", type=Path, help="COCO's annotation file, with --images")
     parser.add_argument("--categories", default=",".join(CATEGORIES), help="comma-separated names")
-    parser.add_argument("--images-per-category", type=int, default=200, help="images a category is trained on")
+    parser.add_argument("--images-per-category", type=int, default=200, help="training images per category")
     parser.add_argument("--smoke", action="store_true", help="seconds, offline: random tiny models, drawn images")
     options = parser.parse_args()
     base, text_encoder, collect, epochs = BASE_MODEL, TEXT_ENCODER, COLLECT, GENERATOR_EPOCHS

@@ -20,7 +20,7 @@ from tiny_models import tiny_llama, tiny_text_encoder
 
 from lora_factory import CollectArguments, Task, collect_adapters, train_generator
 from lora_factory.collection.trainer import AdapterFactory
-from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.evaluation.perplexity import score_task
 from lora_factory.models.loading import load_base_model
 from lora_factory.reporting.report import markdown_table
 from lora_factory.reporting.tables import Column, Table
@@ -87,9 +87,7 @@ def main() -> None:
     for (method, adapters), task in itertools.product(methods.items(), tasks):
         weights, length = adapters[task.name], collect.sequence_length
         factory.slot.load(factory.initial if weights is None else weights)  # which adds nothing, or the adapter
-        cells[method, task.name] = score_examples(
-            factory.model, tokenizer, task.examples("test"), window=length, stride=length * 3 // 4
-        )
+        cells[method, task.name] = score_task(factory.model, tokenizer, task, window=length)
     write_json(
         options.output / "language.json",
         [{"method": method, "task": task} | score.to_dict() for (method, task), score in cells.items()],

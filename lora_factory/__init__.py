@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_factory._lazy import lazy
+from lora_factory._moved import install
 from lora_factory._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lora_factory.training.train import train_generator as train_generator
     from lora_factory.zoo.store import AdapterZoo as AdapterZoo
 
+install()
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {

@@ -86,7 +86,7 @@ FAST = DemoSize(
 
 @dataclass
 class DemoRun:
-    """What the stages share: the output folder, the base model, and how many seconds each stage took."""
+    """The output folder, the base model and the settings of a run, and how many seconds each stage took."""
 
     folder: Path
     base_model: str

@@ -139,7 +139,7 @@ def _package_files(packages: Sequence[str], *patterns: str, skipped: Iterable[st
 
 
 def _from_docstrings(packages: Sequence[str], extract: Callable[[Candidate], str]) -> Iterator[Candidate]:
-    """What ``extract`` takes from the Python files of installed packages, tests aside."""
+    """Apply ``extract`` to the Python files of installed packages, tests aside."""
     for file in _package_files(packages, "*.py", skipped=["tests"]):
         yield Candidate(file.key, partial(extract, file))
 

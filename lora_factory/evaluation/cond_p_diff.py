@@ -102,7 +102,7 @@ class CondPDiff(nn.Module):
         return torch.einsum("bnr,nrc->bnc", reduced, self.expand)
 
     def weights(self, chunks: Tensor) -> Tensor:
-        """The inverse of :meth:`standardise`."""
+        """Weights ``(batch, D)`` of standardised chunks; undoes :meth:`standardise`."""
         return (chunks * self.scale[:, None]).flatten(1)[:, : self.sizes["size"]] + self.mean
 
     def standard_condition(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a comparison reports beside losses: latent space, novelty, spread, storage, and points to plot."""
+"""Measure latents, novelty, spread and storage for a comparison, and collect the points of its plots."""
 
 from __future__ import annotations
 

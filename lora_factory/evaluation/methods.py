@@ -268,7 +268,7 @@ class ComparedMethods:
         return (generator.bias + generator.standard_vector(rows, 1, seed, temperature) * generator.weight_scale)[0]
 
     def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Read a vector from the folder, or compute it and write it there; the name of the file includes the zoo's."""
+        """Read a vector from the folder, or compute and write it; the file's name holds the zoo's fingerprint."""
         path = self.folder / f"{name}-{self.fold.zoo.fingerprint()[:12]}.safetensors"
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
+from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
@@ -163,8 +164,6 @@ def evaluate_adapters(
         LoraFactoryError: When an adapter cannot be read or does not fit the base model, the data of a task cannot be
             used (nothing is scored then), or some adapters were trained in the chat template and others not.
     """
-    from lora_factory.models.loading import load_base_model
-
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     named = None if base_model is None else str(base_model)

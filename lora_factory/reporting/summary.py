@@ -63,7 +63,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap 95 % confidence interval, whose bounds are NaN where there are fewer than two units."""
+    """A mean and its bootstrap 95 % confidence interval, whose bounds are NaN for fewer than two values."""
 
     mean: float
     low: float

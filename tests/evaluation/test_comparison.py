@@ -211,6 +211,15 @@ def test_a_fold_that_leaks_is_refused(fold: Fold) -> None:
         dataclasses.replace(fold, originals=None)
 
 
+def test_chosen_methods_alone_are_scored(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
+    result = compare(fold, pico_model_folder, tmp_path, ARGUMENTS, methods=["generated", "original model"])
+    assert result["methods"] == ["original model", "generated"] == list(result["budgets"])
+    assert {cell["method"] for cell in result["cells"]} == {"original model", "generated"}
+    assert not (result["diagnostics"] or result["storage"] or result["points"])
+    with pytest.raises(LoraFactoryError, match=r"methods names \['soup'\]; choose among original model, "):
+        compare(fold, pico_model_folder, tmp_path, ARGUMENTS, methods=["soup"])
+
+
 def test_folds_and_seeds_of_their_own_are_joined(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
     history = [{"step": 1, "loss": 2.0, "tokens": 500}]
     folds = [fold, dataclasses.replace(fold, number=1, seeds=(7,), history=history)]

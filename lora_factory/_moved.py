@@ -1,0 +1,99 @@
+"""Modules of version 0.1, when the package was one flat folder: their import paths work, with a warning, until 0.3."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGE = __name__.rpartition(".")[0]
+MOVED = {
+    "adapters": "adapters.attach adapters.folder",
+    "base_models": "models.loading models.embedded",
+    "baselines": "evaluation.baselines collection.multitask",
+    "boxes": "tasks.boxes",
+    "canonical": "adapters.canonical",
+    "collect": "collection.collect",
+    "comparison": "evaluation.comparison",
+    "cond_p_diff": "evaluation.cond_p_diff",
+    "configuration": "generator.configuration",
+    "corpus": "demo.corpus",
+    "data_source": "tasks.text tasks.examples",
+    "demo": "demo.run",
+    "detection": "evaluation.detection tasks.coco_tasks",
+    "encoders": "models.text_encoders models.hidden_states",
+    "evaluation": "evaluation.perplexity reporting.summary models.inputs models.losses",
+    "factory": "collection.trainer",
+    "files": "utils.files utils.paths utils.safe_files",
+    "fold": "evaluation.fold",
+    "folders": "utils.folders",
+    "generation": "generator.generation adapters.folder",
+    "hub": "hub.client",
+    "image_classification": "models.classifiers",
+    "image_data": "tasks.examples",
+    "image_encoders": "models.image_encoders",
+    "image_sources": "tasks.image_sources",
+    "image_tasks": "tasks.images",
+    "images": "tasks.image_files",
+    "importing": "zoo.importing hub.card_reading",
+    "layout": "adapters.layout",
+    "metrics": "evaluation.accuracy",
+    "model_card": "hub.cards generator.hub",
+    "model_inputs": "models.inputs",
+    "modeling": "generator.modeling",
+    "networks": "generator.networks",
+    "pushing": "generator.hub zoo.hub",
+    "refine": "generator.refine",
+    "report": "reporting.report",
+    "run_record": "zoo.run_record",
+    "safe_files": "utils.safe_files",
+    "sequences": "models.inputs",
+    "snapshots": "zoo.snapshots",
+    "summaries": "reporting.summary",
+    "tables": "reporting.tables",
+    "tasks": "tasks.task tasks.task_file",
+    "training": "training.train",
+    "zoo": "zoo.store",
+    "zoo_tools": "zoo.tools zoo.hub",
+}
+
+
+def find(old: str, name: str) -> object:
+    """Load a name of an old module from where it is now.
+
+    Raises:
+        AttributeError: When no module of today has it.
+    """
+    for home in () if name.startswith("__") else MOVED.get(old, "").split():
+        module = import_module(f"{PACKAGE}.{home}")
+        if name in vars(module):
+            warnings.warn(
+                f"{PACKAGE}.{old}.{name} is now {PACKAGE}.{home}.{name}; the old path goes with version 0.3",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            return vars(module)[name]
+    raise AttributeError(f"module {f'{PACKAGE}.{old}'!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Makes an old module of the names that it had."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, old = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == PACKAGE and old in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.rpartition(".")[2]
+        vars(module)["__getattr__"] = lambda name: find(old, name)
+
+
+def install() -> None:
+    """Let Python find the old modules, after all others."""
+    sys.meta_path.append(_Finder())
