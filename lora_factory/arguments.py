@@ -195,7 +195,8 @@ class TrainArguments:
 
     Generator: decoder, width, depth, conv_depth, text_encoder, image_encoder.
     LoRA: base_rank.
-    Optimiser: steps, batch_size, learning_rate, seed, multitask_steps, multitask_learning_rate, specialist_steps,
+    Optimiser: steps, batch_size, learning_rate, seed, multitask_steps, multitask_learning_rate, base_steps,
+    base_tasks, base_mixtures, base_learning_rate, base_bias_learning_rate, base_label_smoothing, specialist_steps,
     specialist_learning_rate.
     Resources: gradient_checkpointing.
 
@@ -234,6 +235,23 @@ class TrainArguments:
         group=OPTIMISER,
     )
     multitask_learning_rate: float = _option(5e-3, "peak learning rate of the multi-task LoRA", group=OPTIMISER)
+    base_steps: int = _option(
+        0,
+        "optimizer steps on the tasks' own loss through the frozen base model (stage 2); needs the examples of the "
+        "tasks",
+        group=OPTIMISER,
+    )
+    base_tasks: int = _option(4, "tasks per step of base_steps", group=OPTIMISER)
+    base_mixtures: float = _option(
+        0.2, "share of the adapters of base_steps that serve a mixture of tasks instead of one task", group=OPTIMISER
+    )
+    base_learning_rate: float = _option(1e-3, "peak learning rate of the network in base_steps", group=OPTIMISER)
+    base_bias_learning_rate: float = _option(
+        3e-3, "peak learning rate of the adapter for all tasks in base_steps", group=OPTIMISER
+    )
+    base_label_smoothing: float = _option(
+        0.0, "share of each label's probability that base_steps spread over all tokens", group=OPTIMISER
+    )
     specialist_steps: int = _option(
         0,
         "optimizer steps per task that continue the multi-task LoRA on this task alone (stage 2), so that the "
@@ -255,7 +273,12 @@ class TrainArguments:
         _at_most(self, MAX_SIZE, "width")
         _at_most(self, MAX_LAYERS, "depth", "conv_depth")
         _positive(self, "multitask_learning_rate", "specialist_learning_rate")
-        _not_negative(self, "multitask_steps", "specialist_steps")
+        _positive(self, "base_tasks", "base_learning_rate", "base_bias_learning_rate")
+        _not_negative(self, "multitask_steps", "base_steps", "specialist_steps", "base_mixtures")
+        if not 0 <= self.base_label_smoothing < 1:
+            raise LoraFactoryError(f"base_label_smoothing={self.base_label_smoothing} must be at least 0 and below 1")
+        if self.base_mixtures > 0.7:  # the rest serves single tasks and neighbouring examples
+            raise LoraFactoryError(f"base_mixtures={self.base_mixtures} must be 0.7 or less")
         if self.decoder not in ("token", "conv1d"):
             raise LoraFactoryError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
 

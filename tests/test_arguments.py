@@ -73,7 +73,7 @@ def test_every_data_class_converts() -> None:
 def test_records_of_earlier_versions_are_read() -> None:
     dropped = {"warmup_ratio": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0, "compile": False}
     assert from_record(CollectArguments, {"rank": 3, **dropped}) == CollectArguments(rank=3)
-    assert from_record(TrainArguments, {"steps": 3, "base_steps": 5, "base_l2": 0.1}) == TrainArguments(steps=3)
+    assert from_record(TrainArguments, {"steps": 3, "base_noise": 5, "base_l2": 0.1}) == TrainArguments(steps=3)
     with pytest.raises(LoraFactoryError, match="rank"):
         from_record(CollectArguments, {"rank": 0})
 

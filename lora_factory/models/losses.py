@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,22 +79,35 @@ class FrozenBase:
         return model_inputs(self.model, self.tokenizer)
 
 
-def query_loss(base: Base, adapters: torch.Tensor, queries: Sequence[Sequence[Any]]) -> torch.Tensor:
+def query_loss(
+    base: Base,
+    adapters: torch.Tensor,
+    queries: Sequence[Sequence[Any]],
+    *,
+    label_smoothing: float = 0.0,
+    until: ExitStack | None = None,
+) -> torch.Tensor:
     """Mean over tasks of the mean loss a scored token, each task's rows read with its own adapter.
 
     Args:
         base: The frozen base model; adapters that are active in it take part too.
         adapters: Shape ``(tasks, D)``.
         queries: For every task equally many rows, as ``base.inputs`` encodes examples.
+        label_smoothing: Share of every label's probability that is spread over the vocabulary.
+        until: The adapters stay in the model until it closes: a backward pass that computes activations again, as
+            gradient checkpointing does, needs them there.
     """
     inputs = base.inputs.collate([row for rows in queries for row in rows], adapters.device)
     labels, decodes = inputs["labels"], base.model.config.is_encoder_decoder
     if not decodes:  # an encoder-decoder makes its inputs of the labels
         del inputs["labels"]
-    with adapters_in_batch(base.model, base.layout, adapters):
+    with ExitStack() as here:
+        (until or here).enter_context(adapters_in_batch(base.model, base.layout, adapters))
         logits = base.model(**inputs, use_cache=False).logits.float()
     if not decodes:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    )
     scored = (labels != IGNORED).reshape(len(adapters), -1).sum(1)
     return (losses.reshape(len(adapters), -1).sum(1) / scored).mean()

@@ -75,7 +75,8 @@ def specialise(
         if len(validations) > 1 and validations[chosen] <= validations[0.0]:
             break
     losses = {"loss": round(loss, 5), "validation": round(validations[chosen], 5)}
-    return {"step": arguments.specialist_steps, **losses, "share": chosen, "tokens": tokens}
+    step = arguments.base_steps + arguments.specialist_steps
+    return {"step": step, **losses, "share": chosen, "tokens": tokens}
 
 
 def train_specialists(

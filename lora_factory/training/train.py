@@ -28,10 +28,11 @@ from lora_factory.tasks.image_files import ImageLike
 from lora_factory.tasks.images import ImageTask, language_tasks
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import check_tasks
-from lora_factory.training.from_data import TaskData, start_from
+from lora_factory.training.from_data import TaskData, start_from, train_through_base
 from lora_factory.training.from_zoo import calibrate_spread, fit
 from lora_factory.training.specialists import specialise
 from lora_factory.utils.cache import TensorCache
+from lora_factory.utils.checkpoint import TrainingCheckpoint
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json, write_text
 from lora_factory.utils.folders import GENERATOR, WORKING, check_folder
 from lora_factory.utils.paths import local_path, recorded_name, sha256_text
@@ -82,7 +83,8 @@ def train_generator(
     if any(isinstance(task, ImageTask) for task in tasks or ()):
         images = images or {task.name: task.images() for task in tasks or () if isinstance(task, ImageTask)}
         tasks = None
-    asked = f"specialist_steps={arguments.specialist_steps}" if arguments.specialist_steps else ""
+    through_base = {name: getattr(arguments, name) for name in ("base_steps", "specialist_steps")}
+    asked = ", ".join(f"{name}={steps}" for name, steps in through_base.items() if steps)
     if asked and images is not None:
         raise LoraFactoryError(f"{asked}: stage 2 does not read images; pass 0, or leave images out")
     if asked and tasks is None:
@@ -238,19 +240,24 @@ def _stage_2(
     working: Path,
     key: str,
 ) -> list[dict[str, float]]:
-    """Train the multi-task LoRA and the specialists; the record counts the tokens of both.
+    """Train through the base, then the specialists; the records count the tokens of all that was trained before them.
 
-    Finished specialists are kept in the folder ``working``, for a training that was cut off and has the same ``key``.
+    What is done is kept in the folder ``working``, for a training that was cut off and has the same ``key``.
     """
     data = {
         task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
         for task in tasks
     }
-    bias = _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter
-    start_from(generator, bias, factory.accelerator)
-    cache = TensorCache(working / f"specialists-{key[:16]}")
-    record = specialise(generator, factory, tasks, data, features, arguments, cache)
-    return [record | {"tokens": record["tokens"] + arguments.multitask_steps * factory.tokens_a_step}]
+    start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
+    checkpoint = TrainingCheckpoint(working / "through-base", key)
+    history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
+    if arguments.specialist_steps:
+        cache = TensorCache(working / f"specialists-{key[:16]}")
+        last = specialise(generator, factory, tasks, data, features, arguments, cache)
+        read = max((int(row["tokens"]) for row in history), default=0)
+        history.append(last | {"tokens": last["tokens"] + read})
+    earlier = arguments.multitask_steps * factory.tokens_a_step
+    return [row | {"tokens": row["tokens"] + earlier} for row in history]
 
 
 def _known(zoo: AdapterZoo, tasks: Sequence[Task]) -> list[Task]:

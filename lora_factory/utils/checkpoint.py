@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_factory.errors import LoraFactoryError, StorageError
@@ -28,6 +31,101 @@ from lora_factory.utils.safe_files import read_json_object
 
 _STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
 _LOGGER = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """Where a training is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        running: Moving average of the training loss.
+        tokens: Tokens read, by all processes.
+        best: Lowest validation loss so far.
+        history: One record a validation.
+        best_weights: The weights of the lowest validation loss.
+    """
+
+    step: int = 0
+    running: float = 0.0
+    tokens: int = 0
+    best: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_weights: dict[str, torch.Tensor] | None = None
+
+    def count(self, loss: float, tokens: int) -> None:
+        """Take note of one step."""
+        self.running = loss if self.step == 1 else self.running + 0.02 * (loss - self.running)
+        self.tokens += tokens
+
+    def record(self, validation: float, model: nn.Module) -> None:
+        """Take note of a validation, and of the weights if they are the best so far."""
+        losses = {"loss": round(self.running, 5), "validation": round(validation, 5)}
+        self.history.append({"step": self.step, **losses, "tokens": self.tokens})
+        self.keep_best(validation, model)
+
+    def keep_best(self, validation: float, model: nn.Module) -> None:
+        """Keep the weights if they validate better than all before."""
+        if validation < self.best:
+            self.best = validation
+            self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class TrainingCheckpoint:
+    """A folder that holds the latest state of one training.
+
+    Args:
+        folder: Made with the first save; replaced in one rename.
+        key: What the training depends on, as a fingerprint: the state of another one is not taken up.
+        every_seconds: Save when this long has passed since the last time.
+    """
+
+    def __init__(self, folder: str | Path, key: str, *, every_seconds: float = 300.0) -> None:
+        """Nothing is read or written yet."""
+        self.folder, self.key, self.every_seconds = Path(folder), key, every_seconds
+        self._last = time.monotonic()
+
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, source: torch.Generator, accelerator: Accelerator
+    ) -> TrainingState | None:
+        """Put model, optimizer and random numbers where the saved training was; None when there is no such state."""
+        if (found := read_state(self.folder, f"{self.key} {accelerator.num_processes}")) is None:
+            return None
+        values, tensors = found
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind in parts:
+                parts[kind][rest] = tensor
+        model.load_state_dict(parts["model"])
+        restore_optimizer(optimizer, tensors)
+        source.set_state(tensors["random"][accelerator.process_index])
+        values["best"] = math.inf if values["best"] is None else values["best"]
+        return TrainingState(**values, best_weights=parts["best"] or None)
+
+    def save_now_and_then(
+        self,
+        state: TrainingState,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        source: torch.Generator,
+        accelerator: Accelerator,
+    ) -> None:
+        """Save the state when it is time to; all processes must call it."""
+        due = torch.tensor([float(time.monotonic() - self._last >= self.every_seconds)], device=accelerator.device)
+        if accelerator.reduce(due, "sum").item() == 0:
+            return
+        self._last = time.monotonic()
+        random = accelerator.gather(source.get_state()[None].to(accelerator.device)).cpu()
+        if not accelerator.is_main_process:
+            return
+        tensors = {"random": random}
+        tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in (state.best_weights or {}).items()}
+        tensors |= optimizer_tensors(optimizer)
+        values = {"step": state.step, "running": state.running, "tokens": state.tokens, "history": state.history}
+        values["best"] = state.best if math.isfinite(state.best) else None
+        write_state(self.folder, f"{self.key} {accelerator.num_processes}", values, tensors)
 
 
 def write_state(folder: Path, key: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

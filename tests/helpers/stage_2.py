@@ -37,7 +37,7 @@ def prepared(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
     generator = build_generator(zoo, arguments, widths)
     weights = {name: zoo.snapshots(name) for name in zoo.tasks}
     generator.fit_statistics(weights, {"text": texts, "hidden": hidden})
-    start_from(generator, factory.initial, factory.accelerator)
+    start_from(generator, factory.initial)
     data = {task.name: TaskData.read(task, factory, texts[task.name], hidden[task.name]) for task in tasks}
     return generator, data
 

@@ -1,16 +1,18 @@
-"""Several adapters in one forward pass, the loss of tasks' examples, and stage 2 on several processes."""
+"""Stage 2: several adapters in one forward pass, and a generator trained on the tasks' own loss."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.stage_2 import NAMES, SETTINGS, make_tasks, prepared
+from helpers.stage_2 import SETTINGS, CutOff, make_tasks, prepared
 from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -20,11 +22,14 @@ from lora_factory.arguments import TrainArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.errors import LoraFactoryError
+from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import query_loss
-from lora_factory.training.specialists import train_specialists
-from lora_factory.training.train import zoo_factory
-from lora_factory.utils.cache import TensorCache
+from lora_factory.tasks.task import Task
+from lora_factory.training import from_data as through_base
+from lora_factory.training.from_data import TaskData, train_through_base
+from lora_factory.training.train import train_generator
+from lora_factory.utils.checkpoint import TrainingCheckpoint
 from lora_factory.zoo.store import AdapterZoo
 
 
@@ -44,36 +49,23 @@ def arguments(pico_encoder_folder: Path) -> TrainArguments:
     return TrainArguments(
         text_encoder=str(pico_encoder_folder),
         width=32,
-        depth=1,
-        steps=2,
-        specialist_steps=3,
+        base_steps=60,
+        base_tasks=3,
+        base_learning_rate=5e-3,
+        base_bias_learning_rate=2e-2,
     )
 
 
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(
-    zoo: AdapterZoo, arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
+def test_a_start_that_no_step_improves_on_is_kept(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
 ) -> None:
-    trained, passes = [], []
-    for checkpointing in (False, True):
-        factory = zoo_factory(
-            zoo, pico_model_folder, Accelerator(cpu=True), zoo.layout, gradient_checkpointing=checkpointing
-        )
-        generator, data = prepared(zoo, factory, arguments)
-        features = {
-            "text": {name: rows.texts for name, rows in data.items()},
-            "hidden": {name: rows.hidden for name, rows in data.items()},
-        }
-        count = [0]
-        layer = factory.model.get_base_model().model.layers[0].mlp
-        layer.register_forward_pre_hook(
-            lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
-        )
-        cache = TensorCache(tmp_path / str(checkpointing))
-        weights, _, _ = train_specialists(generator, factory, make_tasks(), features, arguments, cache)
-        trained.append(torch.stack(list(weights.values())))
-        passes.append(count[0])
-    assert passes == [3 * 3, 2 * 3 * 3]
-    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=1e-5)
+    generator, data = prepared(zoo, factory, arguments)
+    train_through_base(generator, factory, data, arguments)
+    before = generator.bias.detach().clone()
+    rates = {"base_steps": 3, "base_learning_rate": 3.0, "base_bias_learning_rate": 3.0}
+    history = train_through_base(generator, factory, data, replace(arguments, **rates))
+    assert torch.equal(generator.bias, before)
+    assert [row["step"] for row in history] == [1, 2, 3]
 
 
 def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, factory: AdapterFactory) -> None:
@@ -88,6 +80,39 @@ def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, factory: 
             torch.testing.assert_close(together[2 * index : 2 * index + 2], alone, atol=1e-4, rtol=1e-4)
         with factory.slot.disabled():
             assert not torch.allclose(factory.model(ids).logits, together)  # and the hooks are gone
+
+
+def test_label_smoothing_is_that_of_the_cross_entropy(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    adapters, rows = zoo.final("code", "seed-0")[None], factory.encode(make_tasks()[1].examples("train"))[:3]
+    with torch.no_grad(), factory.slot.disabled():
+        plain, smooth, all_smooth = (
+            query_loss(factory, adapters, [rows], label_smoothing=share) for share in (0.0, 0.25, 1.0)
+        )
+    assert all_smooth > plain
+    torch.testing.assert_close(smooth, 0.75 * plain + 0.25 * all_smooth)
+    with pytest.raises(LoraFactoryError, match=r"base_label_smoothing=1\.5 must be at least 0 and below 1"):
+        TrainArguments(base_label_smoothing=1.5)
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    zoo: AdapterZoo, arguments: TrainArguments, pico_model_folder: Path
+) -> None:
+    trained, passes = [], []
+    for checkpointing in (False, True):
+        model, tokenizer = load_base_model(pico_model_folder)
+        settings = replace(SETTINGS, gradient_checkpointing=checkpointing)
+        factory = AdapterFactory.attach(model, tokenizer, settings, zoo.layout.base_model, Accelerator(cpu=True))
+        generator, data = prepared(zoo, factory, arguments)
+        count = [0]
+        layer = factory.model.get_base_model().model.layers[0].mlp
+        layer.register_forward_pre_hook(
+            lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
+        )
+        train_through_base(generator, factory, data, replace(arguments, base_steps=5))
+        trained.append(generator.bias.detach().clone())
+        passes.append(count[0])
+    assert passes == [5, 10]
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=1e-5)
 
 
 class Convolutional(nn.Module):
@@ -148,6 +173,80 @@ def test_query_loss_is_the_models_own_and_reaches_the_adapter(zoo: AdapterZoo, f
     assert all(parameter.grad is None for parameter in factory.model.get_base_model().parameters())
 
 
+def test_support_and_queries_share_no_example(zoo: AdapterZoo, factory: AdapterFactory) -> None:
+    task = Task.from_examples("letters", ["Letters."], list("abcdefgh"), ["x"], ["y"])
+    hidden = torch.arange(8.0)[:, None]
+    data = TaskData.read(task, factory, torch.zeros(1, 4), hidden)
+    texts = ["".join(factory.tokenizer.decode(row.tokens) for row in half.sequences) for half in data.halves]
+    assert [half.hidden.flatten().tolist() for half in data.halves] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert all(letter in texts[0] and letter not in texts[1] for letter in "aceg")
+    assert all(letter in texts[1] and letter not in texts[0] for letter in "bdfh")
+
+
+def test_a_stretch_is_of_the_sequences_of_its_examples(factory: AdapterFactory) -> None:
+    letters = [letter * 40 for letter in "abcdefghijkl"]  # more than one sequence each
+    task = Task.from_examples("letters", ["Letters."], letters, ["x"], ["y"])
+    half = TaskData.read(task, factory, torch.zeros(1, 4), torch.zeros(12, 1)).halves[1]
+    assert half.owners == sorted(half.owners) and set(half.owners) <= set(range(6))
+    for example, letter in enumerate("bdfhjl"):
+        begun = [half.sequences[index] for index in half.window(example, example + 1)]
+        assert all(letter in factory.tokenizer.decode(sequence.tokens) for sequence in begun)
+    assert list(half.window(0, 6)) == list(range(len(half.sequences)))
+
+
+def test_training_through_the_base_learns_the_tasks_and_listens(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
+) -> None:
+    generator, data = prepared(zoo, factory, arguments)
+    before = through_base.validate(generator, factory, data)
+    history = train_through_base(generator, factory, data, replace(arguments, base_steps=150, base_mixtures=0.2))
+    assert history[-1]["step"] == 150 and history[-1]["tokens"] > 150 * 3 * 2 * 10
+    after = through_base.validate(generator, factory, data)
+    assert after < before - 0.5 and after == pytest.approx(min(row["validation"] for row in history), abs=1e-3)
+    assert not generator.bias.requires_grad
+    losses = {}
+    for asked in data:
+        vector = generator.generate_vector({"hidden": data[asked].halves[0].hidden.mean(0, keepdim=True)}).detach()
+        with torch.no_grad(), factory.slot.disabled():
+            for task in data:
+                losses[asked, task] = float(query_loss(factory, vector, [data[task].validation]))
+    for task in data:
+        assert losses[task, task] == min(losses[asked, task] for asked in data), losses
+
+
+def test_the_same_seed_gives_the_same_generator(
+    zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments
+) -> None:
+    trained = []
+    for seed in (0, 0, 1):
+        generator, data = prepared(zoo, factory, arguments)
+        train_through_base(generator, factory, data, replace(arguments, base_steps=5, seed=seed))
+        trained.append(generator.bias.detach().clone())
+    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+
+
+def test_a_loss_that_is_not_finite_stops(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments) -> None:
+    generator, data = prepared(zoo, factory, arguments)
+    with torch.no_grad():
+        generator.bias.fill_(torch.inf)
+    with pytest.raises(LoraFactoryError, match="lower base_learning_rate"):
+        train_through_base(generator, factory, data, arguments)
+
+
+def test_train_generator_runs_stage_2_and_says_what_it_lacks(
+    zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path, pico_model_folder: Path
+) -> None:
+    few = replace(arguments, base_steps=4)
+    with pytest.raises(LoraFactoryError, match="needs the tasks' examples"):
+        train_generator(zoo, tmp_path / "generator", few)
+    train_generator(zoo, tmp_path / "generator", few, tasks=make_tasks(), base_model=pico_model_folder)
+    generator = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
+    assert set(generator.config.modalities) == {"text", "hidden"}
+    zoo.layout.check(generator.generate_state_dict("Write prose."))
+    sampled = [generator.generate_state_dict("Write prose.", temperature=1.0, seed=seed) for seed in (0, 1)]
+    assert any(not torch.equal(sampled[0][key], sampled[1][key]) for key in sampled[0])
+
+
 def test_the_base_model_may_have_no_slot(zoo: AdapterZoo, pico_model_folder: Path) -> None:
     model, _ = load_base_model(pico_model_folder)
     ids = torch.ones(2, 5, dtype=torch.long)
@@ -160,30 +259,75 @@ def test_the_base_model_may_have_no_slot(zoo: AdapterZoo, pico_model_folder: Pat
         torch.testing.assert_close(plain, wrapped(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
+    zoo: AdapterZoo,
+    factory: AdapterFactory,
+    arguments: TrainArguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = replace(arguments, base_steps=20)
+    generator, data = prepared(zoo, factory, short)
+    whole = train_through_base(generator, factory, data, short)
+    expected = {name: value.clone() for name, value in generator.state_dict().items()}
+
+    def checkpoint(key: str = "this") -> TrainingCheckpoint:
+        return TrainingCheckpoint(tmp_path / "state", key, every_seconds=0)
+
+    query, calls = through_base.query_loss, []
+
+    def cut_off(*words: Any, **options: Any) -> torch.Tensor:
+        calls.append(words)
+        if len(calls) == 40:
+            raise CutOff
+        return query(*words, **options)
+
+    generator, data = prepared(zoo, factory, short)
+    monkeypatch.setattr(through_base, "query_loss", cut_off)
+    with pytest.raises(CutOff):
+        train_through_base(generator, factory, data, short, checkpoint=checkpoint())
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    before = len(calls)
+    generator, data = prepared(zoo, factory, short)
+    history = train_through_base(generator, factory, data, short, checkpoint=checkpoint())
+    again = len(calls) - before
+    assert history == whole and 0 < again < 60
+    assert all(torch.equal(value, expected[name]) for name, value in generator.state_dict().items())
+    generator, data = prepared(zoo, factory, short)  # the state of another training is left alone
+    train_through_base(generator, factory, data, replace(short, base_steps=2), checkpoint=checkpoint("other"))
+
+
 TWO_PROCESSES = """
 import sys, torch
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from accelerate import Accelerator
 from lora_factory.arguments import TrainArguments
 from lora_factory.models.loading import load_base_model
 from lora_factory.collection.trainer import AdapterFactory
 from lora_factory.training.specialists import specialise
 from lora_factory.utils.cache import TensorCache
+from lora_factory.training.from_data import train_through_base
 from lora_factory.zoo.store import AdapterZoo
 from helpers.stage_2 import SETTINGS, make_tasks, prepared
 
 zoo, accelerator = AdapterZoo(sys.argv[1]), Accelerator(cpu=True)
 model, tokenizer = load_base_model(sys.argv[2])
 factory = AdapterFactory.attach(model, tokenizer, SETTINGS, zoo.layout.base_model, accelerator)
-arguments = TrainArguments(text_encoder=sys.argv[3], width=16, steps=2, depth=1, specialist_steps=2)
+arguments = TrainArguments(text_encoder=sys.argv[3], width=16, steps=2, base_steps=3, specialist_steps=2)
 generator, data = prepared(zoo, factory, arguments)
+history = train_through_base(generator, factory, data, arguments)
 features = {"text": {name: rows.texts for name, rows in data.items()}}
-features["hidden"] = {name: rows.hidden for name, rows in data.items()}
+features["hidden"] = {name: rows.halves[0].hidden for name, rows in data.items()}
 last = specialise(generator, factory, make_tasks(), data, features, arguments, TensorCache(sys.argv[4]))
+assert last["tokens"] > 3 * 24
 weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
 both = accelerator.gather(weights[None])
 assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
 if accelerator.is_main_process:
-    print("tokens", last["tokens"])
+    print("tokens", history[-1]["tokens"])
 accelerator.wait_for_everyone()
 torch.distributed.destroy_process_group()
 """
@@ -206,4 +350,7 @@ def test_two_processes_train_one_generator(
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-9000:]
-    assert int(done.stdout.split("tokens")[1]) > len(NAMES) * 2 * 24  # of the tasks of both processes
+    alone = TrainArguments(text_encoder=str(pico_encoder_folder), width=16, base_steps=3)
+    generator, data = prepared(zoo, factory, alone)
+    tokens = train_through_base(generator, factory, data, alone)[-1]["tokens"]
+    assert int(done.stdout.split("tokens")[1]) > 1.5 * tokens
