@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.modules import natural_key
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import natural_key
 
 BASE = "someone/pico"
 
