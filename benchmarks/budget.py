@@ -26,7 +26,7 @@ from lora_factory.evaluation.methods import MULTITASK
 from lora_factory.reporting.summary import FROM_EXAMPLES, GENERATED, ORIGINAL_LORA, ORIGINAL_MODEL, headroom
 from lora_factory.training.train import zoo_factory
 from lora_factory.utils.safe_files import read_json
-from lora_factory.utils.versions import package_versions
+from lora_factory.utils.versions import versions
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         table.add_row("mean", group, *(f"{fmean(column):.3f}" for column in zip(*of_folds, strict=True)))
     console = Console(width=120)
     console.print(table)
-    console.print(json.dumps({"seed": options.seed, "threads": torch.get_num_threads(), **package_versions()}))
+    console.print(json.dumps({"seed": options.seed, "threads": torch.get_num_threads(), **versions()}))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from lora_factory.collection.trainer import AdapterFactory, classifier_factory, 
 from lora_factory.models.inputs import shuffled_batches
 from lora_factory.tasks.images import ImageTask, LabelledImage
 from lora_factory.utils.files import write_json
-from lora_factory.utils.versions import package_versions
+from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -82,9 +82,9 @@ def main() -> None:
         arguments = replace(TRAIN, steps=options.steps, seed=seed)
         study = Study(factory, tasks[: options.seen], tasks[options.seen :], zoo, options.output)
         rows += study.rows(arguments, options.multitask_steps)
-    versions = package_versions() | {"scikit-learn": version("scikit-learn")}
+    packages = versions() | {"scikit-learn": version("scikit-learn")}
     sizes = {"seen tasks": options.seen, "unseen tasks": options.unseen, "weights of a LoRA": zoo.layout.size}
-    facts = {"seeds": seeds, **sizes, "threads": torch.get_num_threads(), "versions": versions}
+    facts = {"seeds": seeds, **sizes, "threads": torch.get_num_threads(), "versions": packages}
     write_json(options.output / "digits.json", {"rows": rows, **facts})
     print_table(rows, facts)
 
@@ -140,7 +140,7 @@ def collect_together(factory: AdapterFactory, tasks: Sequence[ImageTask], folder
                 validation_losses=(),
                 train_tokens=COLLECT.steps * COLLECT.batch_size,
                 data_fingerprint=task.fingerprint(),
-                versions=package_versions(),
+                versions=versions(),
                 arguments=comparable_settings(COLLECT),
             )
             zoo.add_run(record, rows)

@@ -114,9 +114,9 @@ def multitask_lora(
     path = output / f"{name}-{seed}-{known.fingerprint()[:12]}.safetensors"
     if not path.is_file():
         factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(rank))
-        factory.arguments = replace(factory.arguments, learning_rate=rate)
         steps = round(times * COLLECT.steps * len(seen))
-        save_file({"weights": train_multitask(factory, list(seen), seed=seed, steps=steps).contiguous()}, path)
+        weights = train_multitask(factory, list(seen), seed=seed, steps=steps, learning_rate=rate)
+        save_file({"weights": weights.contiguous()}, path)
     return load_file(path)["weights"]
 
 

@@ -80,8 +80,9 @@ def main() -> None:
     factory = zoo_factory(known, options.base, Accelerator(), zoo.layout)
     everyone = options.output / f"multi-task-{known.fingerprint()[:12]}.safetensors"
     if not everyone.is_file():
-        factory.arguments = replace(factory.arguments, learning_rate=TRAIN.multitask_learning_rate)
-        save_file({"weights": train_multitask(factory, seen, seed=options.seed).contiguous()}, everyone)
+        rate = TRAIN.multitask_learning_rate
+        weights = train_multitask(factory, seen, seed=options.seed, learning_rate=rate)
+        save_file({"weights": weights.contiguous()}, everyone)
     multitask, folder = load_file(everyone)["weights"], options.output / "generator"
     if not (folder / "config.json").is_file():
         budget = {"multitask_steps": options.steps * len(seen), "specialist_steps": options.steps // 2}

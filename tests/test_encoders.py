@@ -20,7 +20,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.models.embedded import embedded_text_encoder
 from lora_factory.models.hidden_states import HiddenStateEncoder, task_vector
 from lora_factory.models.text_encoders import MINILM, TextEncoder
-from lora_factory.utils.cache import FeatureCache
+from lora_factory.utils.cache import TensorCache
 
 TEXTS = ["The old man reads a letter.", "fox", "Permission is hereby granted, free of charge, to any person. " * 9]
 
@@ -232,17 +232,17 @@ def test_cache_computes_each_text_once(tmp_path: Path) -> None:
         return torch.tensor([[float(len(text)), 1.0] for text in texts])
 
     folder = tmp_path / "new" / "cache"
-    first = FeatureCache(folder).get_or_compute("encoder", ["aa", "b", "aa"], lengths)
+    first = TensorCache(folder).get_or_compute("encoder", ["aa", "b", "aa"], lengths)
     assert torch.equal(first, torch.tensor([[2.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
-    again = FeatureCache(folder).get_or_compute("encoder", ["ccc", "b"], lengths)
+    again = TensorCache(folder).get_or_compute("encoder", ["ccc", "b"], lengths)
     assert torch.equal(again, torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
-    FeatureCache(folder).get_or_compute("another encoder", ["b"], lengths)
+    TensorCache(folder).get_or_compute("another encoder", ["b"], lengths)
     assert asked == [["aa", "b"], ["ccc"], ["b"]]
     assert len(list(folder.iterdir())) == len(list(folder.glob("*.safetensors"))) == 4
 
 
 def test_cache_renews_a_damaged_file(tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path)
+    cache = TensorCache(tmp_path)
     cache.get_or_compute("encoder", ["text"], lambda texts: torch.ones(1, 3))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-4])
@@ -251,7 +251,7 @@ def test_cache_renews_a_damaged_file(tmp_path: Path) -> None:
 
 
 def test_cache_holds_real_vectors(pico_encoder_folder: Path, tmp_path: Path) -> None:
-    encoder, cache = TextEncoder(pico_encoder_folder), FeatureCache(tmp_path)
+    encoder, cache = TextEncoder(pico_encoder_folder), TensorCache(tmp_path)
     first = cache.get_or_compute(encoder.identifier, TEXTS, encoder.encode)
     assert torch.equal(first, encoder.encode(TEXTS))
     assert torch.equal(cache.get_or_compute(encoder.identifier, TEXTS[::-1], encoder.encode), first.flip(0))

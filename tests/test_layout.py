@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.modules import natural_key
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import natural_key
 
 BASE = "someone/pico"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -30,15 +30,7 @@ def canonical_layout(layout: AdapterLayout, rank: int | None = None) -> AdapterL
     rank = highest if rank is None else rank
     if rank < highest:
         raise LoraFactoryError(f"rank={rank} is below the rank {highest} of a module; weights would be lost")
-    modules = tuple(
-        replace(
-            module,
-            shape_a=(rank, *module.shape_a[1:]),
-            shape_b=(module.shape_b[0], rank, *module.shape_b[2:]),
-            scaling=1.0,
-        )
-        for module in layout.modules
-    )
+    modules = tuple(replace(module.with_rank(rank), scaling=1.0) for module in layout.modules)
     config = dict(layout.lora_config) | {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     return AdapterLayout(layout.base_model, layout.base_revision, modules, config | {"use_rslora": False})
 

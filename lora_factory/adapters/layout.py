@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,13 @@ from lora_factory.adapters.modules import (
     find_modules,
     lora_weights,
     module_paths,
-    natural_key,
     own_patterns,
     plain_json,
     ranks_and_scalings,
 )
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import few, natural_key
+from lora_factory.utils.versions import check_format
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -134,12 +135,7 @@ class AdapterLayout:
         Raises:
             LoraFactoryError: for an unknown format version, missing entries or entries that contradict each other.
         """
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise LoraFactoryError(
-                f"layout format_version is {version!r}, this lora-factory reads {FORMAT_VERSION}; "
-                "update it with pip install -U lora-factory"
-            )
+        check_format(values.get("format_version"), FORMAT_VERSION, "the layout")
         try:
             modules = tuple(
                 AdaptedModule(
@@ -206,14 +202,7 @@ class AdapterLayout:
         growth = rank / config["r"]
         alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
         config |= {"r": rank, "lora_alpha": alpha}
-        modules = tuple(
-            replace(
-                module,
-                shape_a=(rank, *module.shape_a[1:]),
-                shape_b=(module.shape_b[0], rank, *module.shape_b[2:]),
-            )
-            for module in self.modules
-        )
+        modules = tuple(module.with_rank(rank) for module in self.modules)
         return AdapterLayout(self.base_model, self.base_revision, modules, config)
 
     def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
@@ -289,7 +278,7 @@ class AdapterLayout:
         """
         if set(tokens) != set(self._segments_by_group):
             raise LoraFactoryError(
-                f"token groups {_few(set(tokens) ^ set(self._segments_by_group))} are missing or unknown; "
+                f"token groups {few(set(tokens) ^ set(self._segments_by_group))} are missing or unknown; "
                 "pass every group of AdapterLayout.groups and no other"
             )
         parts: dict[str, Tensor] = {}
@@ -365,8 +354,8 @@ class AdapterLayout:
         missing, unknown = [key for key in keys if key not in state_dict], sorted(set(state_dict) - set(keys))
         if missing or unknown:
             raise LoraFactoryError(
-                f"not an adapter of this layout: {len(missing)} of {len(keys)} keys are missing ({_few(missing)}), "
-                f"{len(unknown)} are unknown ({_few(unknown)}); {made_with}"
+                f"not an adapter of this layout: {len(missing)} of {len(keys)} keys are missing ({few(missing)}), "
+                f"{len(unknown)} are unknown ({few(unknown)}); {made_with}"
             )
         shapes = [
             f"{segment.key} has {tuple(state_dict[segment.key].shape)}, expected {(*leading, *segment.shape)}"
@@ -374,7 +363,7 @@ class AdapterLayout:
             if tuple(state_dict[segment.key].shape) != (*leading, *segment.shape)
         ]
         if shapes:
-            raise LoraFactoryError(f"{len(shapes)} tensors have another shape: {_few(shapes)}; {made_with}")
+            raise LoraFactoryError(f"{len(shapes)} tensors have another shape: {few(shapes)}; {made_with}")
 
     def _check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
         self.check_shapes(state_dict, leading)
@@ -382,7 +371,7 @@ class AdapterLayout:
         bad = [key for key in keys if not _is_finite(state_dict[key])]
         if bad:
             raise LoraFactoryError(
-                f"{len(bad)} of {len(keys)} tensors hold NaN, infinity, integers or 8-bit floats: {_few(bad)}"
+                f"{len(bad)} of {len(keys)} tensors hold NaN, infinity, integers or 8-bit floats: {few(bad)}"
             )
 
 
@@ -428,9 +417,3 @@ class _Segment:
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; their extremes tell, in a pass that is many times as fast as one by one."""
     return tensor.dtype in PRECISIONS and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))
-
-
-def _few(names: Collection[str]) -> str:
-    """The first three names, readable."""
-    shown = ", ".join(sorted(names, key=natural_key)[:3])
-    return shown + (", ..." if len(names) > 3 else "") if shown else "none"

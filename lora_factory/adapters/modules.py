@@ -6,13 +6,14 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import natural_key
 
 _PREFIX = "base_model.model."
 _SUFFIXES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
@@ -102,6 +103,11 @@ class AdaptedModule:
         parts = self.path.split(".")
         first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
         return self.path if first is None else ".".join([*parts[:first], "*", *parts[first + 1 :]])
+
+    def with_rank(self, rank: int) -> AdaptedModule:
+        """This module with another rank and the same scaling."""
+        shape_b = (self.shape_b[0], rank, *self.shape_b[2:])
+        return replace(self, shape_a=(rank, *self.shape_a[1:]), shape_b=shape_b)
 
 
 def find_modules(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AdaptedModule, ...]:
@@ -202,11 +208,6 @@ def plain_json(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, set | frozenset):
         return sorted(value)
     return [plain_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def natural_key(text: str) -> list[str | int]:
-    """Sort key that compares the numbers in names as numbers: "layer.2" before "layer.10"."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
 
 
 def literal_name(pattern: str) -> tuple[str, bool]:

@@ -13,7 +13,12 @@ from lora_factory.models.inputs import TokenSequence
 
 
 def train_multitask(
-    factory: AdapterFactory, tasks: Sequence[TrainingTask], *, seed: int, steps: int | None = None
+    factory: AdapterFactory,
+    tasks: Sequence[TrainingTask],
+    *,
+    seed: int,
+    steps: int | None = None,
+    learning_rate: float | None = None,
 ) -> Tensor:
     """One LoRA trained on all tasks at once, from the shared initialisation: the control that matters most.
 
@@ -24,6 +29,7 @@ def train_multitask(
         tasks: The tasks of the zoo.
         seed: Order of tasks and sequences.
         steps: Optimizer steps; by default as many as the tasks' own LoRAs take together: the same token budget.
+        learning_rate: Its peak; default: that of the tasks' own LoRAs.
 
     Returns:
         The snapshot with the lowest validation loss (mean over tasks), shape ``(D,)``.
@@ -38,7 +44,8 @@ def train_multitask(
     total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
     kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)
-    snapshots, losses, _ = factory.fit(batches, [factory.validation(task) for task in tasks], kept, "multi-task LoRA")
+    validation = [factory.validation(task) for task in tasks]
+    snapshots, losses, _ = factory.fit(batches, validation, kept, "multi-task LoRA", learning_rate=learning_rate)
     return snapshots[min(range(len(losses)), key=losses.__getitem__)]
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -36,13 +36,13 @@ from lora_factory.models.inputs import (
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
-from lora_factory.tasks.text import Split
 from lora_factory.utils.checkpoint import Checkpoint
 from lora_factory.utils.paths import recorded_name
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
 
+TrainingTask = Task | ImageTask
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "compile", "report_to")
 
 
@@ -61,22 +61,6 @@ class RunState:
     tokens: int = 0
     snapshots: list[torch.Tensor] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-
-
-class TrainingTask(Protocol):
-    """What is learned: a `Task` or an `ImageTask`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def descriptions(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def license(self) -> str | None: ...  # noqa: D102
-    @property
-    def dataset(self) -> str | None: ...  # noqa: D102
-
-    def examples(self, split: Split) -> Sequence[Any]: ...  # noqa: D102
-    def fingerprint(self) -> str: ...  # noqa: D102
 
 
 @dataclass
@@ -240,6 +224,7 @@ class AdapterFactory:
         *,
         seed: int = 0,
         start: torch.Tensor | None = None,
+        learning_rate: float | None = None,
         checkpoint: Checkpoint | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> tuple[torch.Tensor, tuple[float, ...], int]:
@@ -252,32 +237,34 @@ class AdapterFactory:
             label: What the progress bar and errors say.
             seed: Of what the base model drops out, if it does.
             start: Weights to start from instead of the initialisation, shape ``(D,)``.
+            learning_rate: Its peak; default: that of ``arguments``.
             checkpoint: Where the state is kept; default: nowhere.
             on_step: Called after every step with its number, the number of all steps and the loss.
 
         Returns:
-            Snapshots ``(len(kept), D)``, float32, their validation losses in nats a token, and the tokens read.
+            Snapshots ``(len(kept), D)``, float32, their validation losses in nats per token, and the tokens read.
 
         Raises:
             LoraFactoryError: When a training loss is not finite.
         """
         arguments, total, state = self.arguments, kept[-1], RunState()
+        rate = learning_rate or arguments.learning_rate
         start = self.initial if start is None else start
         self.slot.load(start)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=arguments.weight_decay)
         optimizer.zero_grad()  # what an earlier run left that failed between two batches
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * arguments.warmup_ratio), total)
         hidden = not self.accelerator.is_main_process
         with self._seeded(seed), tqdm(total=total, desc=label, unit="step", leave=None, disable=hidden) as bar:
             if checkpoint:
                 state = checkpoint.restore(partial(self._restored, schedule), optimizer, self.accelerator) or state
-                for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-                    group["lr"] = rate
+                for group, last in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                    group["lr"] = last
                 bar.update(state.step)
             batches = islice(batches, state.step * arguments.gradient_accumulation, None)
             while state.step < total:
-                loss, tokens = self._step(batches, optimizer, parameters, label, state.step + 1)
+                loss, tokens = self._step(batches, optimizer, parameters, f"{label}: step {state.step + 1}", rate)
                 schedule.step()
                 bar.update()
                 state.step, state.tokens = state.step + 1, state.tokens + tokens
@@ -368,10 +355,10 @@ class AdapterFactory:
         batches: Iterator[list[TokenSequence]],
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
-        label: str,
-        step: int,
+        where: str,
+        rate: float,
     ) -> tuple[float, int]:
-        """One optimizer step; returns its loss and the number of tokens that it read."""
+        """Take one optimizer step; returns its loss and the number of tokens that it read."""
         self.train_mode()
         accumulation, tokens = self.arguments.gradient_accumulation, 0
         mean = torch.zeros((), device=self.accelerator.device)
@@ -386,8 +373,7 @@ class AdapterFactory:
         value = self._mean_of_processes(mean)
         if not math.isfinite(value):
             raise LoraFactoryError(
-                f"{label}: the loss is {value} at step {step}; lower learning_rate "
-                f"(now {self.arguments.learning_rate}) or look for damaged text"
+                f"{where}: the loss is {value}; lower learning_rate (now {rate}) or look for damaged text"
             )
         self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
         optimizer.step()
@@ -395,7 +381,7 @@ class AdapterFactory:
         return value, tokens
 
     def _share_of_loss(self, batch: list[TokenSequence]) -> torch.Tensor:
-        """The mean loss of a batch a scored token; where processes share a run, its mean over them is that."""
+        """The mean loss per scored token of a batch; processes that share a run return shares with this mean."""
         if not self.shares_runs:
             return self._forward(batch)
         world = self.accelerator.num_processes
@@ -424,7 +410,7 @@ class AdapterFactory:
 
     @torch.no_grad()
     def loss(self, sequences: list[TokenSequence]) -> float:
-        """Mean loss in nats a scored token or image."""
+        """Mean loss in nats per scored token or image."""
         self.model.eval()
         total, scored = 0.0, 0
         for start in range(0, len(sequences), self.arguments.batch_size):

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.paths import safe_name
+from lora_factory.utils.versions import check_format
 
 FORMAT_VERSION = 1
 # What turns the values of an older config.json into those of the next version, by the older version.
@@ -87,7 +87,7 @@ class CVAELoRAConfig(PreTrainedConfig):
         """Check what the types cannot say."""
         if self.decoder not in ("token", "conv1d"):
             raise ValueError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
-        check_version(self.format_version)
+        check_format(self.format_version, FORMAT_VERSION, "the generator")
         sizes = (self.width, self.depth, self.latent_size, len(self.channels), *self.channels)
         if min(sizes) < 1:
             raise ValueError("width, depth, latent_size and channels must be at least 1")
@@ -119,23 +119,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     upgraded = dict(values)
     oldest = upgraded.get("format_version", 1)
-    check_version(oldest)
+    check_format(oldest, FORMAT_VERSION, "the generator")
     for version in range(oldest, FORMAT_VERSION):
         upgraded = UPGRADES[version](upgraded) | {"format_version": version + 1}
     return upgraded
-
-
-def check_version(version: object) -> None:
-    """Refuse a format that this version does not know.
-
-    Raises:
-        LoraFactoryError: When it is newer, or no version's number.
-    """
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise LoraFactoryError(
-            f"format_version={version!r}: this lora-factory reads versions up to {FORMAT_VERSION}; "
-            "pip install --upgrade lora-factory"
-        )
 
 
 def check_task(task: dict[str, Any]) -> None:

@@ -21,11 +21,11 @@ from torch import nn
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig, upgrade
+from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import (
     MAX_CONFIG_BYTES,
     check_size,
     checked_file,
-    few,
     is_hub_id,
     read_json_object,
     reading,

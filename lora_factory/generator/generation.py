@@ -25,7 +25,7 @@ from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_file
 from lora_factory.utils.safe_files import is_hub_id
-from lora_factory.utils.versions import package_versions
+from lora_factory.utils.versions import versions
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
         base_model=generator.layout.base_model,
         base_revision=generator.layout.base_revision,
         sha256=sha256_file(folder / ADAPTER_FILE),
-        versions=package_versions(),
+        versions=versions(),
     )
     write_json(folder / GENERATION_FILE, asdict(generation))
     return generation

@@ -25,7 +25,7 @@ from lora_factory.hub.client import (
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
-from lora_factory.utils.versions import package_versions
+from lora_factory.utils.versions import versions
 
 
 def generator_card(
@@ -65,7 +65,7 @@ def generator_card(
         title=title,
         origins=origins or origins_of(generator),
         facts=facts,
-        versions=package_versions(),
+        versions=versions(),
         comparison=comparison,
         plot=plot,
         tags=tags,

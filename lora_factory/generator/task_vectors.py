@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.classifiers import is_image_classifier, load_image_classifier
-from lora_factory.models.loading import load_base_model, load_processor
+from lora_factory.models.loading import base_source, load_base_model, load_processor
 from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
 
@@ -65,9 +65,9 @@ def open_reader(
         LoraFactoryError: When a live model comes without its tokenizer.
     """
     if base_model is None or isinstance(base_model, str | Path):
-        name, (model, tokenizer) = base_model or layout.base_model, _load(layout, base_model)
+        (name, revision), (model, tokenizer) = base_source(layout, base_model), _load(layout, base_model)
         if any(isinstance(example, ImageExample) for example in examples):
-            tokenizer = load_processor(name, revision=_revision(layout, base_model))
+            tokenizer = load_processor(name, revision=revision)
         base_model = model
     if tokenizer is None:
         raise LoraFactoryError("examples and a live base model need its tokenizer; pass tokenizer=")
@@ -99,14 +99,10 @@ def _load(
     layout: AdapterLayout, base_model: str | Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A layout's base model and, unless it is an image classifier, its tokenizer."""
-    name, revision = str(base_model or layout.base_model), _revision(layout, base_model)
+    name, revision = base_source(layout, base_model)
     try:
         return load_base_model(name, revision=revision)
     except LoraFactoryError:
         if not is_image_classifier(name, revision):
             raise
     return load_image_classifier(name, revision=revision)[0], None
-
-
-def _revision(layout: AdapterLayout, base_model: str | Path | None) -> str | None:
-    return layout.base_revision if base_model in (None, layout.base_model) else None

@@ -21,7 +21,7 @@ from lora_factory.models.inputs import IGNORED, CausalInputs, frozen, pad_tokens
 from lora_factory.models.losses import Base
 from lora_factory.models.text_encoders import _refuse_empty, masked_mean
 from lora_factory.tasks.examples import Example, as_example
-from lora_factory.utils.cache import FeatureCache
+from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
     states, bar = {}, tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process)
     if not isinstance(base.inputs, CausalInputs):
         return {task.name: example_states(base, task.examples("train")[:FEATURE_EXAMPLES]) for task in bar}
-    encoder, cache = HiddenStateEncoder(base.model, base.tokenizer), FeatureCache(cache_folder() / "features")
+    encoder, cache = HiddenStateEncoder(base.model, base.tokenizer), TensorCache(cache_folder() / "features")
 
     def encode(texts: list[str]) -> Tensor:
         return encoder.encode([Example(*text.split("\0", 1)) for text in texts])

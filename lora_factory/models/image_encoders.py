@@ -19,7 +19,7 @@ from lora_factory.models.clip import OPEN_CLIP, TWO_TOWERS, OpenClipImage, image
 from lora_factory.models.hidden_states import FEATURE_EXAMPLES
 from lora_factory.models.loading import load_pretrained, weights_identifier
 from lora_factory.tasks.image_files import ImageLike, image_fingerprint, read_image
-from lora_factory.utils.cache import FeatureCache
+from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import cache_folder
 
 
@@ -91,7 +91,7 @@ def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike
     Raises:
         LoraFactoryError: When a task has no image, or one cannot be read.
     """
-    cache, vectors = FeatureCache(cache_folder() / "features"), {}
+    cache, vectors = TensorCache(cache_folder() / "features"), {}
     for task, given in tqdm(images.items(), desc="images", disable=not PartialState().is_local_main_process):
         if not len(given):
             raise LoraFactoryError(f"task {task!r} has no image; give at least one of every task")

@@ -30,6 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.hub.errors import explain
 from lora_factory.models.embedded import (
@@ -93,6 +94,17 @@ def load_base_model(
         _keep_gradients(model)
         return model, tokenizer
     return model.to(device or "cpu"), tokenizer
+
+
+def base_source(layout: AdapterLayout, base_model: str | Path | None = None) -> tuple[str, str | None]:
+    """What to load as the base model of adapters: a Hub id or folder, and its commit where that is known.
+
+    Args:
+        layout: The adapters' layout, which names a base model and its commit.
+        base_model: Hub id or folder of another copy, whose commit is not known.
+    """
+    name = str(base_model or layout.base_model)
+    return name, layout.base_revision if name == layout.base_model else None
 
 
 def load_processor(name: str | Path, *, revision: str | None = None) -> ProcessorMixin:

@@ -8,7 +8,6 @@ write the difference from a condition, as stage 1 learns to write the adapters o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -94,9 +93,8 @@ def train_specialists(
     Returns:
         Snapshots ``(n, D)`` by the name of the task, their mean validation loss, and the tokens read by all processes.
     """
-    accelerator, settings, total = factory.accelerator, factory.arguments, arguments.specialist_steps
+    accelerator, total = factory.accelerator, arguments.specialist_steps
     kept = sorted({total - part * total // (2 * SNAPSHOTS) for part in range(SNAPSHOTS)})
-    factory.arguments = replace(settings, learning_rate=arguments.specialist_learning_rate)
     weights = torch.zeros(len(tasks), len(kept), generator.layout.size)
     figures = torch.zeros(len(tasks), 2, dtype=torch.float64)
     for index in range(accelerator.process_index, len(tasks), accelerator.num_processes):
@@ -108,14 +106,19 @@ def train_specialists(
         with torch.no_grad():
             start = generator.generate_vector(means)[0].cpu()
         sequences = factory.encode(task.examples("train"))
-        batches = shuffled_batches(sequences, settings.batch_size, arguments.seed)
+        batches = shuffled_batches(sequences, factory.arguments.batch_size, arguments.seed)
         label = f"{task.name}, specialist"
         weights[index], losses, read = factory.fit(
-            batches, [factory.validation(task)], kept, label, seed=arguments.seed, start=start
+            batches,
+            [factory.validation(task)],
+            kept,
+            label,
+            seed=arguments.seed,
+            start=start,
+            learning_rate=arguments.specialist_learning_rate,
         )
         figures[index] = torch.tensor([fmean(losses), read])
         cache.write({"weights": weights[index].clone(), "figures": figures[index].clone()}, task.name)
-    factory.arguments = settings
     weights, figures = (accelerator.reduce(value.to(accelerator.device), "sum").cpu() for value in (weights, figures))
     rows = dict(zip([task.name for task in tasks], weights, strict=True))
     return rows, float(figures[:, 0].mean()), int(figures[:, 1].sum())

@@ -23,6 +23,7 @@ from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.hub.cards import handwritten, with_handwritten
 from lora_factory.models.hidden_states import example_features
 from lora_factory.models.image_encoders import ImageEncoder, image_vectors
+from lora_factory.models.loading import base_source
 from lora_factory.models.text_encoders import TextEncoder
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.tasks.images import ImageTask, language_tasks
@@ -208,9 +209,8 @@ def zoo_factory(
         lora_alpha=config["lora_alpha"],
         gradient_checkpointing=gradient_checkpointing,
     )
-    revision = None if base_model else zoo.layout.base_revision
+    source, revision = base_source(zoo.layout, base_model)
     name = zoo.layout.base_model
-    source = base_model or name
     return open_factory(source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout)
 
 
@@ -218,11 +218,8 @@ def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: Train
     """Where stage 2's bias adapter starts, ``(D,)``: the LoRA initialisation, or one LoRA trained on all tasks."""
     if not arguments.multitask_steps:
         return factory.initial
-    settings = factory.arguments
-    factory.arguments = replace(settings, learning_rate=arguments.multitask_learning_rate)
-    vector = train_multitask(factory, tasks, seed=arguments.seed, steps=arguments.multitask_steps)
-    factory.arguments = settings
-    return vector
+    steps, rate = arguments.multitask_steps, arguments.multitask_learning_rate
+    return train_multitask(factory, tasks, seed=arguments.seed, steps=steps, learning_rate=rate)
 
 
 def _stage_2(

@@ -1,4 +1,4 @@
-"""Tensors on disk by what they were computed from, so that none is computed twice."""
+"""Results on disk by what they were computed from, so that none is computed twice: tensors, and cells of tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_factory.utils.paths import sha256_text
 
 
 class TensorCache:
-    """Tensors in a folder, one safetensors file a key.
+    """Tensors in a folder, one safetensors file per key.
 
     Args:
         folder: Made on the first write. Several processes may share it.
@@ -49,6 +49,26 @@ class TensorCache:
         with atomic_file(self._file(key)) as path:
             save_file(dict(tensors), path, metadata={"sha256": _digest(tensors)})
 
+    def get_or_compute(self, identifier: str, texts: Sequence[str], function: Callable[[list[str]], Tensor]) -> Tensor:
+        """Read the vectors of texts, one small file each, computing those that are missing.
+
+        Args:
+            identifier: Names the encoder, as ``TextEncoder.identifier`` does; other encoders, other vectors.
+            texts: At least one text.
+            function: Encodes the missing texts, each once, in their order: shape ``(missing, width)``.
+
+        Returns:
+            The vectors in the order of the texts, shape ``(texts, width)``.
+        """
+        cached = ((text, self.read(identifier, text)) for text in dict.fromkeys(texts))
+        known = {text: tensors["vector"] for text, tensors in cached if tensors is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            for text, vector in zip(missing, function(missing).cpu(), strict=True):
+                self.write({"vector": vector.contiguous()}, identifier, text)
+                known[text] = vector
+        return torch.stack([known[text] for text in texts])
+
     def _file(self, key: tuple[str, ...]) -> Path:
         return self.folder / f"{sha256_text(chr(0).join(key))}.safetensors"
 
@@ -58,7 +78,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class CellLog:
-    """A file with one JSON object a finished cell, keyed by a fingerprint of everything that the cell depends on.
+    """A file with one JSON object per finished cell, keyed by a fingerprint of everything that the cell depends on.
 
     A line that a crash cut off is dropped when the file is opened; a cell counts once its whole line is on disk.
     """
@@ -95,28 +115,3 @@ class CellLog:
                 os.fsync(file.fileno())
             self._cells[key] = cell
         return self._cells[key]
-
-
-class FeatureCache(TensorCache):
-    """Vectors of texts on disk, one small file each, so that no text is encoded twice."""
-
-    def get_or_compute(self, identifier: str, texts: Sequence[str], function: Callable[[list[str]], Tensor]) -> Tensor:
-        """Read the vectors of texts, computing those that are missing.
-
-        Args:
-            identifier: Names the encoder, as ``TextEncoder.identifier`` does; other encoders, other vectors.
-            texts: At least one text.
-            function: Encodes the missing texts, each once, in their order: shape ``(missing, width)``.
-
-        Returns:
-            The vectors in the order of the texts, shape ``(texts, width)``.
-        """
-        cached = ((text, self.read(identifier, text)) for text in dict.fromkeys(texts))
-        known = {text: tensors["vector"] for text, tensors in cached if tensors is not None}
-        missing = [text for text in dict.fromkeys(texts) if text not in known]
-        if missing:
-            computed = function(missing).cpu()
-            for text, vector in zip(missing, computed, strict=True):
-                self.write({"vector": vector.contiguous()}, identifier, text)
-                known[text] = vector
-        return torch.stack([known[text] for text in texts])

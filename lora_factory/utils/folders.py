@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.utils.paths import local_path
 
 _MARKER_BYTES = 16 << 20
 
@@ -94,8 +95,6 @@ def check_folder(
             package did not write, the working directory, the home folder, an input, or a folder around one of these.
         StorageError: When the folder cannot be looked at.
     """
-    from lora_factory.utils.paths import local_path  # here: that module makes folders with this one's help
-
     named = local_path(path)
     with storage_errors(named, "look at"):
         is_link, real = named.is_symlink(), Path(os.path.realpath(named))
@@ -227,8 +226,6 @@ def check_reports(folder: str | Path, *names: str) -> Path:
             write.
         StorageError: When one cannot be read.
     """
-    from lora_factory.utils.paths import local_path
-
     folder = local_path(folder)
     with storage_errors(folder, "look at"):
         if os.path.lexists(folder) and not folder.is_dir():
@@ -251,8 +248,6 @@ def check_saving(folder: str | Path) -> Path:
     Raises:
         LoraFactoryError: When it holds another model's config or weights, which would be replaced.
     """
-    from lora_factory.utils.paths import local_path
-
     folder = local_path(folder)
     with storage_errors(folder, "look at"):
         if os.path.lexists(folder) and not folder.is_dir():

@@ -1,8 +1,21 @@
-"""Text from outside as people may see it: on one line, with nothing that moves, hides or reorders other text."""
+"""Text as people read it: on one line, without anything that moves, hides or reorders other text; and short lists."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Collection
 
 
 def printable(text: object) -> str:
     """Text on one line; control characters, those for the direction of writing among them, become blanks."""
     return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())
+
+
+def natural_key(text: str) -> list[str | int]:
+    """Sort key that compares the numbers in names as numbers: "layer.2" before "layer.10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
+
+
+def few(names: Collection[str]) -> str:
+    """The first three names in natural order, for a message; "none" where there is none."""
+    return ("; ".join(sorted(names, key=natural_key)[:3]) + ("; ..." if len(names) > 3 else "")) or "none"

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import few
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_JSON_BYTES = 512 << 20  # COCO's largest annotation file has 448 MB
@@ -195,11 +196,6 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def few(names: Collection[str]) -> str:
-    """The first three names, for a message."""
-    return "; ".join(sorted(names)[:3]) + ("; ..." if len(names) > 3 else "")
 
 
 def check_size(what: str, size: int, limit: int) -> None:

@@ -1,19 +1,33 @@
-"""Versions of this package and of those that its results depend on."""
+"""Versions: of the packages that results depend on, and of file formats."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
 from lora_factory._version import __version__
+from lora_factory.errors import LoraFactoryError
 
 LIBRARIES = ("torch", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
-    """The packages that make a run, by name."""
+    """The versions of this package and of those that its files depend on, by name."""
     return {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of this package and of those that its files depend on."""
-    return {"lora-factory": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+def check_format(number: object, newest: int, what: str) -> None:
+    """Refuse a file in a format that this version of the package does not read.
+
+    Args:
+        number: The file's ``format_version``.
+        newest: The newest format that is read.
+        what: The file, for the error message.
+
+    Raises:
+        LoraFactoryError: When the number is none, or that of a newer format.
+    """
+    if type(number) is not int or not 1 <= number <= newest:
+        raise LoraFactoryError(
+            f"{what} has format_version={number!r}: this lora-factory reads versions up to {newest}; "
+            "pip install --upgrade lora-factory"
+        )

@@ -12,7 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.paths import safe_name
-from lora_factory.utils.safe_files import few
+from lora_factory.utils.printable import few
+from lora_factory.utils.versions import check_format
 
 FORMAT_VERSION = 1
 
@@ -113,7 +114,7 @@ class RunRecord:
         Raises:
             LoraFactoryError: for an unknown format version, missing, unknown or wrong entries.
         """
-        check_version(values, "run")
+        check_format(values.get("format_version"), FORMAT_VERSION, "the run's record")
         values = {"dataset": None, **values}  # older records lack it
         del values["format_version"]
         different = sorted({entry.name for entry in fields(cls)} ^ set(values))
@@ -136,16 +137,6 @@ class RunRecord:
         if self.dataset is None:
             del values["dataset"]
         return values
-
-
-def check_version(values: Mapping[str, Any], noun: str) -> None:
-    """Refuse a file of another format version."""
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise LoraFactoryError(
-            f"the {noun}'s format_version is {version!r}, this lora-factory reads {FORMAT_VERSION}; "
-            "update it with pip install -U lora-factory"
-        )
 
 
 def json_object(values: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 HELD_BYTES = 1 << 30  # a zoo whose snapshots take more than this in float32 stays on disk
 _CHUNK_BYTES = 64 << 20  # of snapshots that the statistics look at together
 _BLOCK_BYTES = 4 << 20  # of these whose squares are taken at once
-
-
-class SnapshotRows(Protocol):
-    """The snapshots of one task: a tensor ``(n, D)``, or rows on disk that are read when they are asked for."""
-
-    def __len__(self) -> int:
-        """The number of snapshots."""
-
-    def __getitem__(self, index: int | slice) -> Tensor:
-        """One snapshot ``(D,)``, or consecutive ones ``(n, D)``; float32, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +83,10 @@ class StoredRows:
             start += count
         rows_found = parts[0] if len(parts) == 1 else torch.cat(parts)
         return rows_found if self.layout is self.zoo.layout else self.zoo.layout.widen(rows_found, self.layout)
+
+
+# The snapshots of one task, `(n, D)` in float32 on the CPU: in memory, or on disk and read when they are asked for.
+SnapshotRows = Tensor | StoredRows
 
 
 def in_parts(rows: SnapshotRows) -> Iterator[Tensor]:

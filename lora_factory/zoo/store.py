@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.modules import natural_key
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
 from lora_factory.utils.paths import local_path, safe_name, sha256_file
+from lora_factory.utils.printable import natural_key
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
-from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord, check_version, json_object
+from lora_factory.utils.versions import check_format
+from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord, json_object
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -66,7 +67,7 @@ class AdapterZoo:
             )
         try:
             values = read_json_object(checked_file(self.folder, ZOO_FILE, MAX_CONFIG_BYTES))
-            check_version(values, "zoo")
+            check_format(values.get("format_version"), FORMAT_VERSION, "the zoo")
             self.layout = AdapterLayout.from_dict(json_object(values.get("layout")))
         except LoraFactoryError as error:
             raise LoraFactoryError(_located(path, error)) from error
