@@ -12,7 +12,8 @@ from test_collect import SMALL
 
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.tasks import task_file as tasks_module
+from lora_factory.errors import LoraFactoryError
+from lora_factory.tasks import task as tasks_module
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import DataSource
@@ -62,3 +63,16 @@ def test_records_without_a_data_set_are_as_before() -> None:
     assert json.loads(json.dumps(record.to_dict())) == values, "the fingerprint of an older zoo stays"
     named = RunRecord.from_dict(values | {"dataset": "alice/poems"})
     assert named.dataset == "alice/poems" and named.to_dict()["dataset"] == "alice/poems"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": "x"}, {"descriptions": 3}, {"versions": []}, {"sha256": {"run.json": 1}}, {"steps": None}]
+)
+def test_values_of_a_wrong_type_are_refused(wrong: dict[str, object]) -> None:
+    lists = {"descriptions": ["x"], "snapshot_steps": [1], "validation_losses": [2]}
+    names = {name: "a" for name in ("task", "run", "base_model", "base_revision", "data_fingerprint", "license")}
+    objects = {name: {} for name in ("versions", "arguments", "sha256")}
+    values = {"format_version": 1, "seed": 0, "steps": 1, "train_tokens": 1, **names, **lists, **objects}
+    assert RunRecord.from_dict(values).validation_losses == (2,)
+    with pytest.raises(LoraFactoryError, match="holds a value of the wrong type"):
+        RunRecord.from_dict(values | wrong)

@@ -264,7 +264,7 @@ class AdapterFactory:
                 bar.update(state.step)
             batches = islice(batches, state.step * arguments.gradient_accumulation, None)
             while state.step < total:
-                loss, tokens = self._step(batches, optimizer, parameters, f"{label}: step {state.step + 1}", rate)
+                loss, tokens = self._step(batches, optimizer, parameters, label, state.step + 1, rate)
                 schedule.step()
                 bar.update()
                 state.step, state.tokens = state.step + 1, state.tokens + tokens
@@ -355,7 +355,8 @@ class AdapterFactory:
         batches: Iterator[list[TokenSequence]],
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
-        where: str,
+        label: str,
+        step: int,
         rate: float,
     ) -> tuple[float, int]:
         """Take one optimizer step; returns its loss and the number of tokens that it read."""
@@ -373,7 +374,8 @@ class AdapterFactory:
         value = self._mean_of_processes(mean)
         if not math.isfinite(value):
             raise LoraFactoryError(
-                f"{where}: the loss is {value}; lower learning_rate (now {rate}) or look for damaged text"
+                f"{label}: the loss is {value} at step {step}; lower learning_rate (now {rate}) or look for damaged "
+                "text"
             )
         self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm)
         optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -85,26 +85,35 @@ class Origins:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorCard:
-    """The card of a generator.
+class _Card:
+    """What all cards hold.
 
     Attributes:
-        title: Its name: folder or Hub id.
-        origins: Base model and tasks.
-        facts: What the table of its properties says, by heading.
-        versions: Versions of the packages that wrote it.
-        comparison: What ``comparison.compare`` returned for it, if it was compared.
-        plot: File name of the headroom plot, if there is one.
+        title: Name of the repository's content: folder or Hub id.
+        origins: Base model, and the training tasks.
         tags: More tags.
     """
 
     title: str
     origins: Origins
+    tags: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorCard(_Card):
+    """The card of a generator.
+
+    Attributes:
+        facts: What the table of its properties says, by heading.
+        versions: Versions of the packages that wrote it.
+        comparison: What ``comparison.compare`` returned for it, if it was compared.
+        plot: File name of the headroom plot, if there is one.
+    """
+
     facts: Mapping[str, str]
     versions: Mapping[str, str]
     comparison: Mapping[str, Any] | None = None
     plot: str | None = None
-    tags: Sequence[str] = ()
 
     @property
     def text(self) -> str:
@@ -117,22 +126,16 @@ class GeneratorCard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterCard:
+class AdapterCard(_Card):
     """The card of one generated adapter, or of several in one repository.
 
     Attributes:
-        title: Its name: folder or Hub id.
-        origins: Base model, and the tasks of its generator.
         generations: How each was made, by sub-folder; "" for the folder that the card is in.
         subfolder: That folder's name, if it is one of several in a repository.
-        tags: More tags.
     """
 
-    title: str
-    origins: Origins
     generations: Mapping[str, Generation]
     subfolder: str | None = None
-    tags: Sequence[str] = ()
 
     @property
     def text(self) -> str:
@@ -145,20 +148,14 @@ class AdapterCard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZooCard:
+class ZooCard(_Card):
     """The card of a zoo, which is a data set on the Hub.
 
     Attributes:
-        title: Its name: folder or Hub id.
-        origins: Base model and tasks.
         facts: What the table of its properties says, by heading.
-        tags: More tags.
     """
 
-    title: str
-    origins: Origins
     facts: Mapping[str, str]
-    tags: Sequence[str] = field(default=())
 
     @property
     def text(self) -> str:
@@ -169,7 +166,7 @@ class ZooCard:
 
 
 def eval_results(comparison: Mapping[str, Any], origins: Origins) -> list[EvalResult]:
-    """A comparison's mean perplexities over seeds and folds: generated, original and control, a task each."""
+    """A comparison's mean perplexities over seeds and folds: generated, original and control, for each task."""
     datasets = {task["name"]: task["dataset"] for task in origins.tasks if is_hub_id(task.get("dataset") or "")}
     found: dict[tuple[str, str], list[float]] = {}
     for cell in comparison["cells"]:

@@ -1,22 +1,65 @@
-"""Text and image towers of contrastive models, from open_clip and from transformers."""
+"""What encoders of texts and of images share, and the towers of contrastive models, such as CLIP."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.loading import weights_identifier
 
+Value = TypeVar("Value")
 OPEN_CLIP = "open_clip:"
 # The transformers that have get_text_features and get_image_features, with vectors of one space.
 TWO_TOWERS = frozenset({"clip", "metaclip_2", "siglip", "siglip2"})
+
+
+class Encoder:
+    """What encoders of texts and of images share: the tower that computes, and unit vectors.
+
+    Args:
+        name_or_path: As the sub-class says.
+        device: Where to compute; default: the CPU.
+        revision: Branch, tag or commit of a Hub id.
+
+    Attributes:
+        width: Size of the vectors.
+        identifier: Names the vectors, for example as a cache key: the Hub id with its revision, or a folder's name
+            with a hash of its weights.
+
+    Raises:
+        LoraFactoryError: When the encoder cannot be loaded, or would start from random weights.
+    """
+
+    _open_clip: Any
+    _transformers: Any
+
+    def __init__(
+        self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
+    ) -> None:
+        """Load the encoder."""
+        name = str(name_or_path)
+        tower = self._open_clip if name.startswith(OPEN_CLIP) else self._transformers
+        self._tower = tower(name, revision, torch.device(device or "cpu"))
+        self.width: int = self._tower.width
+        self.identifier: str = self._tower.identifier
+
+    def _unit_vectors(self, values: Sequence[Value], batch_size: int, read: Callable[[Value], Any]) -> Tensor:
+        """Encode what ``read`` makes of each value: float32, on the CPU, shape ``(values, width)``."""
+        if not len(values):
+            return torch.empty(0, self.width)
+        starts = range(0, len(values), batch_size)
+        with torch.no_grad():
+            batches = [self._tower([*map(read, values[start : start + batch_size])]) for start in starts]
+        return functional.normalize(torch.cat(batches).float().cpu(), dim=-1)
 
 
 class OpenClip:

@@ -3,106 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.clip import OPEN_CLIP, TWO_TOWERS, OpenClipImage, image_features
+from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipImage, image_features
 from lora_factory.models.hidden_states import FEATURE_EXAMPLES
 from lora_factory.models.loading import load_pretrained, weights_identifier
 from lora_factory.tasks.image_files import ImageLike, image_fingerprint, read_image
 from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import cache_folder
-
-
-class ImageEncoder:
-    """An image encoder: one unit vector an image.
-
-    A CLIP or SigLIP gives the vectors of its image tower, which live in one space with its texts: there the mean over
-    images and descriptions together is a task vector too. Another model, for example the classifier that the adapters
-    are for, gives its hidden states as `HiddenStateEncoder` does those of a language model.
-
-    Args:
-        name_or_path: Hub id or folder of a transformers image model; or ``open_clip:<model>:<pretrained tag or
-            checkpoint>``, ``open_clip:hf-hub:<id>`` or ``open_clip:local-dir:<folder>``.
-        device: Where to compute; default: the CPU.
-        revision: Branch, tag or commit of a Hub id.
-
-    Attributes:
-        width: Size of the vectors.
-        identifier: Names the vectors, for example as a cache key: the Hub id with its revision, or a folder's name
-            with a hash of its weights.
-
-    Raises:
-        LoraFactoryError: When the encoder cannot be loaded, or would start from random weights.
-    """
-
-    def __init__(
-        self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
-    ) -> None:
-        """Load the encoder."""
-        name = str(name_or_path)
-        tower = OpenClipImage if name.startswith(OPEN_CLIP) else _ImageModel
-        self._tower = tower(name, revision, torch.device(device or "cpu"))
-        self.width: int = self._tower.width
-        self.identifier: str = self._tower.identifier
-
-    def encode(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> Tensor:
-        """Encode images; each vector depends on its own image alone.
-
-        Args:
-            images: Files, or images in memory, of any size and mode; on white where they are transparent.
-            batch_size: Images a forward pass.
-
-        Returns:
-            L2-normalised vectors, float32, on the CPU, shape ``(images, width)``.
-
-        Raises:
-            LoraFactoryError: When a file is missing, cut short or no image.
-        """
-        if not len(images):
-            return torch.empty(0, self.width)
-        parts = []
-        with torch.no_grad():
-            for start in range(0, len(images), batch_size):
-                batch = [read_image(image, self._tower.channels) for image in images[start : start + batch_size]]
-                parts.append(self._tower(batch))
-        return functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
-
-
-def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike]]) -> dict[str, Tensor]:
-    """Vectors of every task's first 128 images, from the cache where they are.
-
-    Args:
-        encoder: What encodes them.
-        images: At least one image by the name of the task.
-
-    Returns:
-        Shape ``(images, width)`` by the name of the task; a progress bar shows on the main process.
-
-    Raises:
-        LoraFactoryError: When a task has no image, or one cannot be read.
-    """
-    cache, vectors = TensorCache(cache_folder() / "features"), {}
-    for task, given in tqdm(images.items(), desc="images", disable=not PartialState().is_local_main_process):
-        if not len(given):
-            raise LoraFactoryError(f"task {task!r} has no image; give at least one of every task")
-        keys = [image_fingerprint(image) for image in given[:FEATURE_EXAMPLES]]
-        known = dict(zip(keys, given, strict=False))
-
-        def encode(missing: list[str], known: dict[str, ImageLike] = known) -> Tensor:
-            return encoder.encode([known[key] for key in missing])
-
-        vectors[task] = cache.get_or_compute(encoder.identifier, keys, encode)
-    return vectors
 
 
 class _ImageModel:
@@ -132,6 +48,62 @@ class _ImageModel:
         if hidden.ndim == 4:  # a convolutional network's map has no first token
             return hidden.mean((2, 3))
         return torch.cat([hidden[:, 0], hidden.mean(1)], dim=-1)
+
+
+class ImageEncoder(Encoder):
+    """An image encoder: one unit vector per image.
+
+    A CLIP or SigLIP gives the vectors of its image tower, which live in one space with its texts: there the mean over
+    images and descriptions together is a task vector too. Another model, for example the classifier that the adapters
+    are for, gives its hidden states as `HiddenStateEncoder` does those of a language model.
+
+    ``name_or_path`` is the Hub id or folder of a transformers image model; or ``open_clip:<model>:<pretrained tag or
+    checkpoint>``, ``open_clip:hf-hub:<id>`` or ``open_clip:local-dir:<folder>``.
+    """
+
+    _open_clip, _transformers = OpenClipImage, _ImageModel
+
+    def encode(self, images: Sequence[ImageLike], *, batch_size: int = 32) -> Tensor:
+        """Encode images; each vector depends on its own image alone.
+
+        Args:
+            images: Files, or images in memory, of any size and mode; on white where they are transparent.
+            batch_size: Images per forward pass.
+
+        Returns:
+            L2-normalised vectors, float32, on the CPU, shape ``(images, width)``.
+
+        Raises:
+            LoraFactoryError: When a file is missing, cut short or no image.
+        """
+        return self._unit_vectors(images, batch_size, lambda image: read_image(image, self._tower.channels))
+
+
+def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike]]) -> dict[str, Tensor]:
+    """Vectors of every task's first 128 images, from the cache where they are.
+
+    Args:
+        encoder: What encodes them.
+        images: At least one image by the name of the task.
+
+    Returns:
+        Shape ``(images, width)`` by the name of the task; a progress bar shows on the main process.
+
+    Raises:
+        LoraFactoryError: When a task has no image, or one cannot be read.
+    """
+    cache, vectors = TensorCache(cache_folder() / "features"), {}
+    for task, given in tqdm(images.items(), desc="images", disable=not PartialState().is_local_main_process):
+        if not len(given):
+            raise LoraFactoryError(f"task {task!r} has no image; give at least one of every task")
+        keys = [image_fingerprint(image) for image in given[:FEATURE_EXAMPLES]]
+        known = dict(zip(keys, given, strict=False))
+
+        def encode(missing: list[str], known: dict[str, ImageLike] = known) -> Tensor:
+            return encoder.encode([known[key] for key in missing])
+
+        vectors[task] = cache.get_or_compute(encoder.identifier, keys, encode)
+    return vectors
 
 
 def image_channels(config: Any) -> int:  # noqa: ANN401

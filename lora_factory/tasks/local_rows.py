@@ -133,7 +133,7 @@ def _csv_rows(file: Iterable[str], path: str | Path, separator: str) -> Iterator
 def _json_rows(file: IO[str], path: str | Path, as_texts: bool) -> Iterator[dict[str, Any]]:
     # Numbers as they are written: 1.50 is not 1.5, and Python refuses integers of more than 4300 digits.
     numbers: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": _constant} if as_texts else {}
-    read = json.JSONDecoder(object_pairs_hook=_without_doubles, **numbers).decode
+    read = json.JSONDecoder(object_pairs_hook=without_doubles, **numbers).decode
     number, first = next(((number, line) for number, line in enumerate(file, 1) if line.strip()), (0, ""))
     if not first:
         return
@@ -178,7 +178,8 @@ def _constant(name: str) -> str | None:
     return None if name == "NaN" else name
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a JSON decoder makes of an object; one that has a key twice is refused."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -15,6 +15,7 @@ from lora_factory.tasks.coco_tasks import DESCRIPTIONS, detection_tasks
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.images import ImageClasses, ImageTask, check_images
+from lora_factory.tasks.local_rows import without_doubles
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import LOCAL_FORMATS, SPLITS, DataSource
 from lora_factory.utils.files import write_json, write_text
@@ -105,7 +106,7 @@ def _read_task_file(path: Path) -> list[Task | ImageTask]:
         text = path.read_text(encoding="utf-8-sig")
         try:
             is_json = path.suffix.lower() == ".json" and text.strip()
-            content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _TaskLoader)
+            content = json.loads(text, object_pairs_hook=without_doubles) if is_json else yaml.load(text, _TaskLoader)
             _check_length(content, str(path))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise LoraFactoryError(f"task file {path} is not valid YAML or JSON: {error}") from error
@@ -136,13 +137,6 @@ class _TaskLoader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if doubled := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the key {doubled[0]!r} stands twice")
-    return dict(pairs)
 
 
 def _check_length(content: object, path: str) -> None:

@@ -11,12 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.utils.printable import few
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_JSON_BYTES = 512 << 20  # COCO's largest annotation file has 448 MB
@@ -119,19 +117,18 @@ def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
         ) from error
 
 
-def read_json(path: str | Path, schema: Any = None, *, limit: int = MAX_JSON_BYTES) -> Any:  # noqa: ANN401
+def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:  # noqa: ANN401
     """Read a JSON file that somebody else may have written; the one function that does it.
 
     For a file of a folder that came from elsewhere, pass what `checked_file` returns.
 
     Args:
         path: The file.
-        schema: A ``TypedDict`` that the value must conform to; default: any value.
         limit: The most bytes that it may have.
 
     Raises:
         LoraFactoryError: When `read_text` refuses the file, it is no JSON, is nested more than 64 deep, holds NaN,
-            infinity, a number of 300 digits or half of a surrogate pair, or does not conform to the schema.
+            infinity, a number of 300 digits or half of a surrogate pair.
     """
     text = read_text(path, limit)
     try:
@@ -143,21 +140,12 @@ def read_json(path: str | Path, schema: Any = None, *, limit: int = MAX_JSON_BYT
         raise LoraFactoryError(
             f"{path} is no valid JSON ({str(error)[:300]}); it was cut short or altered; restore it or make it again"
         ) from error
-    if schema is not None:
-        if not isinstance(value, dict):
-            raise LoraFactoryError(f"{path} holds {type(value).__name__}, expected a JSON object")
-        if unknown := set(value) - set(schema.__annotations__):
-            raise LoraFactoryError(f"{path} has unknown entries: {few([name[:100] for name in unknown])}")
-        try:
-            validate_typed_dict(schema, value)
-        except (StrictDataclassError, TypeError, ValueError) as error:
-            raise LoraFactoryError(f"{path} holds a wrong value: {' '.join(str(error).split())[:300]}") from error
     return value
 
 
-def read_json_object(path: str | Path, schema: Any = None, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:  # noqa: ANN401
+def read_json_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object that a JSON file of somebody else's holds; as `read_json`, and refuses every other value."""
-    values = read_json(path, schema, limit=limit)
+    values = read_json(path, limit=limit)
     if not isinstance(values, dict):
         raise LoraFactoryError(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values

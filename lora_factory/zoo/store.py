@@ -22,7 +22,7 @@ from lora_factory.utils.paths import local_path, safe_name, sha256_file
 from lora_factory.utils.printable import natural_key
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
 from lora_factory.utils.versions import check_format
-from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord, json_object
+from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -68,7 +68,8 @@ class AdapterZoo:
         try:
             values = read_json_object(checked_file(self.folder, ZOO_FILE, MAX_CONFIG_BYTES))
             check_format(values.get("format_version"), FORMAT_VERSION, "the zoo")
-            self.layout = AdapterLayout.from_dict(json_object(values.get("layout")))
+            layout = values.get("layout")
+            self.layout = AdapterLayout.from_dict(layout if isinstance(layout, dict) else {})
         except LoraFactoryError as error:
             raise LoraFactoryError(_located(path, error)) from error
         self._whole_files: dict[Path, tuple[int, int]] = {}
