@@ -70,7 +70,7 @@ def test_records_without_a_data_set_are_as_before() -> None:
 )
 def test_values_of_a_wrong_type_are_refused(wrong: dict[str, object]) -> None:
     lists = {"descriptions": ["x"], "snapshot_steps": [1], "validation_losses": [2]}
-    names = {name: "a" for name in ("task", "run", "base_model", "base_revision", "data_fingerprint", "license")}
+    names = dict.fromkeys(("task", "run", "base_model", "base_revision", "data_fingerprint", "license"), "a")
     objects = {name: {} for name in ("versions", "arguments", "sha256")}
     values = {"format_version": 1, "seed": 0, "steps": 1, "train_tokens": 1, **names, **lists, **objects}
     assert RunRecord.from_dict(values).validation_losses == (2,)

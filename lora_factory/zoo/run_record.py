@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
@@ -18,8 +18,9 @@ from lora_factory.utils.versions import check_format
 FORMAT_VERSION = 1
 
 
-# The types of `run.json`; no class, whose annotations would be texts, which `validate_typed_dict` does not check.
 class _RunValues(TypedDict):
+    """The types of `run.json`."""
+
     task: str
     run: str
     descriptions: list[str] | tuple[str, ...]
@@ -36,6 +37,10 @@ class _RunValues(TypedDict):
     sha256: dict[str, str]
     license: str | None
     dataset: str | None
+
+
+# Annotations are postponed, and `validate_typed_dict` passes over those that are not resolved.
+_RunValues.__annotations__.update(get_type_hints(_RunValues))
 
 
 @dataclass(frozen=True, kw_only=True)
