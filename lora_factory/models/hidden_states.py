@@ -179,7 +179,7 @@ def _read(base: Base, rows: Sequence[Any]) -> Tensor:
     return _summary(hidden, answered, logits, labels, answered, base.model.get_output_embeddings().weight.float())
 
 
-FEATURE_EXAMPLES = 128  # training examples a task whose hidden states are computed
+FEATURE_EXAMPLES = 128  # training examples per task whose hidden states are computed
 
 
 def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How well a frozen base model reads text with given adapters: the loss that stage 2 and refinement go down."""
+"""Losses of a frozen base model that reads text with given adapters: for refinement, stage 2 and evaluation."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def query_loss(
     label_smoothing: float = 0.0,
     until: ExitStack | None = None,
 ) -> torch.Tensor:
-    """Mean over tasks of the mean loss a scored token, each task's rows read with its own adapter.
+    """Mean over tasks of the mean loss per scored token, each task's rows read with its own adapter.
 
     Args:
         base: The frozen base model; adapters that are active in it take part too.

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal, Self
 
@@ -29,7 +29,7 @@ class CocoSource:
 
     Attributes:
         path: Folder of the images; with a mapping, one for each of "train", "validation" and "test".
-        annotations: The JSON file with ``images``, ``annotations`` and ``categories``, or one a split; a single file
+        annotations: The JSON file with ``images``, ``annotations`` and ``categories``, or one per split; a single file
             is "train". Boxes of crowds are left out.
         category: The category's name.
         prompt: What the model is asked.
@@ -178,7 +178,7 @@ class ImageRows(RowSource):
         texts = rows.remove_columns([name for name in rows.column_names if name == self.image_column])
         prompts = [self.prompt] * len(rows) if self.prompt_column is None else list(texts[self.prompt_column])
         images = [
-            StoredImage(f"{where}, image of row {index}", _RowReader(rows, index, self.image_column))
+            StoredImage(f"{where}, image of row {index}", partial(_image_bytes, rows, index, self.image_column))
             for index in range(len(rows))
         ]
         if self.category is None:
@@ -206,19 +206,6 @@ class ImageRows(RowSource):
         name = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
         pairs = zip(objects["bbox"], objects[key], strict=True)
         return [_corners(box, self.box_format) for box, category in pairs if name(category) == self.category]
-
-
-@dataclass(frozen=True)
-class _RowReader:
-    """Reads the bytes of one row's image."""
-
-    rows: datasets.Dataset
-    index: int
-    column: str
-
-    def __call__(self) -> bytes:
-        value = self.rows[self.index][self.column]
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -318,6 +305,11 @@ def _inside(folder: Path, name: str, task: str, file: str) -> Path:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise LoraFactoryError(f"task {task!r}: {path} is a link to {path.resolve()}, outside of {folder}")
     return path
+
+
+def _image_bytes(rows: datasets.Dataset, index: int, column: str) -> bytes:
+    value = rows[index][column]
+    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
 
 def _corners(box: Sequence[float], form: str) -> Box:

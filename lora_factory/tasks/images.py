@@ -99,7 +99,7 @@ class ImageTask:
         shown: Sequence[str] = (),
         license: str | None = None,
     ) -> ImageTask:
-        """A task of a folder with one folder a class, or with such a folder for each of train, validation and test.
+        """A task of a folder with one folder per class, or with such a folder for each of train, validation and test.
 
         Raises:
             LoraFactoryError: When the folder is missing, or a class has no image.
@@ -245,7 +245,7 @@ def _labelled(folder: Path) -> list[LabelledImage]:
     """Every image below a folder's class folders."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not classes:
-        raise LoraFactoryError(f"{folder} has no folders of images; make one folder a class in it")
+        raise LoraFactoryError(f"{folder} has no folders of images; make one folder per class in it")
     return [LabelledImage(file, path.name) for path in classes for file in images_in(path)]
 
 

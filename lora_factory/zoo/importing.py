@@ -141,7 +141,7 @@ def import_adapters(
 
 
 def read_list(path: str | Path) -> list[AdapterSource]:
-    """Read a text file that lists adapters, one a line.
+    """Read a text file that lists adapters, one per line.
 
     A line holds the folder (relative to the file) or Hub id, then, each after a tab and as far as wanted, the names
     and texts that `AdapterSource` has: task, description, run. Empty lines and those that start with # are skipped.

@@ -56,7 +56,7 @@ class RunRecord:
         base_revision: commit of the base model, or None.
         steps: optimizer steps in all.
         snapshot_steps: the step of every snapshot, K of them, rising.
-        validation_losses: loss of every snapshot in nats a token; empty when none was measured.
+        validation_losses: loss of every snapshot in nats per token; empty when none was measured.
         train_tokens: tokens that training saw.
         data_fingerprint: fingerprint of the task's data.
         versions: versions of the packages that made the run.
@@ -104,7 +104,7 @@ class RunRecord:
         if len(self.validation_losses) not in (0, len(self.snapshot_steps)):
             raise LoraFactoryError(
                 f"{where}: {len(self.validation_losses)} validation losses for {len(self.snapshot_steps)} snapshots; "
-                "give one a snapshot, or none"
+                "give one per snapshot, or none"
             )
         if not all(math.isfinite(loss) for loss in self.validation_losses):
             raise LoraFactoryError(
