@@ -53,11 +53,11 @@ def main() -> None:
         }
         seen, unseen = folds(tasks)[number]
         known = zoo.select([task.name for task in seen], [f"seed-{options.seed}"])
-        factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(COMPARE.multitask_rank))
-        factory.slot.load(multitask_lora(known, base, options.domains, options.seed, seen, options.times))
+        trainer = zoo_factory(known, base, Accelerator(), known.layout.with_rank(COMPARE.multitask_rank))
+        trainer.slot.load(multitask_lora(known, base, options.domains, options.seed, seen, options.times))
         for task in (*seen, *unseen):
             window, tokens = COMPARE.window, COMPARE.max_tokens
-            score = score_task(factory.model, factory.tokenizer, task, window=window, max_tokens=tokens)
+            score = score_task(trainer.model, trainer.tokenizer, task, window=window, max_tokens=tokens)
             losses["longer", task.name] = score.loss
         for group, rows in (("seen", seen), ("unseen", unseen)):
             figures, of_fold = [], []

@@ -29,7 +29,7 @@ from paper_recipe import paper_methods
 from tiny_models import tiny_florence
 
 from lora_factory import CollectArguments, Task, TrainArguments, collect_adapters, train_generator
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.models.inputs import ImageInputs, model_inputs
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.reporting.report import markdown_table
@@ -78,10 +78,10 @@ def main() -> None:
     generator = train_generator(zoo, options.output / "generator", replace(TRAIN, seed=options.seed), overwrite=True)
     model, tokenizer = load_base_model(base)
     inputs = model_inputs(model, load_processor(base))
-    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), inputs)
+    trainer = LoRATrainer.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), inputs)
     methods = paper_methods(zoo, generator, tasks, torch.device("cpu"), False)
     settings = {"seeds": str(options.seed), "base steps": options.base_steps, "threads": torch.get_num_threads()}
-    result = compare_detection(factory, methods, tasks, options.output, max_new_tokens=32, settings=settings)
+    result = compare_detection(trainer, methods, tasks, options.output, max_new_tokens=32, settings=settings)
     print(markdown_table(detection_table(result)))
     found = {(cell["method"], cell["task"]): cell["map_50"] for cell in result["cells"]}
     gaps = {name: found["ICM-LoRA", name] - found["Original LoRA", name] for name in NAMES}

@@ -39,8 +39,8 @@ from lora_factory.collection.trainer import (
     MAX_GRAD_NORM,
     WARMUP_RATIO,
     WEIGHT_DECAY,
-    AdapterFactory,
-    classifier_factory,
+    LoRATrainer,
+    classifier_trainer,
     comparable_settings,
 )
 from lora_factory.models.inputs import shuffled_batches
@@ -81,13 +81,13 @@ def main() -> None:
     seeds = tuple(map(int, options.seeds.split(",")))
     if not (options.output / "base").is_dir():
         train_base(options.output / "base")
-    factory = classifier_factory(options.output / "base", COLLECT, BASE_NAME, Accelerator())
+    trainer = classifier_trainer(options.output / "base", COLLECT, BASE_NAME, Accelerator())
     tasks = digit_tasks(options.seen + options.unseen)
-    zoo = collect_together(factory, tasks, options.output / "zoo")
+    zoo = collect_together(trainer, tasks, options.output / "zoo")
     rows = []
     for seed in seeds:
         arguments = replace(TRAIN, steps=options.steps, seed=seed)
-        study = Study(factory, tasks[: options.seen], tasks[options.seen :], zoo, options.output)
+        study = Study(trainer, tasks[: options.seen], tasks[options.seen :], zoo, options.output)
         rows += study.rows(arguments, options.multitask_steps)
     packages = versions() | {"scikit-learn": version("scikit-learn")}
     sizes = {"seen tasks": options.seen, "unseen tasks": options.unseen, "weights of a LoRA": zoo.layout.size}
@@ -123,17 +123,17 @@ def sentences(chosen: list[int]) -> list[str]:
     return [f"Is the digit one of {listed}?", f"Say yes to {listed}, and no to any other digit."]
 
 
-def collect_together(factory: AdapterFactory, tasks: Sequence[ImageTask], folder: Path) -> AdapterZoo:
+def collect_together(trainer: LoRATrainer, tasks: Sequence[ImageTask], folder: Path) -> AdapterZoo:
     """Train one LoRA per task as `collect_adapters` does, but many in one batch, in a fifth of the time.
 
     The tasks have the same images in the same order, so that a batch of images serves all of them.
     """
-    zoo = AdapterZoo.create(folder, factory.layout)
+    zoo = AdapterZoo.create(folder, trainer.layout)
     pending = [task for task in tasks if not zoo.has_run(task.name, "seed-0")]
     kept = tuple(range(COLLECT.steps, 0, -COLLECT.snapshot_every))[: COLLECT.snapshots][::-1]
     for start in tqdm(range(0, len(pending), TOGETHER), desc=f"collect {TOGETHER} LoRAs at once"):
         group = pending[start : start + TOGETHER]
-        snapshots = train_together(factory, group, kept)
+        snapshots = train_together(trainer, group, kept)
         for task, rows in zip(group, snapshots.unbind(1), strict=True):
             record = RunRecord(
                 task=task.name,
@@ -154,22 +154,22 @@ def collect_together(factory: AdapterFactory, tasks: Sequence[ImageTask], folder
     return zoo
 
 
-def train_together(factory: AdapterFactory, tasks: Sequence[ImageTask], kept: Sequence[int]) -> torch.Tensor:
-    """Snapshots of shape ``(len(kept), tasks, D)``: AdamW, warm-up, cosine and clipping as in `AdapterFactory.fit`."""
+def train_together(trainer: LoRATrainer, tasks: Sequence[ImageTask], kept: Sequence[int]) -> torch.Tensor:
+    """Snapshots of shape ``(len(kept), tasks, D)``: AdamW, warm-up, cosine and clipping as in `LoRATrainer.fit`."""
     labels = [
-        [row.tokens[0] for row in factory.inputs.encode(task.examples("train"), COLLECT.tokens)] for task in tasks
+        [row.tokens[0] for row in trainer.inputs.encode(task.examples("train"), COLLECT.tokens)] for task in tasks
     ]
-    inputs = factory.inputs.collate(factory.inputs.encode(tasks[0].examples("train")), torch.device("cpu"))
+    inputs = trainer.inputs.collate(trainer.inputs.encode(tasks[0].examples("train")), torch.device("cpu"))
     answers, pixels = torch.tensor(labels), inputs["pixel_values"]
-    adapters = factory.initial.repeat(len(tasks), 1).requires_grad_(True)
+    adapters = trainer.initial.repeat(len(tasks), 1).requires_grad_(True)
     optimizer = torch.optim.AdamW([adapters], lr=COLLECT.learning_rate, weight_decay=WEIGHT_DECAY)
     warmup = int(COLLECT.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, COLLECT.steps)
     batches, snapshots = shuffled_batches(range(len(pixels)), COLLECT.batch_size, seed=0), []
     for step in range(1, COLLECT.steps + 1):
         chosen = torch.tensor(next(batches))
-        with factory.slot.disabled(), adapters_in_batch(factory.model, factory.layout, adapters):
-            logits = factory.model(pixel_values=pixels[chosen].repeat(len(tasks), 1, 1, 1)).logits
+        with trainer.slot.disabled(), adapters_in_batch(trainer.model, trainer.layout, adapters):
+            logits = trainer.model(pixel_values=pixels[chosen].repeat(len(tasks), 1, 1, 1)).logits
         loss = torch.nn.functional.cross_entropy(logits, answers[:, chosen].flatten(), reduction="sum")
         (loss / len(chosen)).backward()
         norms = adapters.grad.norm(dim=1, keepdim=True)

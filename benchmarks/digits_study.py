@@ -12,7 +12,7 @@ from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
 from lora_factory.adapters.attach import adapters_in_batch
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.multitask import train_multitask
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.evaluation.baselines import PcaRidge, Retrieval, SimilarityMixture, other_task, uniform_soup
 from lora_factory.models.image_encoders import image_vectors
 from lora_factory.models.inputs import frozen
@@ -27,16 +27,16 @@ class Study:
 
     def __init__(
         self,
-        factory: AdapterFactory,
+        trainer: LoRATrainer,
         seen: Sequence[ImageTask],
         unseen: Sequence[ImageTask],
         zoo: AdapterZoo,
         folder: Path,
     ) -> None:
-        self.factory, self.seen, self.unseen, self.folder = factory, list(seen), list(unseen), folder
+        self.trainer, self.seen, self.unseen, self.folder = trainer, list(seen), list(unseen), folder
         self.all, self.zoo = zoo, zoo.select([task.name for task in seen])
-        rows = factory.inputs.encode(seen[0].examples("test"))
-        self.pixels = factory.inputs.collate(rows, torch.device("cpu"))["pixel_values"]
+        rows = trainer.inputs.encode(seen[0].examples("test"))
+        self.pixels = trainer.inputs.collate(rows, torch.device("cpu"))["pixel_values"]
 
     def rows(self, arguments: TrainArguments, multitask_steps: int) -> list[dict]:
         """Accuracies of all methods for one seed; as many seen tasks are scored as there are unseen ones."""
@@ -99,7 +99,7 @@ class Study:
     def multitask(self, seed: int, steps: int) -> torch.Tensor:
         path = self.folder / f"multi-task-{seed}.safetensors"
         if not path.is_file():
-            save_file({"weights": train_multitask(self.factory, self.seen, seed=seed, steps=steps)}, path)
+            save_file({"weights": train_multitask(self.trainer, self.seen, seed=seed, steps=steps)}, path)
         return load_file(path)["weights"]
 
     def accuracies(self, make: Method, tasks: Sequence[ImageTask]) -> torch.Tensor:
@@ -108,8 +108,8 @@ class Study:
         for start in range(0, len(tasks), TOGETHER):
             group = tasks[start : start + TOGETHER]
             adapters = torch.stack([make(task) for task in group])
-            rows = [[row.tokens[0] for row in self.factory.inputs.encode(task.examples("test"))] for task in group]
-            model = self.factory.model
+            rows = [[row.tokens[0] for row in self.trainer.inputs.encode(task.examples("test"))] for task in group]
+            model = self.trainer.model
             with frozen(model), model.disable_adapter(), adapters_in_batch(model, self.zoo.layout, adapters):
                 logits = model(pixel_values=self.pixels.repeat(len(group), 1, 1, 1)).logits
             right = logits.argmax(-1).view(len(group), -1) == torch.tensor(rows)

@@ -113,9 +113,9 @@ def multitask_lora(
     name = f"multi-task-{rank}-{rate:g}" if times == 1 else f"longer-{times:g}"
     path = output / f"{name}-{seed}-{known.fingerprint()[:12]}.safetensors"
     if not path.is_file():
-        factory = zoo_factory(known, base, Accelerator(), known.layout.with_rank(rank))
+        trainer = zoo_factory(known, base, Accelerator(), known.layout.with_rank(rank))
         steps = round(times * COLLECT.steps * len(seen))
-        weights = train_multitask(factory, list(seen), seed=seed, steps=steps, learning_rate=rate)
+        weights = train_multitask(trainer, list(seen), seed=seed, steps=steps, learning_rate=rate)
         save_file({"weights": weights.contiguous()}, path)
     return load_file(path)["weights"]
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, Task, __version__
-from lora_factory.collection.trainer import MAX_GRAD_NORM, AdapterFactory
+from lora_factory.collection.trainer import MAX_GRAD_NORM, LoRATrainer
 from lora_factory.models.inputs import encode_sequences, shuffled_batches
 from lora_factory.models.losses import query_loss
 from lora_factory.training.train import zoo_factory
@@ -38,7 +38,7 @@ def main() -> None:
     generator = CVAELoRAGenerator.from_pretrained(options.domains / f"generator-{options.fold}-{options.seed}")
     zoo = AdapterZoo(options.domains / "zoo")
     seen, unseen = folds(domain_tasks())[options.fold]
-    factory = zoo_factory(zoo, shared_folder() / "models" / "stories260k", Accelerator(), generator.layout)
+    trainer = zoo_factory(zoo, shared_folder() / "models" / "stories260k", Accelerator(), generator.layout)
     table = Table(title="steps to the validation loss of the domain's own LoRA")
     for column in ("domain", "its LoRA's loss", "fresh start", "from its text", "share"):
         table.add_column(column, justify="left" if column == "domain" else "right")
@@ -46,12 +46,12 @@ def main() -> None:
     for group, tasks in (("seen", seen), ("unseen", unseen)):
         for task in tqdm(tasks[: options.tasks], desc=group):
             goal = validation(
-                factory, task, zoo.layout.widen(zoo.final(task.name, f"seed-{options.seed}"), factory.layout)
+                trainer, task, zoo.layout.widen(zoo.final(task.name, f"seed-{options.seed}"), trainer.layout)
             )
-            written = factory.layout.flatten(generator.generate_state_dict(task.descriptions[0]))
+            written = trainer.layout.flatten(generator.generate_state_dict(task.descriptions[0]))
             fresh, generated = (
-                min(steps_to(factory, task, start, goal, rate) for rate in RATES)
-                for start in (factory.initial, written)
+                min(steps_to(trainer, task, start, goal, rate) for rate in RATES)
+                for start in (trainer.initial, written)
             )
             shares.setdefault(group, []).append(generated / max(fresh, 1))
             table.add_row(
@@ -67,17 +67,17 @@ def main() -> None:
     )
 
 
-def steps_to(factory: AdapterFactory, task: Task, start: torch.Tensor, goal: float, rate: float) -> int:
+def steps_to(trainer: LoRATrainer, task: Task, start: torch.Tensor, goal: float, rate: float) -> int:
     """Steps until the validation loss is at most ``goal``: 0 where the start has it, ``MOST`` if it never is."""
-    sequences = encode_sequences(factory.tokenizer, task.examples("train"), factory.arguments.tokens)
-    batches = shuffled_batches(sequences, factory.arguments.batch_size, seed=0)
+    sequences = encode_sequences(trainer.tokenizer, task.examples("train"), trainer.arguments.tokens)
+    batches = shuffled_batches(sequences, trainer.arguments.batch_size, seed=0)
     weights = start.clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=0.0)
-    with factory.slot.disabled():
+    with trainer.slot.disabled():
         for step in range(MOST):
-            if step % EVERY == 0 and validation(factory, task, weights) <= goal:
+            if step % EVERY == 0 and validation(trainer, task, weights) <= goal:
                 return step
-            loss = query_loss(factory, weights[None], [next(batches)])
+            loss = query_loss(trainer, weights[None], [next(batches)])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([weights], MAX_GRAD_NORM)
@@ -86,10 +86,10 @@ def steps_to(factory: AdapterFactory, task: Task, start: torch.Tensor, goal: flo
 
 
 @torch.no_grad()
-def validation(factory: AdapterFactory, task: Task, weights: torch.Tensor) -> float:
+def validation(trainer: LoRATrainer, task: Task, weights: torch.Tensor) -> float:
     """Mean loss of an adapter on a task's validation sequences."""
-    with factory.slot.disabled():
-        return float(query_loss(factory, weights[None], [factory.validation(task)]))
+    with trainer.slot.disabled():
+        return float(query_loss(trainer, weights[None], [trainer.validation(task)]))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from lora_factory import CVAELoRAGenerator, Task, TrainArguments, __version__, t
 from lora_factory.arguments import REFINE_STEPS, CollectArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.multitask import train_multitask
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.evaluation.accuracy import task_accuracy
 from lora_factory.evaluation.perplexity import score_examples
 from lora_factory.generator.refine import refine
@@ -77,11 +77,11 @@ def main() -> None:
     settings = replace(COLLECT, steps=options.steps, seeds=(options.seed,), dtype=options.dtype, **sizes)
     zoo = collect_adapters([*seen, *unseen], options.base, options.output / "zoo", settings)
     known = zoo.select([task.name for task in seen])
-    factory = zoo_factory(known, options.base, Accelerator(), zoo.layout)
+    trainer = zoo_factory(known, options.base, Accelerator(), zoo.layout)
     everyone = options.output / f"multi-task-{known.fingerprint()[:12]}.safetensors"
     if not everyone.is_file():
         rate = TRAIN.multitask_learning_rate
-        weights = train_multitask(factory, seen, seed=options.seed, learning_rate=rate)
+        weights = train_multitask(trainer, seen, seed=options.seed, learning_rate=rate)
         save_file({"weights": weights.contiguous()}, everyone)
     multitask, folder = load_file(everyone)["weights"], options.output / "generator"
     if not (folder / "config.json").is_file():
@@ -90,7 +90,7 @@ def main() -> None:
         train_generator(known, folder, arguments, tasks=seen, base_model=options.base, bias_adapter=multitask)
     generator = CVAELoRAGenerator.from_pretrained(folder)
     fingerprint = sha256_file(folder / "model.safetensors")
-    refined = partial(from_examples, factory, options.seed, options.refine_steps)
+    refined = partial(from_examples, trainer, options.seed, options.refine_steps)
     methods: dict[str, Callable[[Task], torch.Tensor]] = {
         "original model": lambda task: torch.zeros(zoo.layout.size),
         "multi-task LoRA": lambda task: multitask,
@@ -117,7 +117,7 @@ def main() -> None:
                 }
                 if method.startswith("generated"):
                     facts["generator"] = fingerprint
-                score = partial(scored, factory, make, task, options.rows, options.window)
+                score = partial(scored, trainer, make, task, options.rows, options.window)
                 cells.append(log.get_or_compute(facts, score))
             means += [mean(cells, "loss"), mean(cells, "accuracy")]
         table.add_row(method, *means)
@@ -193,21 +193,21 @@ def read(generator: CVAELoRAGenerator, states: torch.Tensor) -> torch.Tensor:
 
 
 def from_examples(
-    factory: AdapterFactory, seed: int, steps: int, start: Callable[[torch.Tensor], torch.Tensor], task: Task
+    trainer: LoRATrainer, seed: int, steps: int, start: Callable[[torch.Tensor], torch.Tensor], task: Task
 ) -> torch.Tensor:
     """What a method makes of the states of sixteen of the task's training examples, refined on these examples."""
     source = torch.Generator().manual_seed(seed)
-    states, examples = example_features(factory, [task])[task.name], task.examples("train")
+    states, examples = example_features(trainer, [task])[task.name], task.examples("train")
     drawn = torch.randperm(len(states), generator=source)[:16].tolist()
-    return refine(factory, start(states[drawn]), factory.encode([examples[index] for index in drawn]), steps=steps)
+    return refine(trainer, start(states[drawn]), trainer.encode([examples[index] for index in drawn]), steps=steps)
 
 
-def scored(factory: AdapterFactory, make: Callable[[Task], torch.Tensor], task: Task, rows: int, window: int) -> dict:
+def scored(trainer: LoRATrainer, make: Callable[[Task], torch.Tensor], task: Task, rows: int, window: int) -> dict:
     """Loss on completions and accuracy of one method on one task's test rows."""
-    factory.slot.load(make(task))
+    trainer.slot.load(make(task))
     test, options = task.examples("test")[:rows], {"window": window, "batch_size": 4}
-    score = score_examples(factory.model, factory.tokenizer, test, stride=window // 2, **options)
-    accuracy = task_accuracy(factory.model, factory.tokenizer, task, max_examples=rows, **options)
+    score = score_examples(trainer.model, trainer.tokenizer, test, stride=window // 2, **options)
+    accuracy = task_accuracy(trainer.model, trainer.tokenizer, task, max_examples=rows, **options)
     return {"loss": score.loss, "accuracy": accuracy, "name": task.name}
 
 

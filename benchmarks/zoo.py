@@ -120,7 +120,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
 
     from lora_factory.training.from_zoo import fit, sample_episode
     from lora_factory.training.train import build_generator
-    from lora_factory.zoo.snapshots import open_snapshots
+    from lora_factory.zoo.checkpoints import open_checkpoints
 
     figures, timer = {}, Timer()
 
@@ -131,7 +131,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
 
     if count:
         zoo = AdapterZoo(folder)
-        weights = open_snapshots(zoo)
+        weights = open_checkpoints(zoo)
         note("open ms", 1000 * timer.lap())
         source = random.Random(0)
         for _ in range(50):

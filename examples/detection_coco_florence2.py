@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from tiny_models import tiny_florence, tiny_text_encoder
 
 from lora_factory import CollectArguments, collect_adapters, train_generator
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.models.inputs import model_inputs
 from lora_factory.models.loading import load_base_model, load_processor
 from lora_factory.reporting.report import markdown_table
@@ -86,10 +86,10 @@ def main() -> None:
     accelerator = Accelerator()
     model, tokenizer = load_base_model(base, dtype=collect.dtype, device=accelerator.device)
     inputs = model_inputs(model, load_processor(base))
-    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_MODEL, accelerator, inputs)
+    trainer = LoRATrainer.attach(model, tokenizer, collect, BASE_MODEL, accelerator, inputs)
     methods = paper_methods(zoo, generator, tasks, accelerator.device, options.smoke)
     result = compare_detection(
-        factory,
+        trainer,
         methods,
         tasks,
         options.output,

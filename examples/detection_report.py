@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.evaluation.detection import Detection, detect, score_detections
 from lora_factory.reporting.plots import COLOURS, INK, PAPER, Plot, render, shortened, svg_settings
 from lora_factory.reporting.report import markdown_table, render_page
@@ -26,7 +26,7 @@ SHOWN_PIXELS = 240  # the longer side of a picture in the report
 
 
 def compare_detection(
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     methods: Mapping[str, Mapping[str, Tensor | None]],
     tasks: Sequence[Task],
     output_dir: str | Path,
@@ -43,13 +43,13 @@ def compare_detection(
     cells, found = [], {}
     for method, task in tqdm([(method, task) for method in methods for task in tasks], desc="detect", unit="cell"):
         examples, weights = task.examples("test"), methods[method][task.name]
-        factory.slot.load(factory.initial if weights is None else weights)  # the initialisation adds nothing
-        boxes = detect(factory.model, factory.inputs, examples, max_new_tokens=max_new_tokens)
+        trainer.slot.load(trainer.initial if weights is None else weights)  # the initialisation adds nothing
+        boxes = detect(trainer.model, trainer.inputs, examples, max_new_tokens=max_new_tokens)
         figures = score_detections(boxes, examples)
         cells.append({"method": method, "task": task.name} | {key: figures[key] for key in FIGURES})
         found[method, task.name] = boxes[0]
     result = {
-        "base_model": factory.layout.base_model,
+        "base_model": trainer.layout.base_model,
         "created_with": package_versions(),
         "methods": list(methods),
         "tasks": [task.name for task in tasks],

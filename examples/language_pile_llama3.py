@@ -19,7 +19,7 @@ from paper_recipe import GENERATOR_EPOCHS, TEXT_ENCODER, paper_generator, paper_
 from tiny_models import tiny_llama, tiny_text_encoder
 
 from lora_factory import CollectArguments, Task, collect_adapters, train_generator
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.evaluation.perplexity import score_task
 from lora_factory.models.loading import load_base_model
 from lora_factory.reporting.report import markdown_table
@@ -81,13 +81,13 @@ def main() -> None:
 
     accelerator = Accelerator()
     model, tokenizer = load_base_model(base, dtype=collect.dtype, device=accelerator.device)
-    factory = AdapterFactory.attach(model, tokenizer, collect, BASE_MODEL, accelerator)
+    trainer = LoRATrainer.attach(model, tokenizer, collect, BASE_MODEL, accelerator)
     methods = paper_methods(zoo, generator, tasks, accelerator.device, options.smoke)
     cells = {}
     for (method, adapters), task in itertools.product(methods.items(), tasks):
         weights, length = adapters[task.name], collect.sequence_length
-        factory.slot.load(factory.initial if weights is None else weights)  # which adds nothing, or the adapter
-        cells[method, task.name] = score_task(factory.model, tokenizer, task, window=length)
+        trainer.slot.load(trainer.initial if weights is None else weights)  # which adds nothing, or the adapter
+        cells[method, task.name] = score_task(trainer.model, tokenizer, task, window=length)
     write_json(
         options.output / "language.json",
         [{"method": method, "task": task} | score.to_dict() for (method, task), score in cells.items()],

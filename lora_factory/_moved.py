@@ -52,7 +52,7 @@ MOVED = {
     "run_record": "zoo.run_record",
     "safe_files": "utils.safe_files",
     "sequences": "models.inputs",
-    "snapshots": "zoo.snapshots",
+    "snapshots": "zoo.checkpoints",
     "summaries": "reporting.summary",
     "tables": "reporting.tables",
     "tasks": "tasks.task tasks.task_file",

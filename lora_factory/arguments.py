@@ -49,7 +49,7 @@ class TokenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectArguments:
-    """How one LoRA per task and seed is fine-tuned, and which of its snapshots are kept.
+    """How one LoRA per task and seed is fine-tuned, and which of its checkpoints are kept.
 
     LoRA: rank, lora_alpha, target_modules.
     Optimiser: steps, epochs, batch_size, gradient_accumulation, learning_rate, seeds.
@@ -87,7 +87,7 @@ class CollectArguments:
         False, "put prompt and completion into the chat template of the tokenizer", group=DATA
     )
     validation_sequences: int = _option(
-        32, "sequences of the validation split that score each kept snapshot", group=DATA
+        32, "sequences of the validation split that score each kept checkpoint", group=DATA
     )
     dtype: str = _option(
         "auto",
@@ -108,8 +108,8 @@ class CollectArguments:
     retries: int = _option(
         1, "further attempts at a run that ran out of memory or that the machine stopped", group=RESOURCES
     )
-    snapshots: int = _option(10, "last snapshots kept per run (K); the paper keeps 50", group=OUTPUT)
-    snapshot_every: int = _option(1, "steps between two snapshots, or epochs when epochs is above 0", group=OUTPUT)
+    snapshots: int = _option(10, "last checkpoints kept per run (K); the paper keeps 50", group=OUTPUT)
+    snapshot_every: int = _option(1, "steps between two checkpoints, or epochs when epochs is above 0", group=OUTPUT)
     state_every: int = _option(
         100,
         "steps between two saves of a run's state, from which it continues after a stop; 0: no saves",
@@ -178,7 +178,7 @@ class ImportArguments:
         group=LORA,
     )
     snapshots: int = _option(
-        0, "checkpoint-* folders taken per adapter, the last ones, each as a snapshot; 0: all", group=OUTPUT
+        0, "checkpoint-* folders taken per adapter, the last ones, each as a checkpoint; 0: all", group=OUTPUT
     )
     run_name: str = _option("imported", "name of the runs in the zoo", group=OUTPUT)
 
@@ -222,7 +222,7 @@ class TrainArguments:
         0, "rank of the adapters that stage 2 learns to write; 0: the rank of the zoo", group=LORA
     )
     steps: int = _option(200, "optimizer steps on the zoo's weights (stage 1)", group=OPTIMISER)
-    batch_size: int = _option(12, "snapshots per step", group=OPTIMISER)
+    batch_size: int = _option(12, "checkpoints per step", group=OPTIMISER)
     learning_rate: float = _option(
         1.5e-3, "peak learning rate of AdamW, after a warm-up over a twentieth of the steps", group=OPTIMISER
     )

@@ -235,7 +235,7 @@ class AdapterLayout:
         """Join a state dict into one vector.
 
         Args:
-            state_dict: tensors of the layout's shapes, all with the same leading dimensions, for example snapshots.
+            state_dict: tensors of the layout's shapes, all with the same leading dimensions, for example checkpoints.
             check: whether to check keys, shapes and finiteness first.
 
         Returns:

@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import make_accelerator
 from lora_factory.collection.scheduler import Collection, PlannedRun
-from lora_factory.collection.trainer import open_factory
+from lora_factory.collection.trainer import open_trainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
@@ -33,7 +33,7 @@ def collect_adapters(
     *,
     base_model_name: str | None = None,
 ) -> AdapterZoo:
-    """Fine-tune a LoRA for every task and seed and store the last K snapshots of each in a zoo.
+    """Fine-tune a LoRA for every task and seed and store the last K checkpoints of each in a zoo.
 
     All runs start from the same LoRA initialisation, which keeps their weights aligned across tasks. Runs that the zoo
     already holds are not repeated. A run depends on its task and seed alone, not on the process that makes it.
@@ -42,7 +42,7 @@ def collect_adapters(
         tasks: A task file, a folder of them, or tasks; all of texts, or all of images.
         base_model: Hub id or folder of the frozen base model: a causal language model, or an image classifier.
         output_dir: The zoo's folder; made when missing, continued when it is there.
-        arguments: LoRA, optimiser and snapshot settings.
+        arguments: LoRA, optimiser and checkpoint settings.
         base_model_name: The public Hub id that adapters name as their base, when ``base_model`` is a local copy of it.
 
     Returns:
@@ -65,14 +65,14 @@ def collect_adapters(
         raise LoraFactoryError("tasks is empty; give at least one task, or a task file that holds one")
     output_dir = local_path(output_dir)
     accelerator = make_accelerator(arguments, output_dir / HIDDEN_FOLDER / "logs")
-    factory = open_factory(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
+    trainer = open_trainer(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)
     check_tasks(tasks)
     if arguments.parallel == "data":
-        factory.share_runs()
+        trainer.share_runs()
     with writing_into(output_dir):
-        zoo = AdapterZoo.create(output_dir, factory.layout)
+        zoo = AdapterZoo.create(output_dir, trainer.layout)
         (zoo.folder / HIDDEN_FOLDER).mkdir(exist_ok=True)
-    collection = Collection(zoo, factory, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks])
+    collection = Collection(zoo, trainer, [PlannedRun(task, seed) for seed in arguments.seeds for task in tasks])
     collection.check()
     collection.collect()
     return AdapterZoo(output_dir)

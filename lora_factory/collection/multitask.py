@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from lora_factory.collection.trainer import AdapterFactory, TrainingTask
+from lora_factory.collection.trainer import LoRATrainer, TrainingTask
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import TokenSequence
 
 
 def train_multitask(
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     tasks: Sequence[TrainingTask],
     *,
     seed: int,
@@ -25,27 +25,27 @@ def train_multitask(
     Every batch takes its sequences from the tasks in turn, in a new random order each turn.
 
     Args:
-        factory: Base model, LoRA slot and the settings that the tasks' own LoRAs were trained with.
+        trainer: Base model, LoRA slot and the settings that the tasks' own LoRAs were trained with.
         tasks: The tasks of the zoo.
         seed: Order of tasks and sequences.
         steps: Optimizer steps; by default as many as the tasks' own LoRAs take together: the same token budget.
         learning_rate: Its peak; default: that of the tasks' own LoRAs.
 
     Returns:
-        The snapshot with the lowest validation loss (mean over tasks), shape ``(D,)``.
+        The checkpoint with the lowest validation loss (mean over tasks), shape ``(D,)``.
 
     Raises:
         LoraFactoryError: When there is no task, or a loss is not finite.
     """
     if not tasks:
         raise LoraFactoryError("a multi-task LoRA needs tasks to train on; pass the zoo's tasks")
-    arguments = factory.arguments
-    train = [factory.encode(task.examples("train")) for task in tasks]
-    total = steps if steps is not None else sum(factory.schedule(len(sequences))[0] for sequences in train)
+    arguments = trainer.arguments
+    train = [trainer.encode(task.examples("train")) for task in tasks]
+    total = steps if steps is not None else sum(trainer.schedule(len(sequences))[0] for sequences in train)
     kept = list(range(total, 0, -max(1, total // 20)))[::-1]
     batches = mixed_batches(train, arguments.batch_size, seed)
-    validation = [factory.validation(task) for task in tasks]
-    snapshots, losses, _ = factory.fit(batches, validation, kept, "multi-task LoRA", learning_rate=learning_rate)
+    validation = [trainer.validation(task) for task in tasks]
+    snapshots, losses, _ = trainer.fit(batches, validation, kept, "multi-task LoRA", learning_rate=learning_rate)
     return snapshots[min(range(len(losses)), key=losses.__getitem__)]
 
 

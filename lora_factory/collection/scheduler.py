@@ -30,7 +30,7 @@ from filelock import SoftFileLease, Timeout
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import Progress
-from lora_factory.collection.trainer import AdapterFactory, TrainingTask, comparable_settings
+from lora_factory.collection.trainer import LoRATrainer, TrainingTask, comparable_settings
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.checkpoint import RunCheckpoint, writing_into
@@ -76,17 +76,17 @@ class Collection:
 
     Args:
         zoo: Where runs go.
-        factory: Trains them.
+        trainer: Trains them.
         runs: All of them, those that are in the zoo already too.
 
     Raises:
         LoraFactoryError: When the zoo holds one of the runs with other settings.
     """
 
-    def __init__(self, zoo: AdapterZoo, factory: AdapterFactory, runs: Sequence[PlannedRun]) -> None:
+    def __init__(self, zoo: AdapterZoo, trainer: LoRATrainer, runs: Sequence[PlannedRun]) -> None:
         """Look at what is there; nothing is written yet."""
-        self.zoo, self.factory, self.runs = zoo, factory, runs
-        self.accelerator: Accelerator = factory.accelerator
+        self.zoo, self.trainer, self.runs = zoo, trainer, runs
+        self.accelerator: Accelerator = trainer.accelerator
         self.folder = zoo.folder / HIDDEN_FOLDER
         (launch,) = broadcast_object_list([secrets.token_hex(8)])
         self.failures = Failures(self.folder / "failures", launch)
@@ -98,7 +98,7 @@ class Collection:
             else:
                 self.left.append(run)
         done = len(runs) - len(self.left)
-        self.progress = Progress(self.accelerator, factory.arguments, len(runs), done)
+        self.progress = Progress(self.accelerator, trainer.arguments, len(runs), done)
         self._looked = time.monotonic()
 
     def check(self) -> None:
@@ -119,8 +119,8 @@ class Collection:
             raise LoraFactoryError("\n".join(faults))
 
     def _encode(self, task: TrainingTask) -> None:
-        self.factory.encode(task.examples("train"))
-        self.factory.validation(task)
+        self.trainer.encode(task.examples("train"))
+        self.trainer.validation(task)
 
     def collect(self) -> None:
         """Train until every run is in the zoo or given up, by this process or another.
@@ -151,7 +151,7 @@ class Collection:
 
         Processes that share runs follow the main one, which alone holds leases.
         """
-        if not self.factory.shares_runs:
+        if not self.trainer.shares_runs:
             return self._claim()
         choice = self._claim() if self.accelerator.is_main_process else None
         shown = [None if choice is None else "" if choice[0] is None else choice[0].key]
@@ -191,17 +191,17 @@ class Collection:
         for run in before:
             if self._is_finished(run):
                 self.progress.landed(self.zoo.record(run.task.name, run.run))
-            elif self.failures.given_up(run.key, self.factory.arguments.retries):
+            elif self.failures.given_up(run.key, self.trainer.arguments.retries):
                 self.progress.failed()
             else:
                 self.left.append(run)
 
     def _attempt(self, run: PlannedRun, lease: SoftFileLease | None) -> None:
-        writes = not self.factory.shares_runs or self.accelerator.is_main_process
+        writes = not self.trainer.shares_runs or self.accelerator.is_main_process
         if writes:
             self._sweep(run)
         try:
-            record, snapshots = self.factory.train(
+            record, snapshots = self.trainer.train(
                 run.task, run.seed, str(run), checkpoint=self._checkpoint(run), on_step=partial(self._on_step, lease)
             )
         except StorageError:
@@ -221,28 +221,28 @@ class Collection:
         if writes:
             with writing_into(self.zoo.folder):
                 reason = self.failures.add(run.key, error)
-            count, allowed = self.failures.count(run.key), self.factory.arguments.retries + 1
+            count, allowed = self.failures.count(run.key), self.trainer.arguments.retries + 1
             if not may_pass(error):
                 allowed = count  # it would come again
             _LOGGER.warning("%s failed, attempt %d of %d: %s", run, count, allowed, reason)
-        if self.factory.shares_runs and not isinstance(error, LoraFactoryError):
+        if self.trainer.shares_runs and not isinstance(error, LoraFactoryError):
             raise error  # it may have struck one process alone, and the others wait for it
         error.__traceback__ = None  # its frames hold the tensors of the failed run
         clear_device_cache(garbage_collection=True)
 
     def _on_step(self, lease: SoftFileLease | None, step: int, steps: int, loss: float) -> None:
-        if lease and lease.compromise and not self.factory.shares_runs:  # the others would wait for one that stops
+        if lease and lease.compromise and not self.trainer.shares_runs:  # the others would wait for one that stops
             raise LeaseLostError("the lease is lost")
         self.progress.step(step, steps, loss)
         if self.accelerator.is_main_process and time.monotonic() - self._looked > 10 * _LOOK_SECONDS:
             self._look()
 
     def _checkpoint(self, run: PlannedRun) -> RunCheckpoint:
-        factory = self.factory
-        facts = [comparable_settings(factory.arguments), run.seed, run.task.fingerprint(), versions()]
-        facts += [factory.layout.fingerprint(), self.accelerator.num_processes if factory.shares_runs else 1]
+        trainer = self.trainer
+        facts = [comparable_settings(trainer.arguments), run.seed, run.task.fingerprint(), versions()]
+        facts += [trainer.layout.fingerprint(), self.accelerator.num_processes if trainer.shares_runs else 1]
         key = sha256_text(json.dumps([*facts, self.accelerator.device.type]))
-        return RunCheckpoint(self._state(run), key, factory.arguments.state_every)
+        return RunCheckpoint(self._state(run), key, trainer.arguments.state_every)
 
     def _state(self, run: PlannedRun) -> Path:
         return self.folder / "state" / run.key
@@ -275,7 +275,7 @@ class Collection:
             if self.accelerator.is_main_process:
                 _LOGGER.warning("%s: its descriptions in the zoo are now those of the task file", planned)
         defaults = comparable_settings(CollectArguments())  # what an old run does not name
-        wanted = {**comparable_settings(self.factory.arguments), "data_fingerprint": task.fingerprint()}
+        wanted = {**comparable_settings(self.trainer.arguments), "data_fingerprint": task.fingerprint()}
         found = {**defaults, **record.arguments, "data_fingerprint": record.data_fingerprint}
         different = sorted(name for name in wanted if wanted[name] != found[name])
         if different:

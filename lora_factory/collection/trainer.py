@@ -48,7 +48,7 @@ _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkp
 
 
 @dataclass
-class AdapterFactory:
+class LoRATrainer:
     """One base model with one LoRA slot, trained on one task after another.
 
     Attributes:
@@ -82,13 +82,13 @@ class AdapterFactory:
         accelerator: Accelerator,
         inputs: ModelInputs | None = None,
         layout: AdapterLayout | None = None,
-    ) -> AdapterFactory:
+    ) -> LoRATrainer:
         """Attach a LoRA in fp32, initialised the same way in every process, to the frozen base.
 
         Args:
             model: The frozen base model.
             tokenizer: Its tokenizer.
-            arguments: LoRA, optimiser and snapshot settings.
+            arguments: LoRA, optimiser and checkpoint settings.
             base_model_name: What adapters name as their base.
             accelerator: The device, and who says what.
             inputs: How the model reads examples; default: as texts.
@@ -182,7 +182,7 @@ class AdapterFactory:
             on_step: As in ``fit``.
 
         Returns:
-            The run's record and its snapshots, shape ``(K, D)``, float32, oldest first.
+            The run's record and its checkpoints, shape ``(K, D)``, float32, oldest first.
 
         Raises:
             LoraFactoryError: When the loss is not finite, or the run ends with no good adapter, see ``_check_run``.
@@ -214,8 +214,8 @@ class AdapterFactory:
 
         Args:
             batches: Training batches, as many as asked for, the same ones at every call.
-            validation: Sets of sequences; a snapshot's loss is the mean over the sets.
-            kept: Rising steps after which a snapshot is taken; the last one ends the training.
+            validation: Sets of sequences; a checkpoint's loss is the mean over the sets.
+            kept: Rising steps after which a checkpoint is taken; the last one ends the training.
             label: What the progress bar and errors say.
             seed: Of what the base model drops out, if it does.
             start: Weights to start from instead of the initialisation, shape ``(D,)``.
@@ -224,7 +224,7 @@ class AdapterFactory:
             on_step: Called after every step with its number, the number of all steps and the loss.
 
         Returns:
-            Snapshots ``(len(kept), D)``, float32, their validation losses in nats per token, and the tokens read.
+            Checkpoints ``(len(kept), D)``, float32, their validation losses in nats per token, and the tokens read.
 
         Raises:
             LoraFactoryError: When a training loss is not finite.
@@ -302,11 +302,11 @@ class AdapterFactory:
         return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
 
     def validation(self, task: TrainingTask) -> list[TokenSequence]:
-        """The sequences of a task's validation split that snapshots are scored on."""
+        """The sequences of a task's validation split that checkpoints are scored on."""
         return self.encode(task.examples("validation"))[: self.arguments.validation_sequences]
 
     def schedule(self, sequences: int) -> tuple[int, int]:
-        """Optimizer steps in all, and steps between snapshots."""
+        """Optimizer steps in all, and steps between checkpoints."""
         arguments = self.arguments
         if not arguments.epochs:
             return arguments.steps, arguments.snapshot_every
@@ -433,7 +433,7 @@ def _task_type(model: PreTrainedModel) -> str:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def open_factory(
+def open_trainer(
     base_model: str | Path,
     arguments: CollectArguments,
     accelerator: Accelerator,
@@ -442,7 +442,7 @@ def open_factory(
     base_model_name: str | None = None,
     revision: str | None = None,
     layout: AdapterLayout | None = None,
-) -> AdapterFactory:
+) -> LoRATrainer:
     """Load a base model onto the accelerator's device and attach a LoRA slot.
 
     Args:
@@ -462,7 +462,7 @@ def open_factory(
     if any(isinstance(task, ImageTask) for task in tasks):
         if others := [task.name for task in tasks if not isinstance(task, ImageTask)]:
             raise LoraFactoryError(f"task {others[0]!r} is not for image classifiers as others are; give them apart")
-        return classifier_factory(base_model, arguments, name, accelerator, revision, layout)
+        return classifier_trainer(base_model, arguments, name, accelerator, revision, layout)
     model, tokenizer = load_base_model(
         base_model,
         revision=revision,
@@ -472,19 +472,19 @@ def open_factory(
     )
     reads_images = any(task.has_images for task in tasks if isinstance(task, Task))
     inputs = model_inputs(model, load_processor(base_model, revision=revision)) if reads_images else None
-    return AdapterFactory.attach(model, tokenizer, arguments, name, accelerator, inputs, layout)
+    return LoRATrainer.attach(model, tokenizer, arguments, name, accelerator, inputs, layout)
 
 
-def classifier_factory(
+def classifier_trainer(
     base_model: str | Path,
     arguments: CollectArguments,
     base_model_name: str,
     accelerator: Accelerator,
     revision: str | None = None,
     layout: AdapterLayout | None = None,
-) -> AdapterFactory:
+) -> LoRATrainer:
     """An image classifier with one LoRA slot, to be trained on one `ImageTask` after another."""
     model, inputs = load_image_classifier(
         base_model, revision=revision, dtype=arguments.dtype, device=accelerator.device
     )
-    return AdapterFactory.attach(model, None, arguments, base_model_name, accelerator, inputs, layout)
+    return LoRATrainer.attach(model, None, arguments, base_model_name, accelerator, inputs, layout)

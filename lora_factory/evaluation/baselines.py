@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.zoo.snapshots import SnapshotRows, mean_snapshot
+from lora_factory.zoo.checkpoints import SnapshotRows, mean_checkpoint
 
 TEMPERATURES = torch.logspace(-2, 1, 25, dtype=torch.float64)  # from the nearest task alone to almost equal shares
 RIDGES = torch.logspace(-8, 4, 49, dtype=torch.float64)  # in units of the features' mean eigenvalue
@@ -32,7 +32,7 @@ class ConditionBaseline(Protocol):
 
         Args:
             task_vectors: One vector per task, shape ``(tasks, width)``.
-            task_weights: The mean of each task's snapshots, in the order of ``task_vectors``, shape ``(tasks, D)``.
+            task_weights: The mean of each task's checkpoints, in the order of ``task_vectors``, shape ``(tasks, D)``.
 
         Raises:
             LoraFactoryError: When the shapes do not fit, a value is not finite, or there are too few tasks.
@@ -48,15 +48,15 @@ def uniform_soup(weights: Mapping[str, SnapshotRows]) -> Tensor:
     """The uniform model soup (Wortsman et al. 2022): the mean of the tasks' means, so that every task counts the same.
 
     Args:
-        weights: Snapshots of shape ``(n, D)`` by task; one entry gives the soup over that task's checkpoints.
+        weights: Checkpoints of shape ``(n, D)`` by task; one entry gives the soup over that task's checkpoints.
 
     Raises:
-        LoraFactoryError: When there is no snapshot at all.
+        LoraFactoryError: When there is no checkpoint at all.
     """
     if not weights or any(len(snapshots) == 0 for snapshots in weights.values()):
         empty = [task for task, snapshots in weights.items() if len(snapshots) == 0]
         raise LoraFactoryError(f"a soup needs snapshots of every task; none given for {empty or 'any task'}")
-    return torch.stack([mean_snapshot(snapshots) for snapshots in weights.values()]).mean(0)
+    return torch.stack([mean_checkpoint(snapshots) for snapshots in weights.values()]).mean(0)
 
 
 def greedy_soup(candidates: Tensor, validation_loss: Callable[[Tensor], float]) -> Tensor:

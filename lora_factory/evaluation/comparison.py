@@ -138,11 +138,11 @@ def _scored(compared: ComparedMethods, task: Task, seed: int, method: str) -> di
     Raises:
         ArithmeticError: When the loss is not a finite number.
     """
-    factory, arguments = compared.factory_of(method), compared.arguments
-    factory.slot.load(compared.methods[method](task, seed))
+    trainer, arguments = compared.trainer_of(method), compared.arguments
+    trainer.slot.load(compared.methods[method](task, seed))
     options: Any = {"window": arguments.window, "chat_template": compared.settings.chat_template}
-    score = score_task(factory.model, factory.tokenizer, task, max_tokens=arguments.max_tokens, **options)
+    score = score_task(trainer.model, trainer.tokenizer, task, max_tokens=arguments.max_tokens, **options)
     if not math.isfinite(score.loss):
         raise ArithmeticError(f"the loss is {score.loss}")
-    accuracy = task_accuracy(factory.model, factory.tokenizer, task, max_examples=arguments.max_examples, **options)
+    accuracy = task_accuracy(trainer.model, trainer.tokenizer, task, max_examples=arguments.max_examples, **options)
     return {**score.to_dict(), "accuracy": accuracy, "error": None}

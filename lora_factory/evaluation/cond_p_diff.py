@@ -27,13 +27,13 @@ from lora_factory.utils.files import atomic_folder, write_json
 from lora_factory.utils.folders import FolderKind
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import read_json
-from lora_factory.zoo.snapshots import SnapshotRows, in_parts, mean_snapshot
+from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint
 
 FORMAT_VERSION = 1
 DIFFUSION_TIMES = 1000  # T
 INPUT_NOISE, LATENT_NOISE = 0.001, 0.1  # standard deviations of P-diff's auto-encoder (Wang et al. 2024)
 LEARNING_RATE = 1e-3  # of the denoiser's AdamW, at its peak
-LATENT_BATCH = 4  # latents that the small denoiser sees for every snapshot that the auto-encoder sees
+LATENT_BATCH = 4  # latents that the small denoiser sees for every checkpoint that the auto-encoder sees
 CONFIG_FILE, WEIGHTS_FILE = "cond_p_diff.json", "model.safetensors"
 _FOLDER = FolderKind(
     "a COND P-DIFF", r"cond_p_diff\.json|model\.safetensors", lambda folder: (folder / CONFIG_FILE).is_file()
@@ -218,15 +218,15 @@ def train_cond_p_diff(
     condition_noise: float = 0.2,
     device: str | torch.device = "cpu",
 ) -> CondPDiff:
-    """Train the auto-encoder on the zoo's snapshots, then the denoiser on their latents; every task counts the same.
+    """Train the auto-encoder on the zoo's checkpoints, then the denoiser on their latents; every task counts the same.
 
     Args:
-        weights: Snapshots of shape ``(n, D)`` by task.
+        weights: Checkpoints of shape ``(n, D)`` by task.
         features: Task vectors of shape ``(m, width)`` by task: one for each description, or for each support set.
         seed: Seed of the initial weights and of all draws.
         autoencoder_steps: Optimizer steps of the auto-encoder.
         diffusion_steps: Optimizer steps of the denoiser.
-        batch_size: Snapshots per step of the auto-encoder; the denoiser takes four times as many latents per step.
+        batch_size: Checkpoints per step of the auto-encoder; the denoiser takes four times as many latents per step.
         autoencoder_learning_rate: Peak learning rate of the auto-encoder's AdamW, with a cosine to zero.
         condition_noise: Standard deviation of the noise added to standardised task vectors.
         device: Where to train.
@@ -297,7 +297,7 @@ def _fit_statistics(model: CondPDiff, weights: Mapping[str, SnapshotRows], featu
     """Set the mean adapter, a floored deviation for every chunk, and the task vectors' standardisation."""
     squares = torch.zeros_like(model.standardise(model.mean[None])[0])
     for rows in weights.values():
-        model.mean += mean_snapshot(rows) / len(weights)
+        model.mean += mean_checkpoint(rows) / len(weights)
     for rows in weights.values():
         for part in in_parts(rows):
             squares += model.standardise(part.float()).square().sum(0) / (len(rows) * len(weights))
@@ -309,7 +309,7 @@ def _fit_statistics(model: CondPDiff, weights: Mapping[str, SnapshotRows], featu
 
 @torch.no_grad()
 def _fit_latents(model: CondPDiff, weights: Iterable[SnapshotRows]) -> Tensor:
-    """Set the latents' mean and scale; returns the standardised latents of all snapshots."""
+    """Set the latents' mean and scale; returns the standardised latents of all checkpoints."""
     parts = (part for rows in weights for part in in_parts(rows))
     latents = torch.cat([model.encode(model.standardise(part.to(model.mean))) for part in parts])
     model.latent_mean.copy_(latents.mean(0))

@@ -10,7 +10,7 @@ import torch
 from lora_factory.evaluation.methods import ComparedMethods
 
 SHOWN_EXAMPLES = 24  # per task in the plot of hidden states
-SHOWN_BYTES = 256 << 20  # of snapshots in the plots and in the mean KL; at least one snapshot per task in any case
+SHOWN_BYTES = 256 << 20  # of checkpoints in the plots and in the mean KL; at least one checkpoint per task in any case
 
 
 def diagnose(methods: ComparedMethods) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _shown(methods: ComparedMethods) -> dict[str, torch.Tensor]:
-    """Snapshots of every task, shape ``(n, D)``: all, or as many at even distances as `SHOWN_BYTES` hold."""
+    """Checkpoints of every task, shape ``(n, D)``: all, or as many at even distances as `SHOWN_BYTES` hold."""
     row_bytes = 4 * methods.fold.generator.layout.size * len(methods.wide)
     most = max(1, SHOWN_BYTES // row_bytes)
     return {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import CollectArguments, CompareArguments
 from lora_factory.collection.multitask import train_multitask
-from lora_factory.collection.trainer import AdapterFactory, open_factory, settings_of
+from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.evaluation.baselines import (
     ConditionBaseline,
     PcaRidge,
@@ -44,7 +44,7 @@ from lora_factory.reporting.summary import (
 )
 from lora_factory.tasks.task import Task
 from lora_factory.utils.files import atomic_file
-from lora_factory.zoo.snapshots import SnapshotRows, mean_snapshot, open_snapshots
+from lora_factory.zoo.checkpoints import SnapshotRows, mean_checkpoint, open_checkpoints
 
 MULTITASK = "multi-task LoRA"
 WAYS = {"text": "", "hidden": FROM_EXAMPLES}  # what a method's name ends with, by the modality of its condition
@@ -67,8 +67,8 @@ class ComparedMethods:
         self.base_model = base_model
         self._loaded: dict[Path, CondPDiff] = {}
         self.seeds, self.settings = fold.seeds or arguments.seeds, settings_of(fold.zoo)
-        self.weights = open_snapshots(fold.zoo)
-        self.means = torch.stack([mean_snapshot(rows) for rows in self.weights.values()])
+        self.weights = open_checkpoints(fold.zoo)
+        self.means = torch.stack([mean_checkpoint(rows) for rows in self.weights.values()])
         self.ways = {name: suffix for name, suffix in WAYS.items() if name in fold.generator.config.modalities}
         self.first_way = next(iter(self.ways))
         self.features = {name: self._features(name) for name in self.ways}
@@ -140,11 +140,11 @@ class ComparedMethods:
             self._loaded[folder] = CondPDiff.load(folder)
         return self._loaded[folder]
 
-    def factory_of(self, method: str) -> AdapterFactory:
+    def trainer_of(self, method: str) -> LoRATrainer:
         """The base model with a slot that the method's weights fit into."""
         if method.startswith(GENERATED):
-            return self._generators_factory
-        return self._multitask_factory if method.startswith(MULTITASK) else self.factory
+            return self._generators_trainer
+        return self._multitask_trainer if method.startswith(MULTITASK) else self.trainer
 
     def budgets(self) -> dict[str, int]:
         """The number of training tokens that went through the base model for each method."""
@@ -156,8 +156,8 @@ class ComparedMethods:
 
     @cached_property
     def wide(self) -> Mapping[str, SnapshotRows]:
-        """The zoo's snapshots in the generator's layout, by task: of its rank, with zeros beyond the zoo's."""
-        return open_snapshots(self.fold.zoo, self.fold.generator.layout)
+        """The zoo's checkpoints in the generator's layout, by task: of its rank, with zeros beyond the zoo's."""
+        return open_checkpoints(self.fold.zoo, self.fold.generator.layout)
 
     @cached_property
     def generator_fingerprint(self) -> str:
@@ -169,37 +169,37 @@ class ComparedMethods:
         return digest.hexdigest()
 
     @cached_property
-    def factory(self) -> AdapterFactory:
+    def trainer(self) -> LoRATrainer:
         """The base model with a slot for the zoo's adapters, and the settings of the zoo's runs."""
         return self._attached(self.fold.zoo.layout)
 
     @cached_property
-    def _generators_factory(self) -> AdapterFactory:
+    def _generators_trainer(self) -> LoRATrainer:
         """The base model with a slot for generated adapters, whose rank may be higher than the zoo's."""
         layout = self.fold.generator.layout
-        return self.factory if layout.modules == self.factory.layout.modules else self._attached(layout)
+        return self.trainer if layout.modules == self.trainer.layout.modules else self._attached(layout)
 
     @cached_property
-    def _multitask_factory(self) -> AdapterFactory:
+    def _multitask_trainer(self) -> LoRATrainer:
         """The base model with a slot for the multi-task LoRA, whose rank and learning rate may be its own."""
         rank, rate = self.arguments.multitask_rank, self.arguments.multitask_learning_rate
-        settings = self.factory.arguments
+        settings = self.trainer.arguments
         wanted = replace(settings, rank=rank or settings.rank, learning_rate=rate or settings.learning_rate)
         if wanted == settings:
-            return self.factory
+            return self.trainer
         layout = self.fold.zoo.layout
         return self._attached(layout.with_rank(rank) if rank else layout, wanted)
 
-    def _attached(self, layout: AdapterLayout, settings: CollectArguments | None = None) -> AdapterFactory:
+    def _attached(self, layout: AdapterLayout, settings: CollectArguments | None = None) -> LoRATrainer:
         name, tasks = self.fold.zoo.layout.base_model, self.fold.tasks
-        return open_factory(
+        return open_trainer(
             self.base_model, settings or self.settings, Accelerator(), tasks, base_model_name=name, layout=layout
         )
 
     def _features(self, way: str) -> dict[str, torch.Tensor]:
         """Vectors of every task's descriptions or training examples, shape ``(n, width)`` by the task's name."""
         if way == "hidden":
-            return example_features(self.factory, self.fold.tasks)
+            return example_features(self.trainer, self.fold.tasks)
         encoder = self.fold.generator.text_encoder
         return {task.name: encoder.encode(list(task.descriptions)) for task in self.fold.tasks}
 
@@ -208,11 +208,11 @@ class ComparedMethods:
         source = torch.Generator().manual_seed(seed)
         return torch.randperm(len(self.features["hidden"][name]), generator=source)[: self.arguments.examples]
 
-    def _sequences(self, factory: AdapterFactory, name: str, seed: int) -> list[TokenSequence]:
+    def _sequences(self, trainer: LoRATrainer, name: str, seed: int) -> list[TokenSequence]:
         """The training examples that a task's condition is made of, tokenised."""
         examples = next(task for task in self.fold.tasks if task.name == name).examples("train")
         drawn = [examples[index] for index in self._drawn(name, seed).tolist()]
-        return list(factory.inputs.encode(drawn, factory.arguments.tokens))
+        return list(trainer.inputs.encode(drawn, trainer.arguments.tokens))
 
     def _original(self, task: Task, seed: int, *, best: bool) -> torch.Tensor:
         zoo = self.fold.originals if task in self.fold.unseen else self.fold.zoo
@@ -226,18 +226,18 @@ class ComparedMethods:
     @cached_property
     def _greedy(self) -> torch.Tensor:
         """Greedy soup over the tasks' mean adapters, by mean validation loss over the seen tasks."""
-        validation = [self.factory.validation(task) for task in self.fold.seen]
+        validation = [self.trainer.validation(task) for task in self.fold.seen]
 
         def loss(vector: torch.Tensor) -> float:
-            self.factory.slot.load(vector)
-            return sum(self.factory.loss(sequences) for sequences in validation) / len(validation)
+            self.trainer.slot.load(vector)
+            return sum(self.trainer.loss(sequences) for sequences in validation) / len(validation)
 
         return self._kept("greedy-soup", lambda: greedy_soup(self.means, loss))
 
     def _multitask(self, seed: int) -> torch.Tensor:
-        factory = self._multitask_factory
-        name = f"multi-task-{factory.arguments.rank}-{factory.arguments.learning_rate:g}-{seed}"
-        return self._kept(name, lambda: train_multitask(factory, list(self.fold.seen), seed=seed))
+        trainer = self._multitask_trainer
+        name = f"multi-task-{trainer.arguments.rank}-{trainer.arguments.learning_rate:g}-{seed}"
+        return self._kept(name, lambda: train_multitask(trainer, list(self.fold.seen), seed=seed))
 
     def _baseline(self, kind: type[ConditionBaseline], way: str, task: Task, seed: int) -> torch.Tensor:
         keys = torch.stack([self.features[way][name].mean(0) for name in self.weights])
@@ -247,12 +247,12 @@ class ComparedMethods:
         return self.diffusion(seed).generate(self.condition(self.first_way, task.name, seed), seed)
 
     def _refined(self, method: str, task: Task, seed: int, *, another: bool = False) -> torch.Tensor:
-        factory, name = self.factory_of(method), self._conditioned_on(task, another=another)
+        trainer, name = self.trainer_of(method), self._conditioned_on(task, another=another)
         if method == MULTITASK:
             start = self._multitask(seed)
         else:
             start = self.generated(["hidden"], task, seed, another=another)
-        return refine(factory, start, self._sequences(factory, name, seed), steps=self.arguments.refine_steps)
+        return refine(trainer, start, self._sequences(trainer, name, seed), steps=self.arguments.refine_steps)
 
     def _conditioned_on(self, task: Task, *, another: bool) -> str:
         """The name of the task whose condition is given: ``task`` itself, or another seen task as a control."""

@@ -33,7 +33,7 @@ from lora_factory.models.text_encoders import TextEncoder
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
-from lora_factory.zoo.snapshots import SnapshotRows, ZooStatistics, zoo_statistics
+from lora_factory.zoo.checkpoints import SnapshotRows, ZooStatistics, zoo_statistics
 
 
 class ConditionalVAE(PreTrainedModel):
@@ -205,7 +205,7 @@ class ConditionalVAE(PreTrainedModel):
         """Set bias adapter, token scales, task vectors and their standardisation from a zoo, whose statistics return.
 
         Args:
-            weights: Snapshots ``(n, D)`` of every task.
+            weights: Checkpoints ``(n, D)`` of every task.
             features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
         """
         self.bias.copy_((statistics := zoo_statistics(weights)).mean)

@@ -46,7 +46,7 @@ def negative_log_likelihoods(model: PreTrainedModel | PeftModel, windows: Sequen
 
 
 class Base(Protocol):
-    """A frozen base model that reads examples with adapters of one layout; an ``AdapterFactory`` is one."""
+    """A frozen base model that reads examples with adapters of one layout; an ``LoRATrainer`` is one."""
 
     @property
     def model(self) -> Any: ...  # noqa: ANN401, D102

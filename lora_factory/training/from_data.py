@@ -20,7 +20,7 @@ from accelerate.utils import broadcast
 from tqdm.auto import tqdm
 
 from lora_factory.arguments import TrainArguments
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import TokenCVAE
@@ -73,7 +73,7 @@ class TaskData:
     validation: list[TokenSequence]
 
     @classmethod
-    def read(cls, task: Task, factory: AdapterFactory, texts: torch.Tensor, hidden: torch.Tensor) -> TaskData:
+    def read(cls, task: Task, trainer: LoRATrainer, texts: torch.Tensor, hidden: torch.Tensor) -> TaskData:
         """Split a task's training examples in two; ``hidden`` belongs to the first of them, shape ``(n, width)``.
 
         Raises:
@@ -87,9 +87,9 @@ class TaskData:
         halves = []
         for part in (0, 1):
             kept = examples[part::2]
-            sequences = factory.encode(kept)
-            halves.append(Half(hidden[part::2], sequences, _owners(factory, kept, sequences)))
-        return cls(texts, (halves[0], halves[1]), factory.validation(task))
+            sequences = trainer.encode(kept)
+            halves.append(Half(hidden[part::2], sequences, _owners(trainer, kept, sequences)))
+        return cls(texts, (halves[0], halves[1]), trainer.validation(task))
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def head_parameters(generator: CVAELoRAGenerator) -> list[torch.Tensor]:
 
 def train_through_base(
     generator: CVAELoRAGenerator,
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     data: Mapping[str, TaskData],
     arguments: TrainArguments,
     held_out: Mapping[str, TaskData] | None = None,
@@ -129,7 +129,7 @@ def train_through_base(
 
     Args:
         generator: Statistics fitted; its bias adapter is where the training starts.
-        factory: The frozen base model, with the settings that the zoo was collected with.
+        trainer: The frozen base model, with the settings that the zoo was collected with.
         data: The zoo's tasks.
         arguments: ``base_steps`` and what else starts with ``base_``.
         held_out: Tasks to validate on; by default the validation splits of ``data``.
@@ -142,7 +142,7 @@ def train_through_base(
     Raises:
         LoraFactoryError: When a loss is not finite.
     """
-    accelerator, total = factory.accelerator, arguments.base_steps
+    accelerator, total = trainer.accelerator, arguments.base_steps
     generator.to(accelerator.device).train()
     for tensor in generator.state_dict().values():  # features of other batches differ in their last digits
         tensor.copy_(broadcast(tensor.clone()))
@@ -158,15 +158,15 @@ def train_through_base(
     due = {math.ceil(total * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=total, initial=state.step, desc="train through the base", disable=hidden)
-    with factory.slot.disabled():
+    with trainer.slot.disabled():
         if state.step == 0:  # a multi-task LoRA to start from may be better than what follows
-            state.keep_best(validate(generator, factory, held_out or data), generator)
+            state.keep_best(validate(generator, trainer, held_out or data), generator)
         while state.step < total:
             state.step += 1
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * _rate(state.step - 1, total)
             with ExitStack() as until:
-                loss, read = _episode_loss(generator, factory, data, arguments, source, until)
+                loss, read = _episode_loss(generator, trainer, data, arguments, source, until)
                 if not torch.isfinite(loss):
                     raise LoraFactoryError(
                         f"the loss through the base is {loss.item()} at step {state.step}; lower base_learning_rate "
@@ -180,7 +180,7 @@ def train_through_base(
             state.count(loss.item(), read * accelerator.num_processes)
             bar.update()
             if state.step in due:
-                validation = validate(generator, factory, held_out or data)
+                validation = validate(generator, trainer, held_out or data)
                 state.record(validation, generator)
                 bar.set_postfix(loss=f"{state.running:.3f}", validation=f"{validation:.3f}")
             if checkpoint is not None:
@@ -193,33 +193,33 @@ def train_through_base(
 
 
 @torch.no_grad()
-def validate(generator: CVAELoRAGenerator, factory: AdapterFactory, data: Mapping[str, TaskData]) -> float:
+def validate(generator: CVAELoRAGenerator, trainer: LoRATrainer, data: Mapping[str, TaskData]) -> float:
     """Mean validation loss over the tasks and over each single modality, in nats a token."""
     training = generator.training
     generator.eval()
-    factory.model.eval()
+    trainer.model.eval()
     losses = []
     for task in data.values():
         conditions = [{"text": task.texts[:1]}] if "text" in generator.config.modalities else []
         conditions += [{"hidden": task.halves[0].hidden[:16].mean(0, keepdim=True)}]
         for condition in conditions:
             vector = generator.generate_vector({name: rows.to(generator.device) for name, rows in condition.items()})
-            losses.append(float(query_loss(factory, vector, [task.validation])))
+            losses.append(float(query_loss(trainer, vector, [task.validation])))
     generator.train(training)
     return sum(losses) / len(losses)
 
 
 def _episode_loss(
     generator: CVAELoRAGenerator,
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     data: Mapping[str, TaskData],
     arguments: TrainArguments,
     source: torch.Generator,
     until: ExitStack,
 ) -> tuple[torch.Tensor, int]:
     """The loss of one step and its tokens: mixtures of tasks, a condition from one half, queries from the other."""
-    if factory.arguments.gradient_checkpointing:  # transformers does it in training mode only
-        factory.train_mode()
+    if trainer.arguments.gradient_checkpointing:  # transformers does it in training mode only
+        trainer.train_mode()
     mixtures = [_mixture(list(data.values()), arguments, source) for _ in range(arguments.base_tasks)]
     conditions = _conditions(generator, mixtures, arguments, source)
     queries = []
@@ -229,7 +229,7 @@ def _episode_loss(
     standard = generator.standard_vector(conditions, len(mixtures))
     adapters = generator.bias + standard * generator.weight_scale
     tokens = sum(len(sequence.tokens) for rows in queries for sequence in rows)
-    loss = query_loss(factory, adapters, queries, label_smoothing=arguments.base_label_smoothing, until=until)
+    loss = query_loss(trainer, adapters, queries, label_smoothing=arguments.base_label_smoothing, until=until)
     return loss, tokens
 
 
@@ -308,12 +308,12 @@ def _task_vector(name: str, mixture: _Mixture, source: torch.Generator) -> torch
     return mixture.shares @ torch.stack(rows)
 
 
-def _owners(factory: AdapterFactory, examples: Sequence[Any], sequences: Sequence[TokenSequence]) -> list[int]:
+def _owners(trainer: LoRATrainer, examples: Sequence[Any], sequences: Sequence[TokenSequence]) -> list[int]:
     """The index of the example that each sequence begins in; only causal language models pack or cut examples."""
-    if not isinstance(factory.inputs, CausalInputs):
+    if not isinstance(trainer.inputs, CausalInputs):
         return list(range(len(sequences)))
-    length, chat = factory.arguments.sequence_length, factory.arguments.chat_template
-    encoded = [encode_example(factory.tokenizer, one, length, chat_template=chat) for one in examples]
+    length, chat = trainer.arguments.sequence_length, trainer.arguments.chat_template
+    encoded = [encode_example(trainer.tokenizer, one, length, chat_template=chat) for one in examples]
     ends = torch.tensor([len(one.tokens) for one in encoded]).cumsum(0)
     read = torch.tensor([len(sequence.tokens) for sequence in sequences])
     return torch.searchsorted(ends, read.cumsum(0) - read, right=True).clamp_max(len(examples) - 1).tolist()

@@ -21,7 +21,7 @@ from lora_factory.generator.networks import TokenCVAE, spread_over_weights
 from lora_factory.generator.recall import measure_recall
 from lora_factory.generator.task_vectors import random_subset
 from lora_factory.models.hidden_states import FEATURE_EXAMPLES
-from lora_factory.zoo.snapshots import SnapshotRows, mean_snapshot
+from lora_factory.zoo.checkpoints import SnapshotRows, mean_checkpoint
 
 # Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
 # which tasks differ, so that much of it teaches the network to listen to these alone: paraphrases land on their task.
@@ -46,11 +46,11 @@ def fit(
     arguments: TrainArguments,
     accelerator: Accelerator,
 ) -> list[dict[str, float]]:
-    """Stage 1: minimise the negative evidence lower bound (Eq. 8) over (snapshot, description) pairs.
+    """Stage 1: minimise the negative evidence lower bound (Eq. 8) over (checkpoint, description) pairs.
 
     Args:
         generator: Its statistics must be fitted.
-        weights: Snapshots ``(n, D)`` of every task.
+        weights: Checkpoints ``(n, D)`` of every task.
         features: For every modality the rows ``(n, width)`` of every task.
         arguments: Steps, batch size, learning rate and seed.
         accelerator: Device and progress bar.
@@ -104,19 +104,19 @@ def remember(
     weights: Mapping[str, SnapshotRows],
     features: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
-    """Keep the mean snapshot of every task, for conditions that mean this task: no network need be exact on these.
+    """Keep the mean checkpoint of every task, for conditions that mean this task: no network need be exact on these.
 
     Nothing is kept where no modality tells the tasks apart.
 
     Args:
         generator: Its statistics must be fitted.
-        weights: Snapshots ``(n, D)`` of every task.
+        weights: Checkpoints ``(n, D)`` of every task.
         features: For every modality the rows ``(n, width)`` of every task.
     """
     recall = measure_recall(copy.deepcopy(generator.standardiser).cpu(), features)
     if not recall:
         return
-    means = torch.stack([mean_snapshot(rows) for rows in weights.values()]).to(generator.device)
+    means = torch.stack([mean_checkpoint(rows) for rows in weights.values()]).to(generator.device)
     generator.register_buffer("known_adapters", (means - generator.bias) / generator.weight_scale)
     generator.config.recall = recall
 
@@ -218,7 +218,7 @@ def sample_episode(
     *,
     noise: float = CONDITION_NOISE,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Draw tasks without replacement (with, once all are drawn), a snapshot and a condition of each.
+    """Draw tasks without replacement (with, once all are drawn), a checkpoint and a condition of each.
 
     A condition is one of the task's descriptions and/or the mean over a random support set of its examples' hidden
     states (Eq. 1) or of its images, so that every subset of the modalities is a valid condition later.

@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 
 from lora_factory.arguments import TrainArguments
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.generator.familiarity import measure_reach
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import token_scales
@@ -30,7 +30,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of what the specialists bring that the g
 
 def specialise(
     generator: CVAELoRAGenerator,
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     tasks: Sequence[Task],
     data: Mapping[str, TaskData],
     features: Mapping[str, Mapping[str, torch.Tensor]],
@@ -45,7 +45,7 @@ def specialise(
 
     Args:
         generator: As ``start_from`` leaves it; its bias adapter stays.
-        factory: The frozen base model, with the settings that the zoo was collected with.
+        trainer: The frozen base model, with the settings that the zoo was collected with.
         tasks: The zoo's tasks.
         data: What the generator is validated on, per task.
         features: For every modality the rows ``(n, width)`` of every task.
@@ -56,21 +56,21 @@ def specialise(
         The record of stage 2: the specialists' validation loss (``loss``) and the generator's (``validation``), in
         nats per token; the share; and the tokens read.
     """
-    weights, loss, tokens = train_specialists(generator, factory, tasks, features, arguments, cache)
+    weights, loss, tokens = train_specialists(generator, trainer, tasks, features, arguments, cache)
     deviation = torch.stack([(rows - generator.bias.cpu()).square().mean(0) for rows in weights.values()]).mean(0)
     generator.token_scale.copy_(token_scales(generator.layout, deviation))
-    fit(generator, weights, features, arguments, factory.accelerator)
+    fit(generator, weights, features, arguments, trainer.accelerator)
     standardiser = generator.cpu().standardiser
     generator.config.reach = measure_reach(standardiser, features)
     if generator.config.recall is not None:
         generator.config.recall = measure_recall(standardiser, features, strict=True)
-    generator.to(factory.accelerator.device)
+    generator.to(trainer.accelerator.device)
     heads = head_parameters(generator)
     whole, validations = [head.detach().clone() for head in heads], {}
     for chosen in (0.0, *SHARES):  # the first one is what the others must reach, and the last resort
         set_heads(heads, whole, chosen)
-        with factory.slot.disabled():
-            validations[chosen] = validate(generator, factory, data)
+        with trainer.slot.disabled():
+            validations[chosen] = validate(generator, trainer, data)
         if len(validations) > 1 and validations[chosen] <= validations[0.0]:
             break
     losses = {"loss": round(loss, 5), "validation": round(validations[chosen], 5)}
@@ -80,7 +80,7 @@ def specialise(
 
 def train_specialists(
     generator: CVAELoRAGenerator,
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     tasks: Sequence[Task],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     arguments: TrainArguments,
@@ -91,9 +91,9 @@ def train_specialists(
     Those that the cache has are read from it.
 
     Returns:
-        Snapshots ``(n, D)`` by the name of the task, their mean validation loss, and the tokens read by all processes.
+        Checkpoints ``(n, D)`` by task name, their mean validation loss, and the tokens that all processes read.
     """
-    accelerator, total = factory.accelerator, arguments.specialist_steps
+    accelerator, total = trainer.accelerator, arguments.specialist_steps
     kept = sorted({total - part * total // (2 * SNAPSHOTS) for part in range(SNAPSHOTS)})
     weights = torch.zeros(len(tasks), len(kept), generator.layout.size)
     figures = torch.zeros(len(tasks), 2, dtype=torch.float64)
@@ -105,12 +105,12 @@ def train_specialists(
         means = {name: rows[task.name].mean(0, keepdim=True).to(generator.device) for name, rows in features.items()}
         with torch.no_grad():
             start = generator.generate_vector(means)[0].cpu()
-        sequences = factory.encode(task.examples("train"))
-        batches = shuffled_batches(sequences, factory.arguments.batch_size, arguments.seed)
+        sequences = trainer.encode(task.examples("train"))
+        batches = shuffled_batches(sequences, trainer.arguments.batch_size, arguments.seed)
         label = f"{task.name}, specialist"
-        weights[index], losses, read = factory.fit(
+        weights[index], losses, read = trainer.fit(
             batches,
-            [factory.validation(task)],
+            [trainer.validation(task)],
             kept,
             label,
             seed=arguments.seed,

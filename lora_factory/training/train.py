@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.multitask import train_multitask
-from lora_factory.collection.trainer import AdapterFactory, open_factory, settings_of
+from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig, paper_channels
 from lora_factory.generator.hub import generator_card
@@ -38,7 +38,7 @@ from lora_factory.utils.files import atomic_folder, remove_folder, write_json, w
 from lora_factory.utils.folders import GENERATOR, WORKING, check_folder
 from lora_factory.utils.paths import local_path, recorded_name, sha256_text
 from lora_factory.utils.safe_files import read_json_object, reading
-from lora_factory.zoo.snapshots import open_snapshots
+from lora_factory.zoo.checkpoints import open_checkpoints
 from lora_factory.zoo.store import AdapterZoo
 
 
@@ -102,15 +102,15 @@ def train_generator(
     layout = zoo.layout
     if asked and arguments.base_rank:
         layout = layout.with_rank(arguments.base_rank)
-    weights = open_snapshots(zoo, layout)
+    weights = open_checkpoints(zoo, layout)
     features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
-    factory = None
+    trainer = None
     if tasks is not None:
         tasks = _known(zoo, language_tasks(tasks))
         check_tasks(tasks)
         checkpointing = arguments.gradient_checkpointing
-        factory = zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
-        features["hidden"] = example_features(factory, tasks)
+        trainer = zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
+        features["hidden"] = example_features(trainer, tasks)
     if images is not None:
         arguments = replace(arguments, image_encoder=arguments.image_encoder or str(base_model or layout.base_model))
         known = {task: images.get(task, ()) for task in zoo.tasks}
@@ -118,11 +118,11 @@ def train_generator(
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     generator = build_generator(zoo, arguments, widths, layout)
     statistics = generator.fit_statistics(weights, features)
-    if asked and factory is not None and tasks is not None:
+    if asked and trainer is not None and tasks is not None:
         facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
         start = None if bias_adapter is None else hashlib.sha256(bias_adapter.cpu().numpy().tobytes()).hexdigest()
         key = sha256_text(json.dumps([*facts, start]))
-        history = _stage_2(generator, factory, tasks, features, arguments, bias_adapter, working, key)
+        history = _stage_2(generator, trainer, tasks, features, arguments, bias_adapter, working, key)
     else:
         history = fit(generator, weights, features, arguments, accelerator)
     generator = generator.cpu().eval()
@@ -205,7 +205,7 @@ def zoo_factory(
     tasks: Sequence[Task] = (),
     *,
     gradient_checkpointing: bool = False,
-) -> AdapterFactory:
+) -> LoRATrainer:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
     config = layout.lora_config
     settings = replace(
@@ -216,20 +216,20 @@ def zoo_factory(
     )
     source, revision = base_source(zoo.layout, base_model)
     name = zoo.layout.base_model
-    return open_factory(source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout)
+    return open_trainer(source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout)
 
 
-def _first_bias(factory: AdapterFactory, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
+def _first_bias(trainer: LoRATrainer, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
     """Where stage 2's bias adapter starts, ``(D,)``: the LoRA initialisation, or one LoRA trained on all tasks."""
     if not arguments.multitask_steps:
-        return factory.initial
+        return trainer.initial
     steps, rate = arguments.multitask_steps, arguments.multitask_learning_rate
-    return train_multitask(factory, tasks, seed=arguments.seed, steps=steps, learning_rate=rate)
+    return train_multitask(trainer, tasks, seed=arguments.seed, steps=steps, learning_rate=rate)
 
 
 def _stage_2(
     generator: CVAELoRAGenerator,
-    factory: AdapterFactory,
+    trainer: LoRATrainer,
     tasks: Sequence[Task],
     features: Mapping[str, Mapping[str, torch.Tensor]],
     arguments: TrainArguments,
@@ -242,18 +242,18 @@ def _stage_2(
     What is done is kept in the folder ``working``, for a training that was cut off and has the same ``key``.
     """
     data = {
-        task.name: TaskData.read(task, factory, features["text"][task.name], features["hidden"][task.name])
+        task.name: TaskData.read(task, trainer, features["text"][task.name], features["hidden"][task.name])
         for task in tasks
     }
-    start_from(generator, _first_bias(factory, tasks, arguments) if bias_adapter is None else bias_adapter)
+    start_from(generator, _first_bias(trainer, tasks, arguments) if bias_adapter is None else bias_adapter)
     checkpoint = TrainingCheckpoint(working / "through-base", key)
-    history = train_through_base(generator, factory, data, arguments, checkpoint=checkpoint)
+    history = train_through_base(generator, trainer, data, arguments, checkpoint=checkpoint)
     if arguments.specialist_steps:
         cache = TensorCache(working / f"specialists-{key[:16]}")
-        last = specialise(generator, factory, tasks, data, features, arguments, cache)
+        last = specialise(generator, trainer, tasks, data, features, arguments, cache)
         read = max((int(row["tokens"]) for row in history), default=0)
         history.append(last | {"tokens": last["tokens"] + read})
-    earlier = arguments.multitask_steps * factory.tokens_a_step
+    earlier = arguments.multitask_steps * trainer.tokens_a_step
     return [row | {"tokens": row["tokens"] + earlier} for row in history]
 
 

@@ -195,7 +195,7 @@ class RunState:
     Attributes:
         step: Optimizer steps taken; the data is at the batches that these have read.
         tokens: Tokens read.
-        snapshots: The snapshots so far, each of shape ``(D,)``.
+        snapshots: The checkpoints so far, each of shape ``(D,)``.
         losses: Their validation losses.
     """
 

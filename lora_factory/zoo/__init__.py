@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "importing": "AdapterSource import_adapters",
-        "snapshots": "zoo_statistics",
+        "checkpoints": "zoo_statistics",
         "store": "AdapterZoo",
         "tools": "merge prune",
     },

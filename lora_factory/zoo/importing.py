@@ -101,7 +101,7 @@ def import_adapters(
 
     Adapters that share the zoo's ranks and scaling are stored bit for bit. Where they differ, all of a new zoo are
     rewritten in canonical form, padded to the largest rank, which changes nothing of what they do; an existing zoo
-    keeps its ranks and scaling. The folder's ``checkpoint-*`` folders become the run's snapshots; the adapter in the
+    keeps its ranks and scaling. The folder's ``checkpoint-*`` folders become the run's checkpoints; the adapter in the
     folder itself comes last, unless it equals the last checkpoint.
 
     Args:
@@ -276,7 +276,7 @@ def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportA
 
 
 def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments, canonical: bool) -> None:
-    """Check an adapter against the zoo and store its snapshots as a run, unless that was done before."""
+    """Check an adapter against the zoo and store its checkpoints as a run, unless that was done before."""
     layout = _for_base(candidate.layout, zoo.layout.base_model, zoo.layout.base_revision, arguments)
     _check_fit(layout, zoo.layout)
     digest = sha256_file(_parts(candidate.folder)[-1][1] / ADAPTER_FILE)

@@ -55,8 +55,8 @@ class RunRecord:
         base_model: Hub id (or folder) of the base model.
         base_revision: commit of the base model, or None.
         steps: optimizer steps in all.
-        snapshot_steps: the step of every snapshot, K of them, rising.
-        validation_losses: loss of every snapshot in nats per token; empty when none was measured.
+        snapshot_steps: the step of every checkpoint, K of them, rising.
+        validation_losses: loss of every checkpoint in nats per token; empty when none was measured.
         train_tokens: tokens that training saw.
         data_fingerprint: fingerprint of the task's data.
         versions: versions of the packages that made the run.
@@ -66,7 +66,7 @@ class RunRecord:
         dataset: id on the Hub of the data set, if it came from there.
 
     Raises:
-        LoraFactoryError: if a name is no file name, or descriptions or snapshots are missing or do not match.
+        LoraFactoryError: if a name is no file name, or descriptions or checkpoints are missing or do not match.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""The adapter zoo: a folder with one PEFT adapter, its last K snapshots and its record for every task and run."""
+"""The adapter zoo: a folder with one PEFT adapter, its last K checkpoints and its record for every task and run."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class AdapterZoo:
             extra_files: more text files for the run folder, {name: content}.
 
         Raises:
-            LoraFactoryError: if the run is already there, belongs to another base model, or the snapshots have
+            LoraFactoryError: if the run is already there, belongs to another base model, or the checkpoints have
                 another shape or are not finite.
         """
         extra_files = extra_files or {}
@@ -198,12 +198,12 @@ class AdapterZoo:
     def snapshots(
         self, task: str, run: str | None = None, *, rows: slice = slice(None), verify: bool | None = None
     ) -> Tensor:
-        """Read snapshots as float32 vectors.
+        """Read checkpoints as float32 vectors.
 
         Args:
             task: the task's name.
             run: one run; all runs of the task in natural order by default.
-            rows: which of the K snapshots of every run; only these are read (the file is memory-mapped).
+            rows: which of the K checkpoints of every run; only these are read (the file is memory-mapped).
             verify: whether the SHA-256 of the whole file is checked first, unless that was done before; by default
                 only when all rows are read. Shapes, and that all numbers are finite, are checked always.
 

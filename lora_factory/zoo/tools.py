@@ -1,4 +1,4 @@
-"""What is done to whole zoos: remove runs or snapshots, put several zoos together, download one."""
+"""What is done to whole zoos: remove runs or checkpoints, put several zoos together, download one."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def prune(
     keep_last: int = 0,
     dry_run: bool = False,
 ) -> list[str]:
-    """Remove runs, or the older snapshots of runs.
+    """Remove runs, or the older checkpoints of runs.
 
     Args:
         zoo: The zoo.
         tasks: Look at the runs of these tasks only; default: of all.
         runs: Look at runs of these names only; default: at all.
         damaged: Remove those among them that ``AdapterZoo.problems`` finds fault with.
-        keep_last: Remove no run, but all of its snapshots except for the last ones, as many as this.
+        keep_last: Remove no run, but all of its checkpoints except for the last ones, as many as this.
         dry_run: Change nothing.
 
     Returns:
         One sentence for each change.
 
     Raises:
-        LoraFactoryError: When it is not said what to remove, a task or run is not there, or one whose snapshots are
+        LoraFactoryError: When it is not said what to remove, a task or run is not there, or one whose checkpoints are
             to be removed is damaged.
     """
     if keep_last < 0 or (damaged and keep_last) or not (tasks or runs or damaged or keep_last):
@@ -139,7 +139,7 @@ def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:
 
 
 def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:
-    """Write a run anew with its last snapshots alone; numbers stay bit for bit."""
+    """Write a run anew with its last checkpoints alone; numbers stay bit for bit."""
     if problems := zoo.problems(record.task, record.run):
         raise LoraFactoryError(problems[0])
     run = zoo.folder / record.task / record.run

@@ -29,7 +29,7 @@ from lora_factory.cli import commands as cli
 from lora_factory.collection import scheduler as collection
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.scheduler import CollectionError
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import save_tasks
@@ -109,14 +109,14 @@ def test_two_processes_that_share_runs_train_as_one(
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
     """Make the training of one task fail."""
-    train = AdapterFactory.train
+    train = LoRATrainer.train
 
-    def fail(factory: AdapterFactory, task: Task, *arguments: Any, **options: Any) -> Any:
+    def fail(trainer: LoRATrainer, task: Task, *arguments: Any, **options: Any) -> Any:
         if task.name == name:
             raise LoraFactoryError(reason)
-        return train(factory, task, *arguments, **options)
+        return train(trainer, task, *arguments, **options)
 
-    monkeypatch.setattr(AdapterFactory, "train", fail)
+    monkeypatch.setattr(LoRATrainer, "train", fail)
 
 
 def test_data_is_checked_before_the_first_run(pico_model_folder: Path, tmp_path: Path) -> None:
@@ -159,17 +159,17 @@ def test_a_task_that_fails_stops_no_other(
 def test_a_run_out_of_memory_is_tried_again_and_leaves_no_trace(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    step, calls = AdapterFactory._share_of_loss, []
+    step, calls = LoRATrainer._share_of_loss, []
 
-    def hungry(factory: AdapterFactory, *arguments: object) -> torch.Tensor:
+    def hungry(trainer: LoRATrainer, *arguments: object) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 4:  # the second half of the second step, with gradients of the first half
             raise torch.OutOfMemoryError("no memory left")
-        return step(factory, *arguments)
+        return step(trainer, *arguments)
 
     settings = replace(SMALL, gradient_accumulation=2)
     collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "calm", settings)
-    monkeypatch.setattr(AdapterFactory, "_share_of_loss", hungry)
+    monkeypatch.setattr(LoRATrainer, "_share_of_loss", hungry)
     collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "zoo", settings)
     assert contents(tmp_path / "zoo") == contents(tmp_path / "calm")
     assert "prose/seed-0 failed, attempt 1 of 2: OutOfMemoryError: no memory left" in caplog.text
@@ -207,13 +207,13 @@ def test_a_full_disk_ends_the_collection_and_the_next_one_goes_on(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    trained, train = [], AdapterFactory.train
+    trained, train = [], LoRATrainer.train
 
-    def counted(factory: AdapterFactory, task: Task, *arguments: object, **options: object) -> object:
+    def counted(trainer: LoRATrainer, task: Task, *arguments: object, **options: object) -> object:
         trained.append(task.name)
-        return train(factory, task, *arguments, **options)
+        return train(trainer, task, *arguments, **options)
 
-    monkeypatch.setattr(AdapterFactory, "train", counted)
+    monkeypatch.setattr(LoRATrainer, "train", counted)
     with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"cannot write into .*: .*No space left"):
         patch.setattr(AdapterZoo, "add_run", full)
         collect_adapters(tasks("prose", "code"), pico_model_folder, tmp_path / "zoo", SMALL)

@@ -28,7 +28,7 @@ from transformers import (
 from lora_factory.arguments import CollectArguments
 from lora_factory.cli import commands as cli
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import AdapterFactory, settings_of
+from lora_factory.collection.trainer import LoRATrainer, settings_of
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, collate, encode_sequences
 from lora_factory.tasks.examples import Example
@@ -137,13 +137,13 @@ def test_second_invocation_does_the_missing_runs_alone(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
-    train = AdapterFactory.train
+    train = LoRATrainer.train
 
-    def counted(factory: AdapterFactory, task: Task, seed: int, label: str, **options: object) -> object:
+    def counted(trainer: LoRATrainer, task: Task, seed: int, label: str, **options: object) -> object:
         trained.append((task.name, seed))
-        return train(factory, task, seed, label, **options)
+        return train(trainer, task, seed, label, **options)
 
-    monkeypatch.setattr(AdapterFactory, "train", counted)
+    monkeypatch.setattr(LoRATrainer, "train", counted)
     folder = tmp_path / "zoo"
     collect_adapters(tasks("prose"), pico_model_folder, folder, SMALL)
     before = modification_times(folder)
@@ -193,14 +193,14 @@ def test_a_zoo_of_an_earlier_version_is_continued(pico_model_folder: Path, tmp_p
 def test_a_loss_that_is_not_finite_leaves_no_run(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = AdapterFactory._forward, []
+    forward, calls = LoRATrainer._forward, []
 
-    def broken(factory: AdapterFactory, batch: list[object]) -> torch.Tensor:
+    def broken(trainer: LoRATrainer, batch: list[object]) -> torch.Tensor:
         calls.append(1)
-        loss = forward(factory, batch)
+        loss = forward(trainer, batch)
         return loss * math.nan if len(calls) == 2 else loss
 
-    monkeypatch.setattr(AdapterFactory, "_forward", broken)
+    monkeypatch.setattr(LoRATrainer, "_forward", broken)
     with pytest.raises(LoraFactoryError, match=r"prose.*loss is nan at step 2.*lower learning_rate"):
         collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", replace(SMALL, steps=10, retries=3))
     assert len(calls) == 2, "the same seed would give the same loss, so that nothing is tried again"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.multitask import mixed_batches, train_multitask
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation.baselines import (
     PcaRidge,
@@ -197,42 +197,42 @@ def test_mixed_batches_take_tasks_evenly_and_read_all_before_repeating() -> None
 
 
 @pytest.fixture
-def factory(pico_model, pico_tokenizer, pico_model_folder: Path) -> AdapterFactory:
+def trainer(pico_model, pico_tokenizer, pico_model_folder: Path) -> LoRATrainer:
     arguments = CollectArguments(
         rank=2, steps=20, snapshots=2, batch_size=4, sequence_length=16, learning_rate=2e-2, validation_sequences=4
     )
     pico_model.config._commit_hash = None
-    return AdapterFactory.attach(pico_model, pico_tokenizer, arguments, str(pico_model_folder), Accelerator(cpu=True))
+    return LoRATrainer.attach(pico_model, pico_tokenizer, arguments, str(pico_model_folder), Accelerator(cpu=True))
 
 
-def test_multitask_lora_learns_every_task_with_the_budget_of_all(factory: AdapterFactory, monkeypatch) -> None:
+def test_multitask_lora_learns_every_task_with_the_budget_of_all(trainer: LoRATrainer, monkeypatch) -> None:
     texts = {"fox": "The quick brown fox jumps. ", "code": "def add(left, right): return left + right\n"}
     tasks = [Task.from_examples(name, [name], [text * 40], [text * 8], [text * 8]) for name, text in texts.items()]
     seen = []
-    step = AdapterFactory._step
-    monkeypatch.setattr(AdapterFactory, "_step", lambda self, *args: seen.append(1) or step(self, *args))
-    adapter = train_multitask(factory, tasks, seed=0)
-    assert len(seen) == 2 * factory.arguments.steps, "as many steps as the tasks' own LoRAs together"
-    assert adapter.shape == (factory.layout.size,) and adapter.dtype == torch.float32
+    step = LoRATrainer._step
+    monkeypatch.setattr(LoRATrainer, "_step", lambda self, *args: seen.append(1) or step(self, *args))
+    adapter = train_multitask(trainer, tasks, seed=0)
+    assert len(seen) == 2 * trainer.arguments.steps, "as many steps as the tasks' own LoRAs together"
+    assert adapter.shape == (trainer.layout.size,) and adapter.dtype == torch.float32
     for task in tasks:
         losses = []
-        for weights in (factory.initial, adapter):
-            factory.slot.load(weights)
-            losses.append(_loss(factory, task))
+        for weights in (trainer.initial, adapter):
+            trainer.slot.load(weights)
+            losses.append(_loss(trainer, task))
         assert losses[1] < losses[0] - 0.5
-    assert torch.equal(train_multitask(factory, tasks, seed=0), adapter)
+    assert torch.equal(train_multitask(trainer, tasks, seed=0), adapter)
     with pytest.raises(LoraFactoryError, match="needs tasks"):
-        train_multitask(factory, [], seed=0)
+        train_multitask(trainer, [], seed=0)
 
 
-def test_multitask_lora_keeps_its_best_snapshot(factory: AdapterFactory, monkeypatch) -> None:
+def test_multitask_lora_keeps_its_best_snapshot(trainer: LoRATrainer, monkeypatch) -> None:
     losses = iter([3.0, 1.0, 2.0])
     taken = []
-    weights = AdapterFactory._weights
-    monkeypatch.setattr(AdapterFactory, "loss", lambda self, sequences: next(losses))
-    monkeypatch.setattr(AdapterFactory, "_weights", lambda self: taken.append(weights(self)) or taken[-1])
+    weights = LoRATrainer._weights
+    monkeypatch.setattr(LoRATrainer, "loss", lambda self, sequences: next(losses))
+    monkeypatch.setattr(LoRATrainer, "_weights", lambda self: taken.append(weights(self)) or taken[-1])
     task = Task.from_examples("fox", ["fox"], ["The quick brown fox. " * 20], ["The fox. " * 9], ["The fox. " * 9])
-    assert torch.equal(train_multitask(factory, [task], seed=0, steps=3), taken[1])
+    assert torch.equal(train_multitask(trainer, [task], seed=0, steps=3), taken[1])
     assert len(taken) == 3
 
 
@@ -258,7 +258,7 @@ def test_other_task_needs_another_task() -> None:
             other_task("only", tasks)
 
 
-def _loss(factory: AdapterFactory, task: Task) -> float:
+def _loss(trainer: LoRATrainer, task: Task) -> float:
     from lora_factory.evaluation.perplexity import score_examples
 
-    return score_examples(factory.model, factory.tokenizer, task.examples("test"), window=64, stride=32).loss
+    return score_examples(trainer.model, trainer.tokenizer, task.examples("test"), window=64, stride=32).loss

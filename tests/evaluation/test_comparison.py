@@ -28,7 +28,7 @@ from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import SPLITS, DataSource
 from lora_factory.training.train import train_generator
-from lora_factory.zoo import snapshots
+from lora_factory.zoo import checkpoints as snapshots
 from lora_factory.zoo.store import AdapterZoo
 
 pytest.importorskip("diffusers")
@@ -236,10 +236,10 @@ def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_fo
     rivals = ComparedMethods(fold, pico_model_folder, tmp_path, wider)
     weights = rivals.methods["multi-task LoRA"](fold.seen[0], 0)
     assert len(weights) == 2 * fold.zoo.layout.size
-    factory = rivals.factory_of("multi-task LoRA")
-    assert (factory.arguments.rank, factory.arguments.learning_rate) == (4, 1e-2)
-    assert factory.layout.modules[0].scaling == fold.zoo.layout.modules[0].scaling
-    assert rivals.factory_of("generated").layout.size == fold.zoo.layout.size
+    trainer = rivals.trainer_of("multi-task LoRA")
+    assert (trainer.arguments.rank, trainer.arguments.learning_rate) == (4, 1e-2)
+    assert trainer.layout.modules[0].scaling == fold.zoo.layout.modules[0].scaling
+    assert rivals.trainer_of("generated").layout.size == fold.zoo.layout.size
 
 
 def test_a_condition_from_examples_is_of_as_many_as_asked(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:

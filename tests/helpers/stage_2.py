@@ -6,7 +6,7 @@ import torch
 
 from helpers.models import TRAINING_TEXT
 from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.hidden_states import example_features
 from lora_factory.tasks.task import Task
@@ -28,17 +28,17 @@ def make_tasks() -> list[Task]:
     ]
 
 
-def prepared(zoo: AdapterZoo, factory: AdapterFactory, arguments: TrainArguments) -> tuple[CVAELoRAGenerator, dict]:
+def prepared(zoo: AdapterZoo, trainer: LoRATrainer, arguments: TrainArguments) -> tuple[CVAELoRAGenerator, dict]:
     tasks = make_tasks()
-    hidden = example_features(factory, tasks)
+    hidden = example_features(trainer, tasks)
     source = torch.Generator().manual_seed(0)
     texts = {task.name: torch.randn(2, 8, generator=source) for task in tasks}
     widths = {"text": 8, "hidden": next(iter(hidden.values())).shape[1]}
     generator = build_generator(zoo, arguments, widths)
     weights = {name: zoo.snapshots(name) for name in zoo.tasks}
     generator.fit_statistics(weights, {"text": texts, "hidden": hidden})
-    start_from(generator, factory.initial)
-    data = {task.name: TaskData.read(task, factory, texts[task.name], hidden[task.name]) for task in tasks}
+    start_from(generator, trainer.initial)
+    data = {task.name: TaskData.read(task, trainer, texts[task.name], hidden[task.name]) for task in tasks}
     return generator, data
 
 

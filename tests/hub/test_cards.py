@@ -21,7 +21,7 @@ from tiny_models import tiny_florence, tiny_t5
 
 from lora_factory.adapters.folder import Generation, save_adapter_config
 from lora_factory.arguments import CollectArguments
-from lora_factory.collection.trainer import open_factory
+from lora_factory.collection.trainer import open_trainer
 from lora_factory.hub.base_kinds import base_kind
 from lora_factory.hub.cards import (
     YAML_FIELDS,
@@ -227,11 +227,11 @@ def test_the_code_of_a_card_loads_the_adapter(
         rows = [ImageExample.of_boxes(Image.new("RGB", (8, 8)), "dog", [(0, 0, 4, 4)])] * 3
         tasks = [Task.from_examples("dog", ["Find it"], rows, rows, rows)]
     settings = CollectArguments(rank=2, target_modules="all-linear", dtype="float32")
-    factory = open_factory(bases[kind](), settings, Accelerator(cpu=True), tasks)
-    layout = factory.layout
+    trainer = open_trainer(bases[kind](), settings, Accelerator(cpu=True), tasks)
+    layout = trainer.layout
     origins = Origins(base_model=layout.base_model, base_revision=None, kind=base_kind(layout))
     it = generation(base_model=layout.base_model, base_revision=None)
-    state_dict = layout.unflatten(factory.initial + 0.1)
+    state_dict = layout.unflatten(trainer.initial + 0.1)
     for name in ("", "sub"):
         (tmp_path / "adapter" / name).mkdir(parents=True, exist_ok=True)
         save_adapter_config(layout, tmp_path / "adapter" / name)

@@ -20,7 +20,7 @@ from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.cli.commands import main
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.multitask import train_multitask
-from lora_factory.collection.trainer import classifier_factory
+from lora_factory.collection.trainer import classifier_trainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.classifiers import image_accuracy, load_image_classifier
 from lora_factory.tasks.images import ImageTask, LabelledImage
@@ -150,18 +150,18 @@ def test_a_task_without_images_is_refused(zoo: AdapterZoo, pico_encoder_folder: 
 
 
 def test_one_adapter_for_all_tasks(classifier: Path) -> None:
-    factory = classifier_factory(classifier, COLLECT, "pico-vit", Accelerator())
+    trainer = classifier_trainer(classifier, COLLECT, "pico-vit", Accelerator())
     same = [TASKS[0], replace(TASKS[0], name="again")]
-    vector = train_multitask(factory, same, seed=0, steps=30)
-    factory.slot.load(vector)
-    assert image_accuracy(factory.model, factory.inputs, TASKS[0].examples("test")) == 1.0
+    vector = train_multitask(trainer, same, seed=0, steps=30)
+    trainer.slot.load(vector)
+    assert image_accuracy(trainer.model, trainer.inputs, TASKS[0].examples("test")) == 1.0
 
 
 def test_a_class_that_the_model_has_not(classifier: Path) -> None:
     rows = [LabelledImage(picture(number), ("no", "maybe")[number % 2]) for number in range(20)]
     task = ImageTask.from_examples("maybe", ["Maybe?"], rows)
     with pytest.raises(LoraFactoryError, match=r"no output for \['maybe'\], its classes are \['no', 'yes'\]"):
-        classifier_factory(classifier, COLLECT, "pico-vit", Accelerator()).train(task, 0, "run")
+        classifier_trainer(classifier, COLLECT, "pico-vit", Accelerator()).train(task, 0, "run")
 
 
 def test_a_classifier_of_the_hub(hub: LocalHub, classifier: Path) -> None:
@@ -174,10 +174,10 @@ def test_a_classifier_of_the_hub(hub: LocalHub, classifier: Path) -> None:
         """
 from accelerate import Accelerator
 from lora_factory.arguments import CollectArguments
-from lora_factory.collection.trainer import classifier_factory
+from lora_factory.collection.trainer import classifier_trainer
 from lora_factory.models.classifiers import load_image_classifier
-factory = classifier_factory("alice/vit", CollectArguments(), "alice/vit", Accelerator())
-result = [factory.layout.base_revision, *(attempt(load_image_classifier, name) for name in ("bob/gated", "no/such"))]
+trainer = classifier_trainer("alice/vit", CollectArguments(), "alice/vit", Accelerator())
+result = [trainer.layout.base_revision, *(attempt(load_image_classifier, name) for name in ("bob/gated", "no/such"))]
 """,
     )
     assert result[0] == commit

@@ -23,7 +23,7 @@ from transformers import (
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, ImageInputs, model_inputs
 from lora_factory.models.loading import load_base_model, load_processor
@@ -151,12 +151,12 @@ def test_adapters_of_florence_learn_and_are_stored(florence_folder: Path, tmp_pa
     assert zoo.verify() == []
     model, tokenizer = load_base_model(florence_folder)
     inputs = model_inputs(model, load_processor(florence_folder))
-    factory = AdapterFactory.attach(model, tokenizer, arguments, str(florence_folder), Accelerator(), inputs)
-    validation = factory.validation(tasks[0])
+    trainer = LoRATrainer.attach(model, tokenizer, arguments, str(florence_folder), Accelerator(), inputs)
+    validation = trainer.validation(tasks[0])
     losses = {}
-    for name, weights in {"base": factory.initial, "dog": zoo.final("dog", "seed-0")}.items():
-        factory.slot.load(weights)
-        losses[name] = factory.loss(validation)
+    for name, weights in {"base": trainer.initial, "dog": zoo.final("dog", "seed-0")}.items():
+        trainer.slot.load(weights)
+        losses[name] = trainer.loss(validation)
     assert losses["dog"] < losses["base"] - 0.5
     assert losses["dog"] == pytest.approx(zoo.record("dog", "seed-0").validation_losses[-1], rel=1e-4)
     shapes = {module.path: (module.shape_a, module.shape_b) for module in zoo.layout.modules}

@@ -13,7 +13,7 @@ from tiny_models import tiny_florence, tiny_t5
 
 from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import AdapterFactory, open_factory
+from lora_factory.collection.trainer import LoRATrainer, open_trainer
 from lora_factory.models.hidden_states import example_states
 from lora_factory.models.losses import query_loss
 from lora_factory.tasks.examples import Example, ImageExample
@@ -58,36 +58,36 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def factory(case: tuple[Path, list[Task]]) -> AdapterFactory:
+def trainer(case: tuple[Path, list[Task]]) -> LoRATrainer:
     folder, tasks = case
-    return open_factory(folder, SETTINGS, Accelerator(cpu=True), tasks)
+    return open_trainer(folder, SETTINGS, Accelerator(cpu=True), tasks)
 
 
 @torch.no_grad()
-def test_query_loss_is_the_models_own(case: tuple[Path, list[Task]], factory: AdapterFactory) -> None:
-    factory.model.eval()
-    rows = [factory.validation(task) for task in case[1]]
+def test_query_loss_is_the_models_own(case: tuple[Path, list[Task]], trainer: LoRATrainer) -> None:
+    trainer.model.eval()
+    rows = [trainer.validation(task) for task in case[1]]
     source = torch.Generator().manual_seed(0)
-    adapters = factory.initial + 0.05 * torch.randn(2, factory.layout.size, generator=source)
-    with factory.slot.disabled():
-        found = float(query_loss(factory, adapters, rows))
+    adapters = trainer.initial + 0.05 * torch.randn(2, trainer.layout.size, generator=source)
+    with trainer.slot.disabled():
+        found = float(query_loss(trainer, adapters, rows))
     expected = []
     for adapter, sequences in zip(adapters, rows, strict=True):
-        factory.slot.load(adapter)
-        expected.append(float(factory.model(**factory.inputs.collate(sequences, torch.device("cpu"))).loss))
+        trainer.slot.load(adapter)
+        expected.append(float(trainer.model(**trainer.inputs.collate(sequences, torch.device("cpu"))).loss))
     assert found == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
 def test_states_are_of_the_base_alone_and_one_row_an_example(
-    case: tuple[Path, list[Task]], factory: AdapterFactory
+    case: tuple[Path, list[Task]], trainer: LoRATrainer
 ) -> None:
     examples = case[1][0].examples("train")
-    states = example_states(factory, examples[:3])
+    states = example_states(trainer, examples[:3])
     assert states.shape == (3, 3 * 32)
     assert torch.isfinite(states).all()
-    factory.slot.load(factory.initial + 0.3)
-    assert torch.allclose(example_states(factory, examples[:3]), states, atol=1e-6)
-    assert torch.allclose(example_states(factory, examples[1:2])[0], states[1], atol=1e-4), "padding has no effect"
+    trainer.slot.load(trainer.initial + 0.3)
+    assert torch.allclose(example_states(trainer, examples[:3]), states, atol=1e-6)
+    assert torch.allclose(example_states(trainer, examples[1:2])[0], states[1], atol=1e-4), "padding has no effect"
 
 
 def test_stage_two_learns_and_adapters_come_from_examples(
@@ -97,13 +97,13 @@ def test_stage_two_learns_and_adapters_come_from_examples(
     zoo = collect_adapters(tasks, folder, tmp_path / "zoo", SETTINGS)
     settings = replace(TRAIN, text_encoder=str(pico_encoder_folder))
     generator = train_generator(zoo, tmp_path / "generator", settings, tasks=tasks, base_model=folder)
-    factory = open_factory(folder, SETTINGS, Accelerator(cpu=True), tasks)
+    trainer = open_trainer(folder, SETTINGS, Accelerator(cpu=True), tasks)
     examples = tasks[0].examples("train")[:4]
-    with torch.no_grad(), factory.slot.disabled():
-        rows = [factory.validation(tasks[0])]
-        base = float(query_loss(factory, torch.zeros(1, factory.layout.size), rows))
-        condition = {"hidden": example_states(factory, examples).mean(0, keepdim=True)}
-        generated = float(query_loss(factory, generator.generate_vector(condition), rows))
+    with torch.no_grad(), trainer.slot.disabled():
+        rows = [trainer.validation(tasks[0])]
+        base = float(query_loss(trainer, torch.zeros(1, trainer.layout.size), rows))
+        condition = {"hidden": example_states(trainer, examples).mean(0, keepdim=True)}
+        generated = float(query_loss(trainer, generator.generate_vector(condition), rows))
     assert generated < base - 0.1
     model = generator.generate_adapter(base_model=folder, examples=examples, refine_steps=3)
     assert model.active_adapters == ["default"]

@@ -12,7 +12,7 @@ from helpers.stage_2 import CutOff, make_tasks
 
 from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.losses import query_loss
@@ -54,10 +54,10 @@ def folder(
 
 
 def losses(zoo: AdapterZoo, base: Path, adapters: dict[str, torch.Tensor]) -> dict[str, float]:
-    factory = zoo_factory(zoo, base, Accelerator(cpu=True), zoo.layout)
-    with torch.no_grad(), factory.slot.disabled():
+    trainer = zoo_factory(zoo, base, Accelerator(cpu=True), zoo.layout)
+    with torch.no_grad(), trainer.slot.disabled():
         return {
-            task.name: float(query_loss(factory, adapters[task.name][None], [factory.encode(task.examples("train"))]))
+            task.name: float(query_loss(trainer, adapters[task.name][None], [trainer.encode(task.examples("train"))]))
             for task in make_tasks()
         }
 
@@ -137,7 +137,7 @@ def test_a_training_that_was_cut_off_goes_on_after_its_last_specialist(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     short = replace(arguments, specialist_steps=4, multitask_steps=2)
-    trained, labels = AdapterFactory.fit, []
+    trained, labels = LoRATrainer.fit, []
 
     def cut_off(self, batches, validation, kept, label, **options):
         labels.append(label)
@@ -151,7 +151,7 @@ def test_a_training_that_was_cut_off_goes_on_after_its_last_specialist(
         assert [path.name for path in output.parent.iterdir()] == ["generator"]
         return generator.state_dict()
 
-    monkeypatch.setattr(AdapterFactory, "fit", cut_off)
+    monkeypatch.setattr(LoRATrainer, "fit", cut_off)
     interrupted_at = 0
     whole, expected = train("whole"), list(labels)
     labels.clear()
@@ -174,9 +174,9 @@ def test_specialists_need_the_tasks_examples(zoo: AdapterZoo, arguments: TrainAr
 
 
 def test_a_run_can_start_from_given_weights(zoo: AdapterZoo, pico_model_folder: Path) -> None:
-    factory = zoo_factory(zoo, pico_model_folder, Accelerator(cpu=True), zoo.layout)
+    trainer = zoo_factory(zoo, pico_model_folder, Accelerator(cpu=True), zoo.layout)
     start = zoo.final("code", "seed-0")
-    factory.arguments = replace(factory.arguments, learning_rate=1e-9)
-    sequences = factory.encode(make_tasks()[0].examples("train"))
-    snapshots, _, _ = factory.fit(iter([sequences[:4]] * 2), [sequences[:4]], [2], "prose", start=start)
+    trainer.arguments = replace(trainer.arguments, learning_rate=1e-9)
+    sequences = trainer.encode(make_tasks()[0].examples("train"))
+    snapshots, _, _ = trainer.fit(iter([sequences[:4]] * 2), [sequences[:4]], [2], "prose", start=start)
     torch.testing.assert_close(snapshots[0], start, rtol=0, atol=1e-6)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from helpers.runs import SMALL, text_task
 
 from lora_factory.collection.scheduler import Failures
-from lora_factory.collection.trainer import AdapterFactory
+from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.utils import checkpoint as training_state
 from lora_factory.utils.checkpoint import RunCheckpoint, read_state, write_state
@@ -29,14 +29,14 @@ class Cut(Exception):
 
 
 @pytest.fixture
-def factory(pico_model, pico_tokenizer) -> AdapterFactory:
+def trainer(pico_model, pico_tokenizer) -> LoRATrainer:
     for layer in pico_model.model.layers:
         layer.self_attn.attention_dropout = 0.3  # so that random numbers are drawn
-    return AdapterFactory.attach(pico_model, pico_tokenizer, SETTINGS, "pico/llama", Accelerator(cpu=True))
+    return LoRATrainer.attach(pico_model, pico_tokenizer, SETTINGS, "pico/llama", Accelerator(cpu=True))
 
 
 def train(
-    factory: AdapterFactory, folder: Path | None = None, *, cut: int = 0, key: str = "key", seed: int = 3
+    trainer: LoRATrainer, folder: Path | None = None, *, cut: int = 0, key: str = "key", seed: int = 3
 ) -> tuple[RunRecord, torch.Tensor, list[int]]:
     steps = []
 
@@ -48,18 +48,16 @@ def train(
 
     checkpoint = RunCheckpoint(folder, key, every=3) if folder else None
     torch.rand(cut + 1)  # what others draw is of no effect
-    return *factory.train(TASK, seed, "prose", checkpoint=checkpoint, on_step=on_step), steps
+    return *trainer.train(TASK, seed, "prose", checkpoint=checkpoint, on_step=on_step), steps
 
 
 @pytest.mark.parametrize(("cut", "left"), [(2, 8), (3, 8), (5, 5), (8, 2)])
-def test_a_run_that_was_cut_off_continues_exactly(
-    factory: AdapterFactory, tmp_path: Path, cut: int, left: int
-) -> None:
-    record, snapshots, _ = train(factory)
+def test_a_run_that_was_cut_off_continues_exactly(trainer: LoRATrainer, tmp_path: Path, cut: int, left: int) -> None:
+    record, snapshots, _ = train(trainer)
     with pytest.raises(Cut):
-        train(factory, tmp_path / "state", cut=cut)
-    train(factory, seed=4)  # another run in the same slot in between
-    again, resumed, steps = train(factory, tmp_path / "state")
+        train(trainer, tmp_path / "state", cut=cut)
+    train(trainer, seed=4)  # another run in the same slot in between
+    again, resumed, steps = train(trainer, tmp_path / "state")
     assert torch.equal(resumed, snapshots)
     assert again == record
     assert len(steps) == left, "as many steps as were missing since the last save"
@@ -92,15 +90,15 @@ def alter(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip, spoil, lose, alter])
 def test_a_damaged_state_is_named_and_not_used(
-    factory: AdapterFactory, tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
+    trainer: LoRATrainer, tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(Cut):
-        train(factory, tmp_path / "state", cut=5)
+        train(trainer, tmp_path / "state", cut=5)
     damage(tmp_path / "state")
-    _, resumed, steps = train(factory, tmp_path / "state")
+    _, resumed, steps = train(trainer, tmp_path / "state")
     assert f"{tmp_path / 'state'} is damaged, the run starts over" in caplog.text
     assert len(steps) == SETTINGS.steps
-    assert torch.equal(resumed, train(factory)[1])
+    assert torch.equal(resumed, train(trainer)[1])
 
 
 def test_a_state_with_bytes_altered_at_random_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -130,30 +128,30 @@ def test_a_note_of_failures_that_was_altered_is_named(tmp_path: Path) -> None:
             failures.reasons(["a@seed-0"])
 
 
-def test_the_state_of_other_settings_is_not_taken_up(factory: AdapterFactory, tmp_path: Path) -> None:
+def test_the_state_of_other_settings_is_not_taken_up(trainer: LoRATrainer, tmp_path: Path) -> None:
     with pytest.raises(Cut):
-        train(factory, tmp_path / "state", cut=5)
-    assert len(train(factory, tmp_path / "state", key="other")[2]) == SETTINGS.steps
+        train(trainer, tmp_path / "state", cut=5)
+    assert len(train(trainer, tmp_path / "state", key="other")[2]) == SETTINGS.steps
 
 
-def test_the_folder_holds_no_pickle(factory: AdapterFactory, tmp_path: Path) -> None:
+def test_the_folder_holds_no_pickle(trainer: LoRATrainer, tmp_path: Path) -> None:
     with pytest.raises(Cut):
-        train(factory, tmp_path / "state", cut=7)
+        train(trainer, tmp_path / "state", cut=7)
     assert {path.name for path in (tmp_path / "state").iterdir()} == {"state.json", "state.safetensors"}
 
 
 def test_a_full_disk_is_named_and_leaves_the_last_state(
-    factory: AdapterFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: LoRATrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Cut):
-        train(factory, tmp_path / "state", cut=5)
+        train(trainer, tmp_path / "state", cut=5)
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"cannot write.*No space left.*make room"):
         patch.setattr(training_state, "save_file", full)
-        train(factory, tmp_path / "state")
-    _, resumed, steps = train(factory, tmp_path / "state")
+        train(trainer, tmp_path / "state")
+    _, resumed, steps = train(trainer, tmp_path / "state")
     assert steps[0] == 4
-    assert torch.equal(resumed, train(factory)[1])
+    assert torch.equal(resumed, train(trainer)[1])

@@ -48,9 +48,9 @@ def test_the_slot_is_the_layouts(
         tasks.append(Task.from_examples(name, [f"Write {name}."], rows, rows[:1], rows[:1]))
     settings = ImportArguments(base_model=str(pico_model_folder))
     zoo = import_adapters([tmp_path / "fox", tmp_path / "code"], tmp_path / "zoo", settings).zoo
-    factory = zoo_factory(zoo, None, Accelerator(cpu=True), zoo.layout, tasks)
-    assert factory.layout.modules == zoo.layout.modules
-    assert train_multitask(factory, tasks, seed=0, steps=1).shape == (zoo.layout.size,)
+    trainer = zoo_factory(zoo, None, Accelerator(cpu=True), zoo.layout, tasks)
+    assert trainer.layout.modules == zoo.layout.modules
+    assert train_multitask(trainer, tasks, seed=0, steps=1).shape == (zoo.layout.size,)
     arguments = TrainArguments(steps=2, text_encoder=str(pico_encoder_folder), width=32, depth=1, specialist_steps=2)
     generator = train_generator(zoo, tmp_path / "generator", arguments, tasks=tasks)
     assert generator.layout.modules == zoo.layout.modules

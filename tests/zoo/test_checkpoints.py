@@ -19,10 +19,10 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TrainArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.training.train import train_generator
-from lora_factory.zoo import snapshots as snapshots_module
+from lora_factory.zoo import checkpoints as snapshots_module
 from lora_factory.zoo import store as zoo_module
+from lora_factory.zoo.checkpoints import StoredRows, open_checkpoints, zoo_statistics
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.snapshots import StoredRows, open_snapshots, zoo_statistics
 from lora_factory.zoo.store import AdapterZoo
 
 RUN_FILE = "checkpoints.safetensors"
@@ -77,18 +77,18 @@ def test_rows_on_disk_are_those_of_a_tensor(zoo: AdapterZoo) -> None:
 def test_a_wider_layout_pads_rows(zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch) -> None:
     wider = zoo.layout.with_rank(3)
     expected = zoo.layout.widen(zoo.snapshots("a"), wider)
-    held = open_snapshots(zoo, wider)
+    held = open_checkpoints(zoo, wider)
     assert torch.equal(held["a"][:], expected)
     monkeypatch.setattr(snapshots_module, "HELD_BYTES", 0)
-    assert torch.equal(open_snapshots(zoo, wider)["a"][2:5], expected[2:5])
+    assert torch.equal(open_checkpoints(zoo, wider)["a"][2:5], expected[2:5])
 
 
 def test_only_zoos_beyond_the_budget_stay_on_disk(zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 9 * zoo.layout.size * 4
     monkeypatch.setattr(snapshots_module, "HELD_BYTES", size)
-    assert all(isinstance(rows, torch.Tensor) for rows in open_snapshots(zoo).values())
+    assert all(isinstance(rows, torch.Tensor) for rows in open_checkpoints(zoo).values())
     monkeypatch.setattr(snapshots_module, "HELD_BYTES", size - 1)
-    assert all(isinstance(rows, StoredRows) for rows in open_snapshots(zoo).values())
+    assert all(isinstance(rows, StoredRows) for rows in open_checkpoints(zoo).values())
 
 
 def test_statistics_do_not_depend_on_the_chunks(zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The snapshots that a generator learns from: held in memory, or read row by row from a zoo that is larger."""
+"""The checkpoints that a generator learns from: held in memory, or read row by row from a zoo that is larger."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from lora_factory.zoo.store import AdapterZoo
 
 
-HELD_BYTES = 1 << 30  # a zoo whose snapshots take more than this in float32 stays on disk
-_CHUNK_BYTES = 64 << 20  # of snapshots that the statistics look at together
+HELD_BYTES = 1 << 30  # a zoo whose checkpoints take more than this in float32 stays on disk
+_CHUNK_BYTES = 64 << 20  # of checkpoints that the statistics look at together
 _BLOCK_BYTES = 4 << 20  # of these whose squares are taken at once
 
 
 @dataclass(frozen=True)
 class ZooStatistics:
-    """What one pass over all snapshots tells; every tensor has the shape ``(D,)``.
+    """What one pass over all checkpoints tells; every tensor has the shape ``(D,)``.
 
     Attributes:
-        mean: Mean over the tasks of their mean snapshot.
-        deviation: Mean square deviation of all snapshots from ``mean``.
-        within: Mean over the tasks of the variance among their snapshots.
+        mean: Mean over the tasks of their mean checkpoint.
+        deviation: Mean square deviation of all checkpoints from ``mean``.
+        within: Mean over the tasks of the variance among their checkpoints.
     """
 
     mean: Tensor
@@ -34,8 +34,8 @@ class ZooStatistics:
     within: Tensor
 
 
-def open_snapshots(zoo: AdapterZoo, layout: AdapterLayout | None = None) -> dict[str, SnapshotRows]:
-    """The snapshots of all tasks of a zoo, in memory if they take `HELD_BYTES` at most, else on disk.
+def open_checkpoints(zoo: AdapterZoo, layout: AdapterLayout | None = None) -> dict[str, SnapshotRows]:
+    """The checkpoints of all tasks of a zoo, in memory if they take `HELD_BYTES` at most, else on disk.
 
     What is trained on them is the same either way.
 
@@ -51,7 +51,7 @@ def open_snapshots(zoo: AdapterZoo, layout: AdapterLayout | None = None) -> dict
 
 
 class StoredRows:
-    """The snapshots of one task of a zoo, all runs in natural order; only what is asked for is read.
+    """The checkpoints of one task of a zoo, all runs in natural order; only what is asked for is read.
 
     A file's SHA-256 is checked before its first row is read, once in the zoo's lifetime.
 
@@ -67,11 +67,11 @@ class StoredRows:
         self.runs = [(run, len(zoo.record(task, run).snapshot_steps)) for run in zoo.runs(task)]
 
     def __len__(self) -> int:
-        """The number of snapshots."""
+        """The number of checkpoints."""
         return sum(count for _, count in self.runs)
 
     def __getitem__(self, index: int | slice) -> Tensor:
-        """One snapshot ``(D,)``, or consecutive ones ``(n, D)``."""
+        """One checkpoint ``(D,)``, or consecutive ones ``(n, D)``."""
         wanted = range(len(self))[index]
         if isinstance(wanted, int):
             return self[wanted : wanted + 1][0]
@@ -85,19 +85,19 @@ class StoredRows:
         return rows_found if self.layout is self.zoo.layout else self.zoo.layout.widen(rows_found, self.layout)
 
 
-# The snapshots of one task, `(n, D)` in float32 on the CPU: in memory, or on disk and read when they are asked for.
+# The checkpoints of one task, `(n, D)` in float32 on the CPU: in memory, or on disk and read when they are asked for.
 SnapshotRows = Tensor | StoredRows
 
 
 def in_parts(rows: SnapshotRows) -> Iterator[Tensor]:
-    """All snapshots of a task in order, 64 MB of them together at most, each part of shape ``(n, D)``."""
+    """All checkpoints of a task in order, 64 MB of them together at most, each part of shape ``(n, D)``."""
     together = max(1, _CHUNK_BYTES // (4 * rows[0].numel()))
     for start in range(0, len(rows), together):
         yield rows[start : start + together]
 
 
-def mean_snapshot(rows: SnapshotRows) -> Tensor:
-    """The mean of a task's snapshots, one or more, of shape ``(D,)``; looks at 64 MB of them at a time."""
+def mean_checkpoint(rows: SnapshotRows) -> Tensor:
+    """The mean of a task's checkpoints, one or more, of shape ``(D,)``; looks at 64 MB of them at a time."""
     total = torch.zeros_like(rows[0], dtype=torch.float64)
     for part in in_parts(rows):
         total += part.sum(0)
@@ -106,10 +106,10 @@ def mean_snapshot(rows: SnapshotRows) -> Tensor:
 
 @torch.no_grad()
 def zoo_statistics(weights: Mapping[str, SnapshotRows]) -> ZooStatistics:
-    """Mean and spread of all snapshots, in one pass that looks at 64 MB of them at a time.
+    """Mean and spread of all checkpoints, in one pass that looks at 64 MB of them at a time.
 
     Args:
-        weights: Snapshots of every task, at least one.
+        weights: Checkpoints of every task, at least one.
     """
     size = next(iter(weights.values()))[0].numel()
     everything = _Moments.of(torch.zeros(0, size))
