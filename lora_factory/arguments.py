@@ -32,7 +32,7 @@ MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # of a generator's network; beyond these a 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOptions:
-    """How examples become token sequences.
+    """Settings for turning examples into token sequences.
 
     Attributes:
         sequence_length: Tokens per sequence at most.
@@ -49,7 +49,7 @@ class TokenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectArguments:
-    """How one LoRA per task and seed is fine-tuned, and which of its checkpoints are kept.
+    """Settings for fine-tuning one LoRA per task and seed, and for the checkpoints that are kept.
 
     LoRA: rank, lora_alpha, target_modules.
     Optimiser: steps, epochs, batch_size, gradient_accumulation, learning_rate, seeds.
@@ -145,13 +145,13 @@ class CollectArguments:
 
     @property
     def tokens(self) -> TokenOptions:
-        """How examples become token sequences."""
+        """Settings for turning examples into token sequences."""
         return TokenOptions(**{one.name: getattr(self, one.name) for one in fields(TokenOptions)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArguments:
-    """Which adapters a zoo takes in, and in which form.
+    """Settings for importing adapters into a zoo.
 
     LoRA: base_model, base_revision, rank, canonical.
     Output: snapshots, run_name.
@@ -191,7 +191,7 @@ class ImportArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """How the generator is trained on a zoo.
+    """Settings for training a generator on a zoo.
 
     Generator: decoder, width, depth, conv_depth, text_encoder, image_encoder.
     LoRA: base_rank.
@@ -285,7 +285,7 @@ class TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments:
-    """How methods are compared.
+    """Settings for comparing methods.
 
     LoRA: multitask_rank.
     Optimiser: seeds, refine_steps, multitask_learning_rate.
@@ -323,7 +323,7 @@ class CompareArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
-    """How the whole pipeline runs on an embedded real model and on text found in the running Python environment.
+    """Settings for the demo: the whole pipeline on a real model and on text of the running Python environment.
 
     Data: base_model.
     Resources: fast.
@@ -382,7 +382,7 @@ def converted(name: str, kind: Any, value: Any) -> Any:  # noqa: ANN401
 
 
 def expectation(kind: Any) -> str:  # noqa: ANN401
-    """What a value of an option of this type must be, as the end of a sentence about it."""
+    """Describe the values of an option's type, as the end of a sentence."""
     return f"must be a list of {_MANY[get_args(kind)[0]]}" if get_origin(kind) is tuple else f"must be {_ONE[kind]}"
 
 

@@ -273,7 +273,7 @@ def _check_base(base: nn.Module, layout: AdapterLayout) -> None:
 
 
 def _missing_module(base: nn.Module, layout: AdapterLayout, path: str) -> str:
-    """What to say where a base model has not the module of an adapter."""
+    """Explain that a base model lacks a module of an adapter."""
     modules, expert = modules_by_path(base), re.search(r"(?:^|\.)experts\.\d+\.", path)
     stacked = [
         name
@@ -290,7 +290,7 @@ def _missing_module(base: nn.Module, layout: AdapterLayout, path: str) -> str:
 
 
 def _remedy(base: nn.Module, layout: AdapterLayout) -> str:
-    """Which base model to give instead; a model of the name that the adapter gives must be another version of it."""
+    """Name the base model to pass instead; a model with the adapter's base name must be another version of it."""
     if getattr(getattr(base, "config", None), "name_or_path", None) != layout.base_model:
         return f"pass base_model={layout.base_model!r}"
     return (

@@ -26,7 +26,7 @@ GENERATION_FILE, CONDITION_FILE = "generation.json", "condition.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How an adapter was made; ``generation.json``.
+    """The record of how an adapter was generated; ``generation.json``.
 
     Attributes:
         text: What it is for, as it was given.

@@ -62,7 +62,7 @@ class TokenGroup:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Which weights an adapter has, in which order, and for which base model.
+    """The weights of an adapter, their order in the flat vector, and their base model.
 
     The flat vector holds the modules in natural order (numbers compared as numbers), A before B, each row-major.
     A token is one rank slice: `A[i].flatten()` or `B[:, i].flatten()`.
@@ -415,5 +415,5 @@ class _Segment:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; their extremes tell, in a pass that is many times as fast as one by one."""
+    """Return whether all numbers are finite, from their extremes, which is many times as fast as one by one."""
     return tensor.dtype in PRECISIONS and (not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()))

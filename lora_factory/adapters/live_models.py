@@ -59,7 +59,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    """Whether adapters of PEFT, or of transformers' ``add_adapter``, are in a model's modules."""
+    """Return whether a model's modules hold adapters of PEFT or of transformers' ``add_adapter``."""
     return any(True for _ in _adapted_layers(model))
 
 

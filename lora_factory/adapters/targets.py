@@ -1,4 +1,4 @@
-"""Which modules of a base model a LoRA goes into, by the names that a user gives."""
+"""Find the modules of a base model that get a LoRA, by the names that a user gives."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _all_linear(model: nn.Module, linear: set[str]) -> list[str]:
 
 
 def _is_plain(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether PEFT adapts a module as such."""
+    """Return whether PEFT adapts a module of this type."""
     return isinstance(module, (*_LINEAR, nn.Embedding, _ConvNd)) and not _is_refused(model, path)
 
 

@@ -65,7 +65,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _continues(options: argparse.Namespace) -> bool:
-    """Whether what a command has done so far is kept for the next time."""
+    """Return whether a command that is started again continues."""
     if options.run is _train:  # stage 2 alone keeps what is done
         return bool(options.base_steps or options.specialist_steps)
     return bool(options.continues or (options.run is _evaluate and options.generator))

@@ -1,4 +1,4 @@
-"""What commands print; rich is imported when something is."""
+"""Print for commands; rich is imported when something is printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a collection is: one bar with the remaining time, and Accelerate's trackers; both in the main process."""
+"""Show the progress of a collection: a bar with the remaining time, and Accelerate's trackers, in the main process."""
 
 from __future__ import annotations
 

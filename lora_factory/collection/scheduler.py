@@ -67,7 +67,7 @@ class PlannedRun:
         return f"{self.task.name}@{self.run}"
 
     def __str__(self) -> str:
-        """What users read."""
+        """List the failed runs with their reasons."""
         return f"{self.task.name}/{self.run}"
 
 
@@ -264,7 +264,7 @@ class Collection:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _is_finished(self, planned: PlannedRun) -> bool:
-        """Whether the zoo holds this run, made with these settings on this text."""
+        """Return whether the zoo holds this run, made with these settings on this text."""
         task, run = planned.task, planned.run
         if not self.zoo.has_run(task.name, run):
             return False
@@ -288,7 +288,7 @@ class Collection:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a run that failed may succeed when it is tried again: what the machine did, not what it was given.
+    """Return whether a failed run may succeed when tried again: the machine failed, not the input.
 
     Memory, devices and disks fail with a RuntimeError, MemoryError or OSError; a wrong setting, damaged data or a loss
     that is not finite comes again with the same seed.
@@ -343,11 +343,11 @@ class Failures:
         return reason
 
     def count(self, name: str) -> int:
-        """How many attempts at a run failed in this launch."""
+        """Count the failed attempts at a run in this launch."""
         return sum(attempt.get("launch") == self.launch for attempt in self._attempts(name))
 
     def given_up(self, name: str, retries: int) -> bool:
-        """Whether this launch tries a run no more: it failed too often, or in a way that would come again."""
+        """Return whether this launch gives a run up: it failed too often, or would fail again."""
         return self.count(name) > retries or any(
             attempt.get("launch") == self.launch and attempt.get("final") for attempt in self._attempts(name)
         )

@@ -97,7 +97,7 @@ def _write_corpus(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file of the folder has the hash in SHA256SUMS, which lists the task files and the data."""
+    """Return whether every file of the folder has its hash in SHA256SUMS, which lists task files and data."""
     if not (folder / _SUMS).is_file():
         return False
     sums = [line.split("  ", 1) for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()]

@@ -49,7 +49,7 @@ def storage(methods: ComparedMethods) -> list[dict[str, Any]]:
     rows = {
         "data set": sum(len((example.prompt + example.completion).encode()) for example in examples),
         "all LoRA checkpoints": sum(map(len, methods.weights.values())) * adapter,
-        "one LoRA a task": len(methods.weights) * adapter,
+        "one LoRA per task": len(methods.weights) * adapter,
         "uniform soup": adapter,
         "COND P-DIFF": _bytes(methods.diffusion(methods.seeds[0])),
         "generator": _bytes(methods.fold.generator),

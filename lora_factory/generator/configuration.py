@@ -1,4 +1,4 @@
-"""The generator's configuration: what it writes adapters for, what it listens to, and how large it is."""
+"""The generator's configuration: its adapters' layout, its modalities and its sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CVAELoRAConfig(PreTrainedConfig):
 
     Args:
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
-        modalities: Width of every task vector that the generator listens to, for example ``{"text": 384}``.
+        modalities: Width of the task vectors of every modality of conditions, for example ``{"text": 384}``.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.
         image_encoder: Hub id (or folder) of the image encoder of the ``image`` modality.
         tasks: The tasks of the zoo that it was trained on: ``{"name", "descriptions", "license",

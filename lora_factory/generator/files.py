@@ -65,7 +65,7 @@ _REQUEST_SECONDS = 10.0
 
 @dataclass
 class GeneratorSource:
-    """Where a generator comes from; hands out its files, each inside of the folder and no larger than expected.
+    """The folder or repository of a generator; gives its files, each inside of the folder and no larger than expected.
 
     Attributes:
         name: A folder or a Hub id.
@@ -109,7 +109,7 @@ class GeneratorSource:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the name is that of a folder here."""
+        """Whether the name is that of a local folder."""
         return Path(self.name).is_dir()
 
     @property
@@ -205,7 +205,7 @@ def _config_file(source: GeneratorSource) -> Path:
 
 
 def read_training_record(source: GeneratorSource) -> dict[str, Any] | None:
-    """What a generator's ``training.json`` holds; None, with a warning where it is there and cannot be read."""
+    """Read a generator's ``training.json``; None, with a warning when it exists and cannot be read."""
     if source.is_folder and not os.path.lexists(Path(source.name, TRAINING_FILE)):
         return None
     try:
@@ -283,7 +283,7 @@ def check_public_names(config: CVAELoRAConfig, source: str) -> None:
 
 
 def is_public_name(name: str) -> bool:
-    """Whether a model's name is a Hub id, or one of open_clip's own names, and so means the same everywhere."""
+    """Return whether a model's name is a Hub id or one of open_clip's names, which mean the same on every machine."""
     if name.startswith("open_clip:"):
         name = name.removeprefix("open_clip:")
         if not name.startswith("hf-hub:"):

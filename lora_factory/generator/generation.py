@@ -30,7 +30,7 @@ from lora_factory.utils.versions import versions
 
 @dataclass(frozen=True)
 class Order:
-    """What a user asks of a generator; the fields are the arguments of ``generate_adapter``.
+    """A request for one adapter; the fields are the arguments of ``generate_adapter``.
 
     Whatever a user may hand in for them is brought into one form: numpy integers, iterators, pairs, dictionaries.
 
@@ -68,8 +68,8 @@ def fulfil(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Generate an adapter and, where examples are given, refine it on them.
 
-    A generator that does not listen to examples takes them for the second alone, if there is something else to listen
-    to.
+    A generator that is not conditioned on examples uses them for the refinement alone, if there is another
+    condition.
 
     Args:
         generator: Writes the adapter.

@@ -1,4 +1,4 @@
-"""What a generator pushes to the Hub: its files and cards, and those of adapters that it writes."""
+"""Write the repositories of a generator and of the adapters that it generates: files and cards."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def generator_writer(
     tags: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Writer:
-    """What writes all files of a generator's repository, the card last; see `CVAELoRAGenerator.push_to_hub`.
+    """Return a function that writes a generator's repository, the card last; see `CVAELoRAGenerator.push_to_hub`.
 
     Raises:
         LoraFactoryError: When the comparison cannot be read, or is one of another base model.
@@ -151,7 +151,7 @@ def adapter_writer(
     tags: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Writer:
-    """What writes all files of a generated adapter's repository; see `CVAELoRAGenerator.push_adapter`."""
+    """Return a function that writes a generated adapter's repository; see `CVAELoRAGenerator.push_adapter`."""
     check_base_model(generator.layout)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 
@@ -174,7 +174,7 @@ def adapters_writer(
     tags: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Writer:
-    """What writes a repository with a folder for each of several adapters; see `CVAELoRAGenerator.push_adapters`."""
+    """Return a function that writes a repository with a folder per adapter; see `CVAELoRAGenerator.push_adapters`."""
     check_base_model(generator.layout)
     origins = origins_of(generator, *about_model(generator.layout.base_model, token))
 

@@ -327,7 +327,7 @@ class CVAELoRAGenerator(ConditionalVAE):
 
         Args:
             texts: What each adapter is for, by its name.
-            repo_id: Hub id. One repository gets a folder an adapter, in one commit; with ``collection`` each adapter
+            repo_id: Hub id. One repository gets a folder per adapter, in one commit; with ``collection`` each adapter
                 goes to the repository ``<repo_id>-<name>``.
             collection: Title of the collection, made in the namespace of ``repo_id`` if it is not there.
             seed: Seed of the samples; of no effect at temperature 0.

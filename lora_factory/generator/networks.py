@@ -22,12 +22,12 @@ SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be
 
 @dataclass
 class GeneratorOutput(ModelOutput):
-    """What ``CVAELoRAGenerator.forward`` returns.
+    """The output of ``CVAELoRAGenerator.forward``.
 
     Attributes:
         loss: The objective to minimise.
         reconstruction: Mean squared error of the standardised weights; 1 is what the bias adapter alone would reach.
-        kl: KL(posterior, prior) in nats an adapter, batch mean.
+        kl: KL(posterior, prior) in nats per adapter, batch mean.
         active_latents: How many latents carry more than 0.01 nats.
     """
 
@@ -111,7 +111,7 @@ class ConditionStandardiser(nn.Module):
         return {name: self(name, vectors) for name, vectors in conditions.items()}
 
     def length(self, name: str) -> float:
-        """How far a task vector is from the mean one, in the units of the encoder."""
+        """The root mean square distance of task vectors from their mean, in the units of the encoder."""
         spanned = self.spanned(name)
         stretch = self.get_buffer(f"{name}_basis")[:spanned].norm(dim=1).mean().clamp_min(1e-12)
         return float(self.get_buffer(f"{name}_scale") / stretch) * math.sqrt(spanned)

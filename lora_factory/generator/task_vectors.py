@@ -59,7 +59,7 @@ def open_reader(
     base_model: str | Path | PreTrainedModel | PeftModel | None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
 ) -> FrozenBase:
-    """The same with its tokenizer, or for examples with images its processor.
+    """The live base model of a layout with its tokenizer, or with its processor for examples with images.
 
     Raises:
         LoraFactoryError: When a live model comes without its tokenizer.

@@ -172,7 +172,7 @@ class ConditionalVAE(PreTrainedModel):
     def standard_vector(
         self, conditions: Mapping[str, torch.Tensor], batch: int, seed: int = 0, temperature: float = 0.0
     ) -> torch.Tensor:
-        """What :meth:`generate_vector` adds to the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
+        """The difference of generated weights from the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
 
         No condition at all is a valid one: every modality is then replaced by its learned absence. A known task's
         adapter, where one is recalled, has nothing of z, and varies by the predicted spread alone. After stage 2 with

@@ -1,4 +1,4 @@
-"""What kind of base model adapters are for, as cards say it: its pipeline tag and the class that loads it."""
+"""The kind of a base model for cards: its pipeline tag and the class that loads it."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ _RESULTS_OF = {  # a comparison's methods that go into the model index, with the
 
 @dataclass(frozen=True, kw_only=True)
 class Origins:
-    """What something was made from, and what it inherits.
+    """The base model and the tasks that something was made from, and the licence that it inherits.
 
     Attributes:
         base_model: Hub id (or folder) of the base model.
@@ -86,7 +86,7 @@ class Origins:
 
 @dataclass(frozen=True, kw_only=True)
 class _Card:
-    """What all cards hold.
+    """The fields of all cards.
 
     Attributes:
         title: Name of the repository's content: folder or Hub id.
@@ -209,12 +209,12 @@ def keep_handwritten(card: str, old: str) -> str:
 
 
 def has_handwriting(card: str) -> bool:
-    """Whether people have added something to the text of a card."""
+    """Return whether people have added something to the text of a card."""
     return any(part.strip() for part in _handwritten(split_card(card)[1]))
 
 
 def _handwritten(body: str) -> list[str]:
-    """What of a card's text is not ours, a section each."""
+    """The sections of a card's text that people wrote."""
     ours = our_headings()
     sections = _sections(body)
     kept = [text for heading, text in sections[1:] if heading not in ours]

@@ -54,7 +54,7 @@ _PASSING_ERRORS = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemotePr
 
 
 class PushOptions(TypedDict, total=False):
-    """How something is pushed.
+    """Options of a push.
 
     Attributes:
         private: Whether a new repository is private; default: what its namespace says.
@@ -88,7 +88,7 @@ class OwnFiles:
     names: tuple[str, ...]
 
     def found_in(self, files: Collection[str]) -> set[str]:
-        """Those of a repository's files that a push of this kind wrote."""
+        """Select the files of a repository that a push of this kind wrote."""
         folders = {path[: -len(self.marks[0])] for path in files if path.count("/") == self.depth}
         ours = [folder for folder in folders if all(folder + mark in files for mark in self.marks)]
         return {folder + name for folder in ours for name in self.names if folder + name in files}
@@ -176,7 +176,7 @@ def push(
 
 
 def preview(write: Writer, repo_id: str) -> tuple[dict[str, int], str]:
-    """What a push would upload: the size in bytes of every file, and the card."""
+    """Make what a push would upload, without uploading it: the size in bytes of every file, and the card."""
     folder = _written(write, repo_id)
     try:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -384,14 +384,14 @@ def _patiently(request: Callable[[], Result]) -> Result:
 
 
 def _passes(error: Exception) -> bool:
-    """Whether a request may succeed when it is made again."""
+    """Return whether a request may succeed when it is made again."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING_STATUS
     return isinstance(error, _PASSING_ERRORS)
 
 
 def _asked_wait(error: Exception) -> float:
-    """How many seconds the Hub asks to wait before the next request."""
+    """The seconds that the Hub asks to wait before the next request."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(asked) if asked.isdecimal() else 0.0
 
@@ -470,7 +470,7 @@ class _Commit:
 
 
 def _holds(files: Mapping[str, RepoFile], operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> bool:
-    """Whether a commit has what these operations add, and nothing of what they delete."""
+    """Return whether a commit has all that these operations add, and nothing that they delete."""
     for operation in operations:
         file = files.get(operation.path_in_repo)
         if isinstance(operation, CommitOperationDelete):

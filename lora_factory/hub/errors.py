@@ -1,4 +1,4 @@
-"""What went wrong between us and the Hub, in a sentence that says what to do."""
+"""Turn errors of the Hub into sentences that say what to do."""
 
 from __future__ import annotations
 

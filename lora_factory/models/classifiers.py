@@ -116,7 +116,7 @@ def load_image_classifier(
 
 
 def is_image_classifier(name: str | Path, revision: str | None = None) -> bool:
-    """Whether a model's configuration can be read and there are image classifiers of its kind."""
+    """Return whether a model's configuration can be read and names an architecture with image classifiers."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What encoders of texts and of images share, and the towers of contrastive models, such as CLIP."""
+"""The base class of text and image encoders, and the towers of contrastive models such as CLIP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TWO_TOWERS = frozenset({"clip", "metaclip_2", "siglip", "siglip2"})
 
 
 class Encoder:
-    """What encoders of texts and of images share: the tower that computes, and unit vectors.
+    """The base class of text and image encoders: a tower computes vectors, which are normalised to length 1.
 
     Args:
         name_or_path: As the sub-class says.
@@ -114,7 +114,7 @@ class OpenClipText(OpenClip):
         return vectors
 
     def count(self, text: str) -> int:
-        """How many tokens a text has."""
+        """Count the tokens of a text."""
         inner = getattr(self._tokenizer, "tokenizer", None)  # transformers', in open_clip's wrapper
         if inner is not None:
             return len(inner(text, verbose=False).input_ids)

@@ -97,6 +97,6 @@ def _embedded_folder() -> Path:
 
 
 def _package_folder(package: str) -> Path | None:
-    """Where an installed package lies, found without importing it: importing would need its dependencies."""
+    """Find the folder of an installed package without importing it, which would need its dependencies."""
     spec = find_spec(package)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None

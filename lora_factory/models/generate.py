@@ -1,4 +1,4 @@
-"""How a causal language model answers prompts: greedily, until its answers are complete."""
+"""Let a causal language model answer prompts: greedily, until its answers are complete."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _AnswerReader(StoppingCriteria):
         self.lines = [1 + reference.rstrip().count("\n") for reference in references]
 
     def __call__(self, input_ids: Tensor, scores: object, **options: object) -> Tensor:
-        """Whether each row is complete, shape ``(rows,)``; `generate` itself sees to the end-of-text tokens."""
+        """Return whether each row is complete, shape ``(rows,)``; `generate` itself stops at end-of-text tokens."""
         texts = self._texts(input_ids)
         done = [text.count("\n") >= lines for text, lines in zip(texts, self.lines, strict=True)]
         return torch.tensor(done, device=input_ids.device)

@@ -107,6 +107,6 @@ def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike
 
 
 def image_channels(config: Any) -> int:  # noqa: ANN401
-    """How many colour channels a model's images have, from its configuration or that of its image tower."""
+    """The number of colour channels of a model's images, by its configuration or that of its image tower."""
     values = config.to_dict()
     return int(values.get("vision_config", values).get("num_channels", 3))

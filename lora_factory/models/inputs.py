@@ -1,4 +1,4 @@
-"""How examples become what a model reads: causal and sequence-to-sequence texts, and images with texts."""
+"""Turn examples into model inputs: causal and sequence-to-sequence texts, and images with texts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def collate(batch: Sequence[TokenSequence], pad_token_id: int, device: torch.dev
 
 
 def scored_tokens(batch: Sequence[TokenSequence]) -> int:
-    """How many tokens a model's loss on a batch is the mean over."""
+    """Count the tokens of a batch whose mean loss a model returns."""
     return sum(label != IGNORED for sequence in batch for label in sequence.labels[1:])
 
 
@@ -304,7 +304,7 @@ class ImageInputs:
         return rows
 
     def collate(self, rows: Sequence[ImageSequence], device: torch.device) -> dict[str, Tensor]:
-        """What the processor makes of images and prompts, and the answers as labels.
+        """Let the processor read images and prompts, and add the answers as labels.
 
         Raises:
             LoraFactoryError: When an image cannot be read.
@@ -371,7 +371,7 @@ class ImageInputs:
 
 
 def model_inputs(model: PreTrainedModel | PeftModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> ModelInputs:
-    """How a model reads examples: images where there is a processor, texts where there is a tokenizer alone."""
+    """Choose the inputs for a model: images with texts when there is a processor, else texts."""
     if isinstance(reader, ProcessorMixin):
         return ImageInputs(reader, bool(model.config.is_encoder_decoder))
     return Seq2SeqInputs(reader) if model.config.is_encoder_decoder else CausalInputs(reader)
@@ -395,7 +395,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, length: int, 
 
 
 def positions(model: PreTrainedModel | PeftModel) -> int | None:
-    """How many tokens a model has positions for, by its configuration; None where it does not say."""
+    """The number of positions of a model, in tokens, by its configuration; None where it does not say."""
     base = base_of(model)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:

@@ -97,7 +97,7 @@ def load_base_model(
 
 
 def base_source(layout: AdapterLayout, base_model: str | Path | None = None) -> tuple[str, str | None]:
-    """What to load as the base model of adapters: a Hub id or folder, and its commit where that is known.
+    """The base model to load for adapters: a Hub id or folder, and its commit if known.
 
     Args:
         layout: The adapters' layout, which names a base model and its commit.
@@ -209,7 +209,7 @@ def check_on_hub(name: str, revision: str | None, noun: str) -> None:
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401
-    """Which class loads a model; some that read images are causal language models as well, and the same class."""
+    """Choose the class that loads a model; some models that read images are causal language models as well."""
     ways = [
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
@@ -236,7 +236,7 @@ def _local_source(name: str, revision: str | None) -> str:
 
 
 def _quantized(bits: str, dtype: str | torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """What `from_pretrained` must be told to quantise a model while it is read."""
+    """The options of `from_pretrained` that quantise a model while it is read."""
     if bits not in ("4bit", "8bit"):
         raise LoraFactoryError(f"quantization={bits!r}: choose '4bit' or '8bit'")
     if find_spec("bitsandbytes") is None:

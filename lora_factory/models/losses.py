@@ -75,7 +75,7 @@ class FrozenBase:
 
     @property
     def inputs(self) -> ModelInputs:
-        """How examples become what the model reads."""
+        """The inputs of this model, made of examples."""
         return model_inputs(self.model, self.tokenizer)
 
 

@@ -56,7 +56,7 @@ class _SentenceEncoder:
         return masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
 
     def count(self, text: str) -> int:
-        """How many tokens a text has."""
+        """Count the tokens of a text."""
         return len(self.tokenizer(text, verbose=False).input_ids)
 
 

@@ -1,4 +1,4 @@
-"""What an adapter learns: tasks, task files, and the data behind them.
+"""Tasks, task files, and the data behind them.
 
 In: YAML or JSON task files, texts, tables, images, COCO annotations, Hub data sets.
 Out: `Task` with examples in three splits.

@@ -154,7 +154,7 @@ class ImageExample:
 
 
 def as_example(value: Example | ImageExample | str | Sequence[str]) -> Any:  # noqa: ANN401
-    """What a user gives as an example: a text is an answer to no prompt, a pair is prompt and answer."""
+    """Turn a user's example into an `Example`: a text is an answer without a prompt, a pair is prompt and answer."""
     if isinstance(value, ImageExample):
         return value
     return Example("", value) if isinstance(value, str) else Example(*value)

@@ -1,4 +1,4 @@
-"""Where images with prompts and answers come from: detection data in COCO's format, and the rows of data sets."""
+"""Sources of images with prompts and answers: detection data in COCO's format, and rows of data sets."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class CocoSource:
         """None: the files are local."""
 
     def relative_to(self, folder: Path) -> CocoSource:
-        """The same source, its paths taken as relative to ``folder``."""
+        """Return a copy of this source whose relative paths start at ``folder``."""
         path: str | dict[str, str] = (
             {split: str(folder / name) for split, name in self.path.items()}
             if isinstance(self.path, Mapping)
@@ -114,7 +114,7 @@ class RowSource:
 
     @property
     def rows(self) -> DataSource:
-        """Where the rows come from."""
+        """The source of the rows."""
         return DataSource(self.path, self.name, self.data_files, self.splits, revision=self.revision)
 
     @property
@@ -123,7 +123,7 @@ class RowSource:
         return self.rows.hub_id
 
     def relative_to(self, folder: Path) -> Self:
-        """The same source, its local paths taken as relative to ``folder``."""
+        """Return a copy of this source whose relative local paths start at ``folder``."""
         rows = self.rows.relative_to(folder)
         return replace(self, path=rows.path, data_files=rows.data_files)
 

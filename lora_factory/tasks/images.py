@@ -140,7 +140,7 @@ class ImageTask:
         return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
 
     def asking_for(self, positives: Sequence[str]) -> ImageTask:
-        """The same images, "yes" for some classes and "no" for the others; the former show what the task is.
+        """Return a task on these images with the answers "yes" for some classes and "no" for all others.
 
         Raises:
             LoraFactoryError: When there is no image of a class, or none that is not asked for.
@@ -228,7 +228,7 @@ def check_images(task: ImageTask) -> None:
 
 
 def language_tasks(tasks: Sequence[TaskKind | ImageTask]) -> list[TaskKind]:
-    """The same tasks, for what needs a model that writes.
+    """Return the tasks, or refuse those for image classifiers: the caller needs a model that writes text.
 
     Raises:
         LoraFactoryError: One of them is for image classifiers.
@@ -250,7 +250,7 @@ def _labelled(folder: Path) -> list[LabelledImage]:
 
 
 def _same_row(row: LabelledImage) -> Hashable:
-    """What says that two rows are one: an image in memory is the same object, and any other has the same value."""
+    """The key by which rows are equal: the object of an image in memory, and the value of anything else."""
     return (id(row.image) if isinstance(row.image, Image.Image) else row.image, row.label)
 
 

@@ -179,7 +179,7 @@ def _constant(name: str) -> str | None:
 
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What a JSON decoder makes of an object; one that has a key twice is refused."""
+    """Build a JSON object, and refuse one that has a key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

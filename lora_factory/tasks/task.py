@@ -136,7 +136,7 @@ class Task:
 
     @property
     def has_images(self) -> bool:
-        """Whether the examples are images with prompt and answer."""
+        """Return whether the examples are images with prompt and answer."""
         if self.data is None:
             return isinstance(self._examples["train"][0], ImageExample)
         return not isinstance(self.data, DataSource)

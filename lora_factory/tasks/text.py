@@ -33,7 +33,7 @@ _MAX_NAME_BYTES = 255  # of a file or folder, on all file systems in common use
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where a task's examples come from and which columns hold their text.
+    """A source of text examples: files or a data set of the Hub, and the columns that hold the text.
 
     Attributes:
         path: A data set's id on the Hub, a local folder of data files or one that `Dataset.save_to_disk` wrote, a
@@ -129,7 +129,7 @@ class DataSource:
         }
 
     def relative_to(self, folder: Path) -> DataSource:
-        """The same source, its local paths taken as relative to `folder`; ids on the Hub stay as they are."""
+        """Return a copy of this source whose relative local paths start at `folder`; Hub ids stay as they are."""
         if self.path in LOCAL_FORMATS:
             files = (self.data_files or {}).items()
             return replace(

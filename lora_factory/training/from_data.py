@@ -60,7 +60,7 @@ class Half:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What stage 2 draws of one task, in two halves that share no example: one supports while the other is queried.
+    """Data of one task for stage 2, in two halves without a common example: one is the support set, one the query set.
 
     Attributes:
         texts: Vectors of the descriptions, shape ``(descriptions, width)``.
@@ -108,7 +108,7 @@ def start_from(generator: CVAELoRAGenerator, bias: torch.Tensor) -> None:
 
 
 def head_parameters(generator: CVAELoRAGenerator) -> list[torch.Tensor]:
-    """What the generator's output, less the bias adapter, is linear in: the network's last layer, and the recalled."""
+    """The last layer's parameters and the stored adapters: scaling them scales what is added to the bias adapter."""
     network = generator.network
     last = network.outputs if isinstance(network, TokenCVAE) else network.decoder[-1]
     recalled = [generator.get_buffer("known_adapters")] if generator.config.recall is not None else []
@@ -137,7 +137,7 @@ def train_through_base(
             result that it would have had.
 
     Returns:
-        One record a validation: step, training loss and validation loss in nats a token, tokens read so far.
+        One record per validation: step, training loss and validation loss in nats per token, tokens read so far.
 
     Raises:
         LoraFactoryError: When a loss is not finite.
@@ -194,7 +194,7 @@ def train_through_base(
 
 @torch.no_grad()
 def validate(generator: CVAELoRAGenerator, trainer: LoRATrainer, data: Mapping[str, TaskData]) -> float:
-    """Mean validation loss over the tasks and over each single modality, in nats a token."""
+    """Mean validation loss over the tasks and over each single modality, in nats per token."""
     training = generator.training
     generator.eval()
     trainer.model.eval()
@@ -235,7 +235,7 @@ def _episode_loss(
 
 @dataclass(frozen=True)
 class _Mixture:
-    """What one adapter of a step is for: a task or a stretch of its examples, or several tasks in these shares."""
+    """The purpose of one adapter of a step: a task, neighbouring examples of a task, or several tasks with shares."""
 
     tasks: list[TaskData]
     shares: torch.Tensor

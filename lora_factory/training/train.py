@@ -59,9 +59,9 @@ def train_generator(
         zoo: A zoo or its folder, with two tasks or more.
         output_dir: Folder of the generator; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
-        tasks: The zoo's tasks, when the generator is to listen to hidden states of their examples as well as to texts;
-            or to the images of an `ImageTask`.
-        images: Images by the name of the task, when the generator is to listen to images as well as to texts.
+        tasks: The zoo's tasks, when the generator is to be conditioned on examples as well as on texts: on their hidden
+            states, or on the images of an `ImageTask`.
+        images: Images by the name of the task, when the generator is to be conditioned on images as well as on texts.
         base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
         bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
             hand already; trained here by default.
@@ -220,7 +220,7 @@ def zoo_factory(
 
 
 def _first_bias(trainer: LoRATrainer, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
-    """Where stage 2's bias adapter starts, ``(D,)``: the LoRA initialisation, or one LoRA trained on all tasks."""
+    """The bias adapter at the start of stage 2, ``(D,)``: the LoRA initialisation or a multi-task LoRA."""
     if not arguments.multitask_steps:
         return trainer.initial
     steps, rate = arguments.multitask_steps, arguments.multitask_learning_rate

@@ -35,14 +35,14 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """Where a training is.
+    """The progress of a training.
 
     Attributes:
         step: Optimizer steps taken.
         running: Moving average of the training loss.
         tokens: Tokens read, by all processes.
         best: Lowest validation loss so far.
-        history: One record a validation.
+        history: One record per validation.
         best_weights: The weights of the lowest validation loss.
     """
 
@@ -190,7 +190,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
 
 @dataclass
 class RunState:
-    """Where a run is.
+    """The progress of a run.
 
     Attributes:
         step: Optimizer steps taken; the data is at the batches that these have read.
@@ -279,7 +279,7 @@ class RunCheckpoint:
             write_state(self.folder, self.key, values, tensors)
 
     def is_due(self, step: int) -> bool:
-        """Whether the state is to be saved after this step."""
+        """Return whether the state is to be saved after this step."""
         return self.every > 0 and step % self.every == 0
 
 

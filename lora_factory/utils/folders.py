@@ -1,4 +1,4 @@
-"""Which folders and files this package may write over: what it wrote there itself, and nothing else.
+"""Decide which folders and files may be replaced: those that this package wrote, and nothing else.
 
 Every replacement of a folder goes through :func:`check_folder`, once before any work starts and once more when the new
 folder is put in its place; every replacement of a report goes through :func:`check_report`.
@@ -43,7 +43,7 @@ class FolderKind:
     is_ours: Callable[[Path], bool] = _anything
 
     def foreign(self, folder: Path) -> str | None:
-        """What of a folder is none of this package's: a path in it, "." when its marker is missing, None if nothing.
+        """Find what this package did not write in a folder: its path, "." when the marker is missing, or None.
 
         An empty folder holds nothing foreign; a link, a hidden file and an empty folder inside are foreign.
         """
@@ -139,7 +139,7 @@ def _contents(folder: Path) -> Iterable[Path]:
 
 
 def _same_or_around(folder: Path, other: Path) -> bool:
-    """Whether a folder is another path, or one of those around it, however the two are written."""
+    """Return whether a folder is the other path or contains it, however the two are written."""
     if not os.path.lexists(other):
         return False
     real = Path(os.path.realpath(other))
@@ -148,7 +148,7 @@ def _same_or_around(folder: Path, other: Path) -> bool:
 
 
 def _object(path: Path) -> dict[str, object]:
-    """What a JSON file holds; nothing, when it is damaged or no object."""
+    """Read the object of a JSON file; an empty one when the file is damaged or holds no object."""
     try:
         if path.stat().st_size > _MARKER_BYTES:
             return {}
@@ -163,7 +163,7 @@ def _is_generator(folder: Path) -> bool:
 
 
 def _is_generated(folder: Path) -> bool:
-    """Whether the weights are still those that a generator wrote: with other ones, the user has trained them on."""
+    """Return whether the weights are those that a generator wrote; other weights were trained by the user."""
     record, weights = _object(folder / "generation.json"), folder / "adapter_model.safetensors"
     if not {"generator", "versions", "sha256"} <= record.keys():
         return False

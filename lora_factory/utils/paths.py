@@ -59,7 +59,7 @@ def task_names(given: Sequence[str]) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: ``$LORA_FACTORY_CACHE``, by default ``~/.cache/lora_factory``."""
+    """The folder of files that can be made again: ``$LORA_FACTORY_CACHE``, by default ``~/.cache/lora_factory``."""
     return local_path(os.environ.get("LORA_FACTORY_CACHE") or "~/.cache/lora_factory")
 
 

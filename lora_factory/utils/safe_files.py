@@ -178,7 +178,7 @@ def _items(value: dict[str, Any] | list[Any]) -> Collection[Any]:
 
 
 def other_kind(folder: Path) -> str | None:
-    """What a folder is by a file that it holds, for a message to somebody who took it for something else."""
+    """Name the kind of a folder by a file that it holds, for an error that says what it is instead."""
     for name, kind in (("zoo.json", "a zoo"), ("adapter_config.json", "an adapter"), ("config.json", "a model")):
         if (folder / name).is_file():
             with contextlib.suppress(LoraFactoryError):
@@ -189,7 +189,7 @@ def other_kind(folder: Path) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id."""
+    """Return whether a name has the form of a Hub id."""
     try:
         validate_repo_id(name)
     except HFValidationError:

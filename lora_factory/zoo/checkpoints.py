@@ -21,7 +21,7 @@ _BLOCK_BYTES = 4 << 20  # of these whose squares are taken at once
 
 @dataclass(frozen=True)
 class ZooStatistics:
-    """What one pass over all checkpoints tells; every tensor has the shape ``(D,)``.
+    """Statistics of all checkpoints of a zoo; every tensor has the shape ``(D,)``.
 
     Attributes:
         mean: Mean over the tasks of their mean checkpoint.

@@ -41,7 +41,7 @@ def download_zoo(repo_id: str, *, revision: str | None = None, token: str | bool
 
 
 def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool | None = None) -> Writer:
-    """What writes a zoo's data set repository; see ``AdapterZoo.push_to_hub``.
+    """Return a function that writes a zoo's data set repository; see ``AdapterZoo.push_to_hub``.
 
     Raises:
         LoraFactoryError: When a file of the zoo is damaged.

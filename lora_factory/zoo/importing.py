@@ -63,7 +63,7 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
         zoo: The zoo.
@@ -321,7 +321,7 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments,
 
 
 def _origin(path: Path) -> dict[str, Any]:
-    """What an import wrote down of a run."""
+    """Read an import's record of a run."""
     return read_json_object(checked_file(path.parent, path.name, MAX_CONFIG_BYTES))
 
 
@@ -377,7 +377,7 @@ def _for_base(layout: AdapterLayout, base: str, revision: str | None, arguments:
 
 
 def _may_be(stored: str, base: str) -> bool:
-    """Whether the name that an adapter has for its base model may stand for the one that the user names.
+    """Return whether the base name in an adapter may mean the base model that the user names.
 
     It does not where it is the Hub id of a model of another name. A name without an owner and one below a folder such
     as ``models/`` are as likely paths of the machine that trained the adapter.
@@ -406,5 +406,5 @@ def _check_fit(layout: AdapterLayout, wanted: AdapterLayout) -> None:
 
 
 def _sizes(layout: AdapterLayout) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """What of every module has nothing to do with its rank: A's shape but for the first number, B's but the second."""
+    """The sizes of every module that do not depend on its rank."""
     return {module.path: (module.shape_a[1:], (module.shape_b[0], *module.shape_b[2:])) for module in layout.modules}

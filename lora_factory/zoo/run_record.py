@@ -45,7 +45,7 @@ _RunValues.__annotations__.update(get_type_hints(_RunValues))
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """How one run was made; `run.json`.
+    """The record of how one run was made; `run.json`.
 
     Attributes:
         task: the task's name.

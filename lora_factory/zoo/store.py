@@ -121,7 +121,7 @@ class AdapterZoo:
         return sorted(runs, key=natural_key)
 
     def select(self, tasks: Collection[str], runs: Collection[str] | None = None) -> AdapterZoo:
-        """The same zoo as if it held these tasks alone, for example the seen tasks of a leave-tasks-out fold.
+        """Return a view of this zoo with these tasks alone, for example the seen tasks of a leave-tasks-out fold.
 
         Args:
             tasks: names of tasks; each must have a run.
@@ -138,7 +138,7 @@ class AdapterZoo:
         return view
 
     def has_run(self, task: str, run: str) -> bool:
-        """Whether the run is there, whole."""
+        """Return whether the run is complete."""
         path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
         return self._is_selected(task, run) and path.is_file()
 
@@ -240,7 +240,7 @@ class AdapterZoo:
         return problems
 
     def problems(self, task: str, run: str) -> list[str]:
-        """What is wrong with one run, as `verify` says it; files that were found whole are not hashed again."""
+        """List the faults of one run for `verify`; files that were found whole are not hashed again."""
         try:
             record = self.record(task, run)
         except LoraFactoryError as error:

@@ -1,4 +1,4 @@
-"""What is done to whole zoos: remove runs or checkpoints, put several zoos together, download one."""
+"""Tools for whole zoos: remove runs or checkpoints, and merge several zoos."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
 
 
 def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:
-    """What belongs to a run: the files of its record, or all plain files beside a damaged record."""
+    """The files of a run: those of its record, or all plain files beside a damaged record."""
     try:
         return run_kind([*zoo.record(task, run).sha256, RECORD_FILE])
     except LoraFactoryError:
