@@ -1,4 +1,4 @@
-"""Fine-tune one LoRA per task and seed on a frozen base model, and keep the last checkpoints in a zoo."""
+"""Fine-tune one LoRA per task and seed on a frozen base model, and keep the last checkpoints in a zoo.
 
 Launch it as it is, or on many processes with ``accelerate launch -m lora_factory.cli collect …``, once or several
 times on one zoo: processes share the work out among themselves by files in the zoo's hidden folder ``.collection``, so
