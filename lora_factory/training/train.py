@@ -59,8 +59,8 @@ def train_generator(
         zoo: A zoo or its folder, with two tasks or more.
         output_dir: Folder of the generator; it appears complete or not at all.
         arguments: Decoder, steps, learning rate, seed and text encoder.
-        tasks: The zoo's tasks, when the generator is to be conditioned on examples as well as on texts: on their hidden
-            states, or on the images of an `ImageTask`.
+        tasks: The zoo's tasks, when the generator is to be conditioned on examples as well as on texts: on their
+            hidden states, or on the images of an `ImageTask`.
         images: Images by the name of the task, when the generator is to be conditioned on images as well as on texts.
         base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
         bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
