@@ -19,7 +19,7 @@ from lora_factory.tasks.examples import ImageExample
 from lora_factory.tasks.task import Task
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.folders import check_reports
-from lora_factory.utils.versions import package_versions
+from lora_factory.utils.versions import versions
 
 FIGURES = ("map", "map_50", "map_75")
 SHOWN_PIXELS = 240  # the longer side of a picture in the report
@@ -50,7 +50,7 @@ def compare_detection(
         found[method, task.name] = boxes[0]
     result = {
         "base_model": trainer.layout.base_model,
-        "created_with": package_versions(),
+        "created_with": versions(),
         "methods": list(methods),
         "tasks": [task.name for task in tasks],
         "settings": dict(settings),

@@ -20,7 +20,7 @@ def lazy(package: str, modules: dict[str, str]) -> tuple[Callable[[str], object]
 
     def load(name: str) -> object:
         if name not in homes:
-            return find(package.rpartition(".")[2], name)
+            return find(package, name)
         value = getattr(import_module(f"{package}.{homes[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value

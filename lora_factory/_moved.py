@@ -62,22 +62,23 @@ MOVED = {
 }
 
 
-def find(old: str, name: str) -> object:
-    """Load a name of an old module from where it is now.
+def find(module: str, name: str) -> object:
+    """Load a name of an old module, or of a package that was one, from where it is now.
 
     Raises:
         AttributeError: When no module of today has it.
     """
-    for home in () if name.startswith("__") else MOVED.get(old, "").split():
-        module = import_module(f"{PACKAGE}.{home}")
-        if name in vars(module):
+    homes = () if name.startswith("__") else MOVED.get(module.removeprefix(f"{PACKAGE}."), "").split()
+    for home in homes:
+        found = vars(import_module(f"{PACKAGE}.{home}"))
+        if name in found:
             warnings.warn(
-                f"{PACKAGE}.{old}.{name} is now {PACKAGE}.{home}.{name}; the old path goes with version 0.3",
+                f"{module}.{name} is now {PACKAGE}.{home}.{name}; the old path goes with version 0.3",
                 DeprecationWarning,
                 stacklevel=3,
             )
-            return vars(module)[name]
-    raise AttributeError(f"module {f'{PACKAGE}.{old}'!r} has no attribute {name!r}")
+            return found[name]
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -90,8 +91,7 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == PACKAGE and old in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__.rpartition(".")[2]
-        vars(module)["__getattr__"] = lambda name: find(old, name)
+        vars(module)["__getattr__"] = lambda name: find(module.__name__, name)
 
 
 def install() -> None:
