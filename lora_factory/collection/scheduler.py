@@ -9,6 +9,7 @@ makes it, and lands by one rename.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from lora_factory.utils.versions import versions
 from lora_factory.zoo.store import HIDDEN_FOLDER, AdapterZoo
 
 _LOOK_SECONDS = 0.5  # between two looks at what other processes have done
+_EMPTY_SECONDS = 5.0  # after which a lease that nobody wrote a name into counts as left behind
 _LEASE_SECONDS = 60.0  # without a sign of life, after which a process of another host counts as dead
 _LOGGER = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Collection:
         self.folder = zoo.folder / HIDDEN_FOLDER
         (launch,) = broadcast_object_list([secrets.token_hex(8)])
         self.failures = Failures(self.folder / "failures", launch)
+        self._empty: dict[str, tuple[tuple[int, int], float]] = {}
         self.leases = {run.key: SoftFileLease(self._lease(run), lease_duration=_LEASE_SECONDS) for run in runs}
         self.left = []
         for run in runs:
@@ -180,10 +183,26 @@ class Collection:
         try:
             lease.acquire(blocking=False)
         except Timeout:
+            self._drop_empty(run)
             return False
         if earlier is not None:
             _LOGGER.warning("taking over %s from process %d, which is gone", run, earlier)
         return True
+
+    def _drop_empty(self, run: PlannedRun) -> None:
+        """Remove a lease that has been empty for a while: its process was killed before it wrote into the file.
+
+        filelock takes an empty file for a lock of an early version of its own, and waits for it without end.
+        """
+        path = self._lease(run)
+        with contextlib.suppress(FileNotFoundError):
+            state = path.stat()
+            file = state.st_ino, state.st_mtime_ns
+            if state.st_size or self._empty.get(run.key, (None, 0.0))[0] != file:
+                self._empty[run.key] = file, time.monotonic()
+            elif time.monotonic() - self._empty[run.key][1] >= _EMPTY_SECONDS:
+                _LOGGER.warning("%s: nobody has written into its lease, which is removed", run)
+                path.unlink()
 
     def _look(self) -> None:
         """Drop from what is left the runs that have landed and those that were given up, whoever did it."""

@@ -242,6 +242,16 @@ def test_what_another_launch_works_on_is_waited_for(
     assert zoo.tasks == ["code", "prose"]
 
 
+def test_a_lease_that_nobody_wrote_into_is_removed(
+    pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "_EMPTY_SECONDS", 0.0)
+    leases = tmp_path / "zoo" / ".collection" / "leases"
+    leases.mkdir(parents=True)
+    (leases / "prose@seed-0").touch()  # a process was killed between making the file and writing into it
+    assert collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", SMALL).tasks == ["prose"]
+
+
 def test_a_run_that_was_taken_over_is_left_to_the_other(
     pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
