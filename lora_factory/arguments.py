@@ -145,7 +145,7 @@ class CollectArguments:
 
     @property
     def tokens(self) -> TokenOptions:
-        """Settings for turning examples into token sequences."""
+        """The settings that turn examples into token sequences."""
         return TokenOptions(**{one.name: getattr(self, one.name) for one in fields(TokenOptions)})
 
 

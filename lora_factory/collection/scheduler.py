@@ -69,7 +69,7 @@ class PlannedRun:
         return f"{self.task.name}@{self.run}"
 
     def __str__(self) -> str:
-        """List the failed runs with their reasons."""
+        """The name of the run in messages: ``<task>/<run>``."""
         return f"{self.task.name}/{self.run}"
 
 
