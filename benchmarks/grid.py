@@ -1,32 +1,41 @@
-"""Text to adapter on the grid of languages and kinds of documents: a prototype of the next generator.
+"""Text and examples to adapter on the grid of languages and kinds of documents, against a LoRA for all tasks.
 
-    LORA_FACTORY_SHARED=../shared python benchmarks/grid.py --fold 1 --sequences 36000
+    LORA_FACTORY_SHARED=../shared python benchmarks/grid.py --fold 1 --steps 2250 --oracle 2
 
 Tasks are cells of language x kind of document. A fold leaves two languages, a kind and twelve combinations out. The
-multi-task LoRA and the prototype read the same number of training sequences. The table gives the test loss in nats per
-token, over whole sequences and over their first 16 tokens, where little can be inferred from the context.
+multi-task LoRA and the generator take the same number of steps with the same number of sequences. The table gives the
+test loss in nats per token, over whole sequences and over their first 16 tokens, where little can be inferred from the
+context. With --oracle, some cells of the groups left out get cores fitted on the cell itself (the basis frozen), and
+a LoRA of their own that goes on from the multi-task LoRA; the share of conditioning headroom is that of the difference
+between the multi-task LoRA and the cell's own LoRA.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from core_prototype import CoreBasis, CoreNetwork, CorePrior, Settings, train_from_data
+from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional
-from tqdm.auto import tqdm
 
-from lora_factory.models.loading import load_base_model
-from lora_factory.models.text_encoders import MINILM, TextEncoder
+from lora_factory.arguments import TrainArguments
+from lora_factory.collection.trainer import LoRATrainer
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.hidden_states import example_states, task_vector
+from lora_factory.models.losses import query_loss
+from lora_factory.tasks.task import Task
+from lora_factory.training.train import train_generator
 from lora_factory.utils.versions import versions
 
 SHARED = Path(os.environ.get("LORA_FACTORY_SHARED", "../shared"))
-LENGTH, TASKS, ROWS, RANK = 128, 8, 2, 16
+CHARACTERS = 2000  # of one example
+EXAMPLES = 16  # from which a condition is made
 KINDS = {
     "admin_handbook": ["a handbook for system administrators", "an administration guide for servers",
                        "a book about running a Linux system", "the administrator manual",
@@ -57,12 +66,7 @@ LANGUAGES = {
 TEMPLATES = ("{k} in {l}", "{l}: {k}", "{k}, written in {l}", "text in {l}, {k}", "{k} ({l})", "I need {k} in {l}",
              "adapt the model to {k} in the {l} language", "{l} {k}")  # fmt: skip
 HELD_PHRASE, HELD_TEMPLATE = 5, 6  # no training text has this phrase or this template
-UNRELATED = ("My grandmother bakes apple pies on Sundays.", "qwrx blorp zint fuddle",
-             "The train to the coast is late.",
-             "zzzz 1234 #### ??", "A recipe for lentil soup", "lorem flarn gibbet okto",
-             "Who won the match last night?",
-             "The cat sleeps on the warm roof.", "mnbvc lkjhg poiuy", "Buy milk, eggs and bread.")  # fmt: skip
-GIBBERISH = ("asdf jkl qwer uiop", "the purple elephant sang to a teapot", "vrumble snick ottar plen", "x")
+GIBBERISH = ("asdf jkl qwer uiop", "the purple elephant sang to a teapot", "vrumble snick ottar plen", "hm")
 FOLDS = {  # settings were chosen on fold V, which no published table shows
     "V": (("it", "tr"), "admin_handbook"), "1": (("pt", "pl"), "gimp_manual"), "2": (("da", "el"), "man_pages"),
     "3": (("es", "fi"), "install_guide"), "4": (("nl", "ro"), "office_help"),
@@ -93,117 +97,190 @@ def split_cells(cells: list[str], fold: str) -> dict[str, list[str]]:
     }
 
 
+def task_of(cell: str) -> Task:
+    """A cell as a task, described in 35 wordings; one phrase and one template are held out."""
+    wordings = [text_of(cell, p, t) for p in range(HELD_PHRASE) for t in range(len(TEMPLATES)) if t != HELD_TEMPLATE]
+    splits = {s: examples(SHARED / "data" / "grid" / cell / f"{s}.txt") for s in ("train", "validation", "test")}
+    return Task.from_examples(cell, wordings, **splits)
+
+
+def examples(path: Path) -> list[str]:
+    """A file in pieces of about `CHARACTERS` that end with a line."""
+    pieces: list[str] = [""]
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if len(pieces[-1]) > CHARACTERS:
+            pieces.append("")
+        pieces[-1] += line
+    return [piece for piece in pieces if piece.strip()]
+
+
+class Scorer:
+    """Scores adapters on test sequences, whole and their first 16 tokens."""
+
+    def __init__(self, trainer: LoRATrainer, tasks: dict[str, Task], count: int) -> None:
+        self.trainer = trainer
+        self.rows = {name: trainer.encode(task.examples("test"))[:count] for name, task in tasks.items()}
+
+    @torch.no_grad()
+    def losses(self, generator: CVAELoRAGenerator, cell: str, cores: Tensor) -> Tensor:
+        """Mean loss of a cell's test sequences and of their first 16 predicted tokens: ``(2,)``."""
+        assert generator.basis is not None
+        inputs = self.trainer.inputs.collate(self.rows[cell], torch.device("cpu"))
+        labels = inputs.pop("labels")[:, 1:]
+        with self.trainer.slot.disabled(), generator.basis.in_batch(self.trainer.model, cores):
+            logits = self.trainer.model(**inputs, use_cache=False).logits[:, :-1]
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return torch.stack([each.mean(), each[:, :16].mean()])
+
+
+def fitted(
+    trainer: LoRATrainer, task: Task, parameters: list[Tensor], loss: Callable[[list], Tensor], rate: float
+) -> None:
+    """Train parameters on one task with Adam until its validation loss has not fallen for four looks; keep the best."""
+    train, validation = trainer.encode(task.examples("train")), trainer.validation(task)
+    optimizer, source = torch.optim.Adam(parameters, lr=rate), random.Random(0)
+    best, kept, looks = torch.inf, [p.detach().clone() for p in parameters], 0
+    with trainer.slot.disabled():
+        for step in range(2000):
+            if step % 25 == 0:
+                with torch.no_grad():
+                    measured = float(loss(validation))
+                looks = 0 if measured < best else looks + 1
+                if measured < best:
+                    best, kept = measured, [p.detach().clone() for p in parameters]
+                if looks == 4:
+                    break
+            optimizer.zero_grad()
+            loss(source.sample(train, min(8, len(train)))).backward()
+            optimizer.step()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+
+
+def oracle_core(trainer: LoRATrainer, generator: CVAELoRAGenerator, task: Task) -> Tensor:
+    """Cores ``(1, C)`` fitted on a task itself, the basis frozen."""
+    basis, cores = generator.basis, generator.center.detach().clone()[None].requires_grad_(True)
+    assert basis is not None
+    basis.requires_grad_(False)
+    fitted(
+        trainer, task, [cores], lambda rows: query_loss(trainer, basis.in_batch(trainer.model, cores), [rows]), 3e-3
+    )
+    basis.requires_grad_(True)
+    return cores.detach()
+
+
+def own_lora(trainer: LoRATrainer, multitask: CVAELoRAGenerator, task: Task) -> CVAELoRAGenerator:
+    """The multi-task LoRA trained on for one task alone."""
+    own = CVAELoRAGenerator(multitask.config)
+    own.load_state_dict(multitask.state_dict())
+    basis, cores = own.basis, own.center[None]
+    assert basis is not None
+    read = lambda rows: query_loss(trainer, basis.in_batch(trainer.model, cores), [rows])  # noqa: E731
+    fitted(trainer, task, [basis.factors], read, 3e-3)
+    return own
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fold", choices=FOLDS, default="1")
-    parser.add_argument("--sequences", type=int, default=36_000, help="training sequences of each row")
+    parser.add_argument("--steps", type=int, default=2250, help="training steps of each row, 16 sequences each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-sequences", type=int, default=16, help="test sequences per cell")
+    parser.add_argument("--tasks", type=int, default=0, help="seen cells to train on; 0: all")
+    parser.add_argument("--core", choices=("full", "diagonal"), default="full")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--oracle", type=int, default=0, help="cells of each group left out to fit an oracle core on")
     options = parser.parse_args()
     if not (SHARED / "data" / "grid").is_dir():
         raise SystemExit(
             f"{SHARED / 'data' / 'grid'} is not there; set LORA_FACTORY_SHARED to the folder of shared data"
         )
-    model, tokenizer = load_base_model(SHARED / "models" / "stories260k", dtype="float32")
-    model.requires_grad_(False)
+    base = str(SHARED / "models" / "stories260k")
     cells = sorted(path.name for path in (SHARED / "data" / "grid").iterdir())
     groups = split_cells(cells, options.fold)
-    data = {
-        (c, s): sequences(tokenizer, SHARED / "data" / "grid" / c / f"{s}.txt")
-        for c in cells
-        for s in ("train", "test")
-    }
-    encoder = TextEncoder(MINILM)
-    seen, rng = groups["seen"], random.Random(options.seed)
-    wordings = [[text_of(c, p, t) for p in range(5) for t in range(8) if t != HELD_TEMPLATE] for c in seen]
-    vectors = torch.stack([encoder.encode(texts) for texts in wordings])
-
-    def condition(task: int, source: random.Random) -> Tensor:
-        """A wording of a task; every other one has some words dropped or replaced."""
-        number = source.randrange(vectors.shape[1])
-        if source.random() < 0.5:
-            return vectors[task, number]
-        words = wordings[task][number].split()
-        start, count = source.randrange(len(words)), source.randrange(1, 5)
-        words[start : start + count] = source.sample(["for", "my", "please", "text"], source.randrange(2))
-        return encoder.encode([" ".join(words) or "text"])[0]
-
-    def draw() -> tuple[list[int], Tensor]:
-        tasks = rng.sample(range(len(seen)), TASKS)
-        rows = [data[seen[t], "train"][rng.randrange(len(data[seen[t], "train"]))] for t in tasks for _ in range(ROWS)]
-        return tasks, torch.stack(rows)
-
-    torch.manual_seed(options.seed)
-    steps = options.sequences // (TASKS * ROWS)
-    shapes = {
-        n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
-    }
-    shared = CoreBasis(shapes, RANK)
-    network = CoreNetwork(CorePrior(vectors.flatten(0, 1)), shared.core_shape)
-    bar = tqdm(total=2 * steps, desc="train")
-
-    def loss(basis: CoreBasis, inputs: Tensor, cores: Tensor | None) -> Tensor:
-        bar.update()
-        each = None if cores is None else cores.repeat_interleave(ROWS, 0)
-        return token_losses(model, basis, inputs, each).mean()
-
-    multitask = copy.deepcopy(shared)
-    first = steps // 3
-    how = {"draw": draw, "condition": condition, "unrelated": encoder.encode(list(UNRELATED)), "seed": options.seed}
-    train_from_data(
-        shared, network, loss=lambda x, z: loss(shared, x, z), settings=Settings(first, steps - first), **how
+    tasks = {cell: task_of(cell) for cell in cells}
+    rng = random.Random(options.seed)
+    seen = rng.sample(groups["seen"], len(groups["seen"]))[: options.tasks or None]
+    groups["seen"] = sorted(seen)
+    arguments = TrainArguments(
+        base_steps=options.steps, seed=options.seed, core=options.core, rank=options.rank, lora_alpha=options.rank
     )
-    everything = Settings(first, steps - first, without=1.0)
-    train_from_data(
-        multitask, copy.deepcopy(network), loss=lambda x, z: loss(multitask, x, None), settings=everything, **how
-    )
-    bar.close()
+    with tempfile.TemporaryDirectory() as folder:
+        train = [tasks[cell] for cell in groups["seen"]]
+        made = train_generator(output_dir=f"{folder}/g", arguments=arguments, tasks=train, base_model=base)
+        alone = replace(arguments, multitask_steps=options.steps)
+        multitask = train_generator(output_dir=f"{folder}/m", arguments=alone, tasks=train, base_model=base)
+    trainer = zoo_less_trainer(base, options.rank)
+    scorer = Scorer(trainer, tasks, options.test_sequences)
     other = {c: rng.choice([d for d in seen if not set(d.split(".")) & set(c.split("."))]) for c in cells}
+    held = {c: text_of(c, HELD_PHRASE, HELD_TEMPLATE) for c in cells}
     texts = {
         "known wording": {c: text_of(c, 0, 0) for c in cells},
-        "held-out paraphrase": {c: text_of(c, HELD_PHRASE, HELD_TEMPLATE) for c in cells},
+        "held-out paraphrase": held,
         "gibberish": {c: GIBBERISH[i % len(GIBBERISH)] for i, c in enumerate(cells)},
         "another cell's text": {c: text_of(other[c], 0, 0) for c in cells},
     }
+    scored = [cell for members in groups.values() for cell in members]
+    conditions = {
+        name: {c: {"text": made.text_encoder.encode([by_cell[c]])} for c in scored} for name, by_cell in texts.items()
+    }
+    with trainer.slot.disabled():
+        states = {c: task_vector(example_states(trainer, tasks[c].examples("train")[:EXAMPLES])) for c in scored}
+    conditions[f"{EXAMPLES} examples"] = {c: {"hidden": states[c][None]} for c in scored}
+    conditions["paraphrase and examples"] = {
+        c: conditions["held-out paraphrase"][c] | {"hidden": states[c][None]} for c in scored
+    }
     print(
-        f"fold {options.fold}, seed {options.seed}, {steps * TASKS * ROWS:,} sequences of {LENGTH} tokens per row, "
-        f"rank {RANK}"
+        f"fold {options.fold}, seed {options.seed}, {options.steps * 16:,} sequences of 128 tokens per row, rank "
+        f"{options.rank}, {options.core} cores, {made.num_parameters():,} weights"
     )
     print(", ".join(f"{name} {len(members)}" for name, members in groups.items()), versions())
     print("| row | " + " | ".join(groups) + " | first 16 tokens: " + " | ".join(groups) + " |\n|" + " --- |" * 9)
-    rows = {"multi-task LoRA": (multitask, None), "no condition": (shared, None)}
-    rows |= {name: (shared, by_cell) for name, by_cell in texts.items()}
-    for name, (basis, by_cell) in rows.items():
-        scores: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for group, members in groups.items():
-                for cell in members:
-                    core = None if by_cell is None else network(encoder.encode([by_cell[cell]]))
-                    x = data[cell, "test"][: options.test_sequences]
-                    each = token_losses(model, basis, x, core)
-                    scores.setdefault(group, []).append(torch.stack([each.mean(), each[:, :16].mean()]))
-        means = [torch.stack(scores[group]).mean(0).tolist() for group in groups]
+    rows: dict[str, Callable[[str], Tensor]] = {
+        "base model": lambda cell: scorer.losses(multitask, cell, torch.zeros_like(multitask.center)[None]),
+        "multi-task LoRA": lambda cell: scorer.losses(multitask, cell, multitask.center[None]),
+        "no condition": lambda cell: scorer.losses(made, cell, made.center[None]),
+    }
+    for name, by_cell in conditions.items():
+        rows[name] = lambda cell, by_cell=by_cell: scorer.losses(made, cell, made.cores(by_cell[cell], 1))
+    for name, score in rows.items():
+        means = [torch.stack([score(cell) for cell in members]).mean(0).tolist() for members in groups.values()]
+        cells_shown = [f"{m[0]:.3f}" for m in means] + [f"{m[1]:.3f}" for m in means]
+        print(f"| {name} | " + " | ".join(cells_shown) + " |", flush=True)
+    if options.oracle:
         print(
-            f"| {name} | "
-            + " | ".join(f"{m[0]:.3f}" for m in means)
-            + " | "
-            + " | ".join(f"{m[1]:.3f}" for m in means)
-            + " |"
+            "\n| cells | multi-task LoRA | from paraphrase | oracle core | own LoRA | share of headroom: text | oracle |"
+        )
+        print("|" + " --- |" * 7)
+    for group in ("combination", "language", "kind") if options.oracle else ():
+        chosen = random.Random(options.seed).sample(groups[group], min(options.oracle, len(groups[group])))
+        found = []
+        for cell in chosen:
+            own = own_lora(trainer, multitask, tasks[cell])
+            found.append(
+                [
+                    float(rows["multi-task LoRA"](cell)[0]),
+                    float(rows["held-out paraphrase"](cell)[0]),
+                    float(scorer.losses(made, cell, oracle_core(trainer, made, tasks[cell]))[0]),
+                    float(scorer.losses(own, cell, own.center[None])[0]),
+                ]
+            )
+        multi, text, oracle, own_loss = torch.tensor(found).mean(0).tolist()
+        shares = [(multi - loss) / (multi - own_loss) for loss in (text, oracle)]
+        print(
+            f"| {len(chosen)} of {group} | {multi:.3f} | {text:.3f} | {oracle:.3f} | {own_loss:.3f} | {shares[0]:.2f} "
+            f"| {shares[1]:.2f} |",
+            flush=True,
         )
 
 
-def sequences(tokenizer, path: Path) -> Tensor:
-    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    count = len(ids) // (LENGTH - 1)
-    rows = torch.tensor(ids[: count * (LENGTH - 1)]).view(count, LENGTH - 1)
-    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), rows], 1)
+def zoo_less_trainer(base: str, rank: int) -> LoRATrainer:
+    """The base model with a slot of the generator's layout, to read sequences with."""
+    from lora_factory.arguments import CollectArguments
+    from lora_factory.collection.trainer import open_trainer
 
-
-def token_losses(model, basis: CoreBasis, inputs: Tensor, cores: Tensor | None) -> Tensor:
-    """Loss of every predicted token, ``(rows, tokens - 1)``."""
-    with basis.attached(model, cores):
-        logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.transpose(1, 2), inputs[:, 1:], reduction="none")
+    return open_trainer(base, CollectArguments(rank=rank, lora_alpha=rank), Accelerator())
 
 
 if __name__ == "__main__":

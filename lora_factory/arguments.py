@@ -27,6 +27,8 @@ def _option(default: Any, text: str, *, group: str) -> Any:  # noqa: ANN401
 
 
 REFINE_STEPS = 60  # at most, on a user's examples
+DEFAULT_RANK, DEFAULT_BASE_STEPS = 16, 2250  # of a generator that is trained without a zoo
+MAX_DEFAULT_RANK = 32  # of a basis that is to hold a zoo
 MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # of a generator's network; beyond these a config.json is not believed either
 
 
@@ -48,14 +50,8 @@ class TokenOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectArguments:
-    """Settings for fine-tuning one LoRA per task and seed, and for the checkpoints that are kept.
-
-    LoRA: rank, lora_alpha, target_modules.
-    Optimiser: steps, epochs, batch_size, gradient_accumulation, learning_rate, seeds.
-    Data: sequence_length, packing, max_tokens, chat_template, validation_sequences.
-    Resources: dtype, quantization, gradient_checkpointing, parallel, retries.
-    Output: snapshots, snapshot_every, state_every, report_to.
+class LoRAOptions:
+    """What `CollectArguments` and `TrainArguments` share: a LoRA on the base model, and how examples are read.
 
     Raises:
         LoraFactoryError: When a value has the wrong type, is out of its range or contradicts another one.
@@ -66,18 +62,6 @@ class CollectArguments:
     target_modules: str = _option(
         "all-linear", "comma-separated names of the modules that get a LoRA, or all-linear", group=LORA
     )
-    steps: int = _option(200, "optimizer steps per run; ignored when epochs is above 0", group=OPTIMISER)
-    epochs: int = _option(
-        0, "passes over the training split per run; 0: train for steps instead; the paper uses 150", group=OPTIMISER
-    )
-    batch_size: int = _option(
-        8, "sequences per batch; processes that share a run divide the batch among them", group=OPTIMISER
-    )
-    gradient_accumulation: int = _option(1, "batches per optimizer step", group=OPTIMISER)
-    learning_rate: float = _option(
-        2e-3, "peak learning rate of AdamW, after a warm-up over a tenth of the steps", group=OPTIMISER
-    )
-    seeds: tuple[int, ...] = _option((0,), "comma-separated seeds; each task gets one run per seed", group=OPTIMISER)
     sequence_length: int = _option(128, "tokens per sequence at most", group=DATA)
     packing: bool = _option(
         True, "fill each sequence with consecutive examples, instead of padding one example", group=DATA
@@ -87,7 +71,7 @@ class CollectArguments:
         False, "put prompt and completion into the chat template of the tokenizer", group=DATA
     )
     validation_sequences: int = _option(
-        32, "sequences of the validation split that score each kept checkpoint", group=DATA
+        32, "sequences of each task's validation split that score what was trained", group=DATA
     )
     dtype: str = _option(
         "auto",
@@ -102,6 +86,47 @@ class CollectArguments:
     gradient_checkpointing: bool = _option(
         False, "compute activations twice instead of keeping them, which saves memory", group=RESOURCES
     )
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        _convert(self)
+        _positive(self, "sequence_length", "lora_alpha", "validation_sequences")
+        if self.max_tokens < 0:
+            raise LoraFactoryError(f"max_tokens={self.max_tokens} may not be below 0; 0 means all")
+        _one_of(self, "quantization", "", "4bit", "8bit")
+
+    @property
+    def tokens(self) -> TokenOptions:
+        """The settings that turn examples into token sequences."""
+        return TokenOptions(**{one.name: getattr(self, one.name) for one in fields(TokenOptions)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectArguments(LoRAOptions):
+    """Settings for fine-tuning one LoRA per task and seed, and for the checkpoints that are kept.
+
+    LoRA: rank, lora_alpha, target_modules.
+    Optimiser: steps, epochs, batch_size, gradient_accumulation, learning_rate, seeds.
+    Data: sequence_length, packing, max_tokens, chat_template, validation_sequences.
+    Resources: dtype, quantization, gradient_checkpointing, parallel, retries.
+    Output: snapshots, snapshot_every, state_every, report_to.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type, is out of its range or contradicts another one.
+    """
+
+    steps: int = _option(200, "optimizer steps per run; ignored when epochs is above 0", group=OPTIMISER)
+    epochs: int = _option(
+        0, "passes over the training split per run; 0: train for steps instead; the paper uses 150", group=OPTIMISER
+    )
+    batch_size: int = _option(
+        8, "sequences per batch; processes that share a run divide the batch among them", group=OPTIMISER
+    )
+    gradient_accumulation: int = _option(1, "batches per optimizer step", group=OPTIMISER)
+    learning_rate: float = _option(
+        2e-3, "peak learning rate of AdamW, after a warm-up over a tenth of the steps", group=OPTIMISER
+    )
+    seeds: tuple[int, ...] = _option((0,), "comma-separated seeds; each task gets one run per seed", group=OPTIMISER)
     parallel: str = _option(
         "tasks", "what processes share: each trains other runs (tasks), or all train each run (data)", group=RESOURCES
     )
@@ -121,14 +146,11 @@ class CollectArguments:
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
-        _convert(self)
-        _positive(self, "rank", "snapshots", "snapshot_every", "batch_size", "gradient_accumulation")
-        _positive(self, "sequence_length", "learning_rate", "lora_alpha", "validation_sequences")
+        super().__post_init__()
+        _positive(self, "rank", "snapshots", "snapshot_every", "batch_size", "gradient_accumulation", "learning_rate")
         if not self.seeds:
             raise LoraFactoryError("seeds is empty; give at least one, for example seeds=(0,)")
         _check_seeds(self, *self.seeds)
-        if self.max_tokens < 0:
-            raise LoraFactoryError(f"max_tokens={self.max_tokens} may not be below 0; 0 means all")
         if self.epochs < 0 or (self.epochs == 0 and self.steps < 1):
             raise LoraFactoryError(f"steps={self.steps}, epochs={self.epochs}: one of them must be at least 1")
         unit, available = ("epochs", self.epochs) if self.epochs else ("steps", self.steps)
@@ -139,14 +161,8 @@ class CollectArguments:
         if min(self.state_every, self.retries) < 0:
             raise LoraFactoryError(f"state_every={self.state_every}, retries={self.retries}: none may be below 0")
         _one_of(self, "parallel", "tasks", "data")
-        _one_of(self, "quantization", "", "4bit", "8bit")
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             raise LoraFactoryError(f"report_to names {unknown}; choose among {', '.join(TRACKERS)}")
-
-    @property
-    def tokens(self) -> TokenOptions:
-        """The settings that turn examples into token sequences."""
-        return TokenOptions(**{one.name: getattr(self, one.name) for one in fields(TokenOptions)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,23 +206,30 @@ class ImportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments:
-    """Settings for training a generator on a zoo.
+class TrainArguments(LoRAOptions):
+    """Settings for training a generator: on a zoo's weights, on the tasks' examples, or on both.
 
-    Generator: decoder, width, depth, conv_depth, text_encoder, image_encoder.
-    LoRA: base_rank.
-    Optimiser: steps, batch_size, learning_rate, seed, multitask_steps, multitask_learning_rate, base_steps,
-    base_tasks, base_mixtures, base_learning_rate, base_bias_learning_rate, base_label_smoothing, specialist_steps,
-    specialist_learning_rate.
-    Resources: gradient_checkpointing.
+    With a zoo, its runs say how the LoRA is scaled, which modules it adapts and how examples are read; what is
+    documented as "without a zoo" may not be given then.
+
+    Generator: decoder, core, latent_size, width, depth, conv_depth, text_encoder, image_encoder.
+    LoRA: rank; without a zoo: lora_alpha, target_modules.
+    Optimiser: steps, batch_size, learning_rate, seed, multitask_steps, base_steps, base_tasks, base_learning_rate,
+    basis_learning_rate.
+    Data, without a zoo: sequence_length, packing, max_tokens, chat_template, validation_sequences.
+    Resources: gradient_checkpointing; without a zoo: dtype, quantization.
 
     Raises:
         LoraFactoryError: When a value has the wrong type or is out of its range.
     """
 
-    decoder: str = _option("token", "network: token, or conv1d for the paper's 12-layer CNN", group=GENERATOR)
-    width: int = _option(384, "hidden size of the token decoder", group=GENERATOR)
-    depth: int = _option(2, "residual blocks of the token decoder", group=GENERATOR)
+    decoder: str = _option(
+        "core", "network: core (a shared basis and generated cores), or conv1d, the paper's CNN", group=GENERATOR
+    )
+    core: str = _option("full", "cores of the shared basis: full R x R matrices, or diagonal ones", group=GENERATOR)
+    latent_size: int = _option(64, "length of the code that a condition becomes, at most", group=GENERATOR)
+    width: int = _option(256, "hidden size of the network that reads conditions", group=GENERATOR)
+    depth: int = _option(1, "hidden layers of the network that reads conditions", group=GENERATOR)
     conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20", group=GENERATOR)
     text_encoder: str = _option(
         "sentence-transformers/all-MiniLM-L6-v2",
@@ -218,69 +241,59 @@ class TrainArguments:
         "model that reads images, where there are some: Hub id, folder or open_clip:<model> (default: the base model)",
         group=GENERATOR,
     )
-    base_rank: int = _option(
-        0, "rank of the adapters that stage 2 learns to write; 0: the rank of the zoo", group=LORA
+    rank: int = _option(
+        0,
+        f"rank R of the shared basis; 0: the rank that holds all of a zoo, {MAX_DEFAULT_RANK} at most; "
+        f"{DEFAULT_RANK} without a zoo",
+        group=LORA,
     )
-    steps: int = _option(200, "optimizer steps on the zoo's weights (stage 1)", group=OPTIMISER)
-    batch_size: int = _option(12, "checkpoints per step", group=OPTIMISER)
+    lora_alpha: float = _option(
+        float(DEFAULT_RANK), "without a zoo: each update is multiplied by lora_alpha / rank", group=LORA
+    )
+    steps: int = _option(1000, "optimizer steps on the zoo's weights", group=OPTIMISER)
+    batch_size: int = _option(
+        12, "checkpoints per step (conv1d; a step on cores takes one of every task)", group=OPTIMISER
+    )
     learning_rate: float = _option(
         1.5e-3, "peak learning rate of AdamW, after a warm-up over a twentieth of the steps", group=OPTIMISER
     )
     seed: int = _option(
         0, "seed of the initial weights, of the order of the data and of the latent noise", group=OPTIMISER
     )
-    multitask_steps: int = _option(
-        0,
-        "optimizer steps of one LoRA on all tasks, from which stage 2 starts; 0: it starts from an untrained LoRA",
-        group=OPTIMISER,
-    )
-    multitask_learning_rate: float = _option(5e-3, "peak learning rate of the multi-task LoRA", group=OPTIMISER)
     base_steps: int = _option(
         0,
-        "optimizer steps on the tasks' own loss through the frozen base model (stage 2); needs the examples of the "
-        "tasks",
+        "optimizer steps on the tasks' own loss through the frozen base model; need the examples of the tasks; 0: "
+        f"none with a zoo, {DEFAULT_BASE_STEPS} without one",
         group=OPTIMISER,
     )
-    base_tasks: int = _option(4, "tasks per step of base_steps", group=OPTIMISER)
-    base_mixtures: float = _option(
-        0.2, "share of the adapters of base_steps that serve a mixture of tasks instead of one task", group=OPTIMISER
-    )
-    base_learning_rate: float = _option(1e-3, "peak learning rate of the network in base_steps", group=OPTIMISER)
-    base_bias_learning_rate: float = _option(
-        3e-3, "peak learning rate of the adapter for all tasks in base_steps", group=OPTIMISER
-    )
-    base_label_smoothing: float = _option(
-        0.0, "share of each label's probability that base_steps spread over all tokens", group=OPTIMISER
-    )
-    specialist_steps: int = _option(
+    multitask_steps: int = _option(
         0,
-        "optimizer steps per task that continue the multi-task LoRA on this task alone (stage 2), so that the "
-        "generator learns the difference; needs the examples of the tasks; 0: no stage 2",
+        "the first of base_steps, in which basis and center are trained as one LoRA for all tasks; 0: none with a "
+        "zoo, a third without one",
         group=OPTIMISER,
     )
-    specialist_learning_rate: float = _option(3e-3, "peak learning rate of the specialists' steps", group=OPTIMISER)
-    gradient_checkpointing: bool = _option(
-        False,
-        "compute the base model's activations twice in stage 2 instead of keeping them, which saves memory",
-        group=RESOURCES,
+    base_tasks: int = _option(8, "tasks per step of base_steps", group=OPTIMISER)
+    base_learning_rate: float = _option(1e-3, "peak learning rate of the network in base_steps", group=OPTIMISER)
+    basis_learning_rate: float = _option(
+        3e-3, "peak learning rate of the factors that all adapters share, in base_steps", group=OPTIMISER
     )
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
-        _convert(self)
+        super().__post_init__()
         _check_seeds(self, self.seed)
-        _positive(self, "steps", "batch_size", "learning_rate", "width", "depth", "conv_depth")
-        _at_most(self, MAX_SIZE, "width")
+        _positive(self, "steps", "batch_size", "learning_rate", "latent_size", "width", "depth", "conv_depth")
+        _at_most(self, MAX_SIZE, "width", "latent_size")
         _at_most(self, MAX_LAYERS, "depth", "conv_depth")
-        _positive(self, "multitask_learning_rate", "specialist_learning_rate")
-        _positive(self, "base_tasks", "base_learning_rate", "base_bias_learning_rate")
-        _not_negative(self, "multitask_steps", "base_steps", "specialist_steps", "base_mixtures")
-        if not 0 <= self.base_label_smoothing < 1:
-            raise LoraFactoryError(f"base_label_smoothing={self.base_label_smoothing} must be at least 0 and below 1")
-        if self.base_mixtures > 0.7:  # the rest serves single tasks and neighbouring examples
-            raise LoraFactoryError(f"base_mixtures={self.base_mixtures} must be 0.7 or less")
-        if self.decoder not in ("token", "conv1d"):
-            raise LoraFactoryError(f"decoder={self.decoder!r}: choose 'token' or 'conv1d'")
+        _positive(self, "base_tasks", "base_learning_rate", "basis_learning_rate")
+        _not_negative(self, "rank", "multitask_steps", "base_steps")
+        if self.multitask_steps > self.base_steps:
+            raise LoraFactoryError(
+                f"multitask_steps={self.multitask_steps} are the first of base_steps={self.base_steps}; give as many "
+                "or fewer"
+            )
+        _one_of(self, "decoder", "core", "conv1d")
+        _one_of(self, "core", "full", "diagonal")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -138,16 +138,35 @@ def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout,
     Raises:
         LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
     """
-    modules, weights = modules_by_path(base_of(model)), layout.unflatten(adapters)
-    handles = []
+    weights, hooks = layout.unflatten(adapters), {}
+    for adapted in layout.modules:
+        hooks[adapted.path] = partial(_add_lora, weights[adapted.key_a], weights[adapted.key_b] * adapted.scaling)
+    with hooked(model, layout, hooks):
+        yield
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, layout: AdapterLayout, hooks: Mapping[str, Callable[[nn.Module, Any, Tensor], Tensor]]
+) -> Iterator[None]:
+    """A context in which forward hooks change the outputs of modules of the base model, below PEFT's own adapters.
+
+    Args:
+        model: The base model.
+        layout: Whose modules these are.
+        hooks: By the module's path; see ``torch.nn.Module.register_forward_hook``.
+
+    Raises:
+        LoraFactoryError: When the base model has not one of the modules.
+    """
+    modules, handles = modules_by_path(base_of(model)), []
     try:
-        for adapted in layout.modules:
-            module: Any = modules.get(adapted.path)
+        for path, hook in hooks.items():
+            module: Any = modules.get(path)
             if module is None:
-                raise LoraFactoryError(_missing_module(base_of(model), layout, adapted.path))
+                raise LoraFactoryError(_missing_module(base_of(model), layout, path))
             target = module.base_layer if isinstance(module, LoraLayer) else module
-            pair = weights[adapted.key_a], weights[adapted.key_b] * adapted.scaling
-            handles.append(target.register_forward_hook(partial(_add_lora, *pair)))
+            handles.append(target.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -158,22 +177,63 @@ def _add_lora(factors_a: Tensor, factors_b: Tensor, module: nn.Module, inputs: A
     """A module's output plus the LoRA of every share of the batch; ``factors_a`` is ``(n, *shape of A)``."""
     (values,) = inputs
     count = len(factors_a)
+    _check_shares(values, count)
+    if not isinstance(module, nn.Embedding | _ConvNd):
+        flat = values.to(factors_a.dtype).reshape(count, -1, values.shape[-1])
+        delta = flat @ factors_a.transpose(1, 2) @ factors_b.transpose(1, 2)
+        return output + delta.reshape(output.shape).to(output.dtype)
+    pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
+    delta = torch.cat([_out(module, _low(module, rows, a), b.flatten(1)) for rows, a, b in pairs])
+    return output + delta.to(output.dtype)
+
+
+def add_shared_lora(
+    factor_a: Tensor,
+    cores: Tensor,
+    factor_b: Tensor,
+    module: nn.Module,
+    inputs: Any,  # noqa: ANN401
+    output: Tensor,
+) -> Tensor:
+    """A module's output plus ``B K A`` of its input, with a core of its own for every share of the batch.
+
+    Args:
+        factor_a: Of A's shape.
+        cores: Shape ``(n, R, R)``.
+        factor_b: Shape ``(out, R)``, times the scaling.
+        module: Linear, embedding or convolution.
+        inputs: The module's; their rows are shared out evenly.
+        output: The module's own.
+    """
+    (values,) = inputs
+    _check_shares(values, len(cores))
+    low = _low(module, values, factor_a)
+    mixed = (low.reshape(len(cores), -1, low.shape[-1]) @ cores.mT).view_as(low)
+    return output + _out(module, mixed, factor_b).to(output.dtype)
+
+
+def _low(module: nn.Module, values: Tensor, factor_a: Tensor) -> Tensor:
+    """``A`` of a module's input, the R values last."""
+    if isinstance(module, nn.Embedding):
+        return functional.embedding(values, factor_a.mT)
+    values = values.to(factor_a.dtype)
+    if isinstance(module, _ConvNd):
+        convolution: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[factor_a.ndim - 3]
+        return convolution(values, factor_a, None, module.stride, module.padding, module.dilation).movedim(1, -1)
+    return functional.linear(values, factor_a)
+
+
+def _out(module: nn.Module, low: Tensor, factor_b: Tensor) -> Tensor:
+    """``B`` of ``(..., R)``, in the form of the module's output."""
+    delta = functional.linear(low, factor_b)
+    return delta.movedim(-1, 1) if isinstance(module, _ConvNd) else delta
+
+
+def _check_shares(values: Tensor, count: int) -> None:
     if len(values) % count:
         raise LoraFactoryError(
             f"a batch of {len(values)} rows cannot be shared by {count} adapters; give each as many"
         )
-    if isinstance(module, nn.Embedding):
-        pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
-        return output + torch.cat([functional.embedding(rows, a.T) @ b.T for rows, a, b in pairs]).to(output.dtype)
-    values = values.to(factors_a.dtype)
-    if isinstance(module, _ConvNd):
-        convolution: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[factors_a.ndim - 4]
-        geometry = (None, module.stride, module.padding, module.dilation)
-        pairs = zip(values.chunk(count), factors_a, factors_b, strict=True)
-        return output + torch.cat([convolution(convolution(x, a, *geometry), b) for x, a, b in pairs]).to(output.dtype)
-    flat = values.reshape(count, -1, values.shape[-1])
-    delta = flat @ factors_a.transpose(1, 2) @ factors_b.transpose(1, 2)
-    return output + delta.reshape(output.shape).to(output.dtype)
 
 
 class AdapterSlot:

@@ -29,12 +29,14 @@ class Generation:
     """The record of how an adapter was generated; ``generation.json``.
 
     Attributes:
-        text: What it is for, as it was given.
+        text: What it is for, as it was given; of a combination, the texts with their weights.
         conditions: The modalities of task vectors that were given beside or instead of a text; they are kept in
             ``condition.safetensors``.
         seed: Seed of the sample.
         temperature: 0 for the most likely adapter.
         chat_template: Whether it expects texts in the tokenizer's chat template.
+        rank: Its rank; null where it is the generator's.
+        rank_error: Share of the squared norm of ΔW that a lower rank has lost.
         refined_on: On how many examples it was refined; 0 when it is as the network wrote it.
         nearest_tasks: The training tasks nearest to the condition, best first: ``{"task", "similarity"}``.
         distance: Cosine distance of the condition from the nearest task.
@@ -52,6 +54,8 @@ class Generation:
     seed: int
     temperature: float
     chat_template: bool = False
+    rank: int | None = None
+    rank_error: float = 0.0
     refined_on: int = 0
     nearest_tasks: tuple[Mapping[str, Any], ...]
     distance: float | None

@@ -1,4 +1,4 @@
-"""The geometry of a LoRA adapter: PEFT state dict, flat vector and tokens, each turned into the others bit-exactly."""
+"""The geometry of a LoRA adapter: PEFT state dict and flat vector, each turned into the other bit-exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -37,35 +37,10 @@ PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
-class TokenGroup:
-    """All tokens that share one linear head: same kind of module, same factor, same length.
-
-    Attributes:
-        kind: kind of the modules; where lengths differ between layers of one kind, followed by "#" and the length.
-        factor: "A" (tokens are rows of A) or "B" (tokens are columns of B).
-        length: weights a token.
-        layers: layer index of every token.
-        ranks: rank-slice index of every token.
-    """
-
-    kind: str
-    factor: str
-    length: int
-    layers: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """The group's key in the dictionary of tokens."""
-        return f"{self.kind}|{self.factor}"
-
-
-@dataclass(frozen=True)
 class AdapterLayout:
     """The weights of an adapter, their order in the flat vector, and their base model.
 
     The flat vector holds the modules in natural order (numbers compared as numbers), A before B, each row-major.
-    A token is one rank slice: `A[i].flatten()` or `B[:, i].flatten()`.
 
     Attributes:
         base_model: Hub id (or folder) that adapters name as their base.
@@ -169,53 +144,47 @@ class AdapterLayout:
         """D, the number of weights of one adapter."""
         return sum(math.prod(module.shape_a) + math.prod(module.shape_b) for module in self.modules)
 
-    @cached_property
-    def num_tokens(self) -> int:
-        """The number of tokens of one adapter, over all groups."""
-        return sum(len(group.layers) for group in self.groups)
-
-    @cached_property
-    def groups(self) -> tuple[TokenGroup, ...]:
-        """The token groups, in the order in which their first token comes in the vector."""
-        return tuple(
-            TokenGroup(
-                kind=name.rpartition("|")[0],
-                factor=segments[0].factor,
-                length=segments[0].length,
-                layers=tuple(segment.module.layer for segment in segments for _ in range(segment.module.rank)),
-                ranks=tuple(rank for segment in segments for rank in range(segment.module.rank)),
-            )
-            for name, segments in self._segments_by_group.items()
-        )
-
     def with_rank(self, rank: int) -> AdapterLayout:
-        """Return the same modules with another rank and the same scaling.
+        """Return the same modules, every one with this rank and with the scaling of the layout's own ``r``.
 
-        Raises:
-            LoraFactoryError: if modules differ in rank or scaling, or the rank is below that of the layout.
+        Ranks and scalings of single modules (``rank_pattern``, ``alpha_pattern``) are gone.
         """
         config = dict(self.lora_config)
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise LoraFactoryError("rank_pattern and alpha_pattern give modules ranks of their own; with_rank has one")
-        if rank < config["r"]:
-            raise LoraFactoryError(f"rank={rank} is below the layout's rank {config['r']}; adapters would not fit")
         growth = rank / config["r"]
         alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
-        config |= {"r": rank, "lora_alpha": alpha}
-        modules = tuple(module.with_rank(rank) for module in self.modules)
+        config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        modules = tuple(replace(module.with_rank(rank), scaling=scaling) for module in self.modules)
         return AdapterLayout(self.base_model, self.base_revision, modules, config)
 
     def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
-        """Pad vectors (..., D) of this layout to those of `with_rank`: (..., D of `wider`), which do the same."""
-        tokens = self.to_tokens(vector)
-        padded = {}
-        for group, target in zip(self.groups, wider.groups, strict=True):
-            rows = tokens[group.name]
-            index = {place: number for number, place in enumerate(zip(target.layers, target.ranks, strict=True))}
-            places = [index[place] for place in zip(group.layers, group.ranks, strict=True)]
-            padded[target.name] = rows.new_zeros(*rows.shape[:-2], len(target.layers), group.length)
-            padded[target.name][..., places, :] = rows
-        return wider.from_tokens(padded)
+        """Turn vectors (..., D) into those of another layout (..., D of `wider`) that do the same.
+
+        Rank slices and modules that only `wider` has are zero; B makes up for another scaling.
+
+        Raises:
+            LoraFactoryError: if `wider` lacks a module, or has it in another size or of a lower rank.
+        """
+        weights, padded = self.unflatten(vector), {}
+        theirs = {module.path: module for module in wider.modules}
+        own = {module.path: module for module in self.modules}
+        for module in self.modules:
+            room = theirs.get(module.path)
+            if room is None or module.with_rank(room.rank).shapes != room.shapes or room.rank < module.rank:
+                there = "none" if room is None else f"rank {room.rank}, sizes {room.shapes}"
+                raise LoraFactoryError(
+                    f"{module.path} has rank {module.rank} and sizes {module.shapes}, the other layout {there}; "
+                    "make it with with_rank of the highest rank"
+                )
+        for room in wider.modules:
+            shapes = [(*vector.shape[:-1], *shape) for shape in room.shapes]
+            a, b = padded[room.key_a], padded[room.key_b] = [vector.new_zeros(shape) for shape in shapes]
+            if (module := own.get(room.path)) is not None:
+                a.narrow(vector.ndim - 1, 0, module.rank).copy_(weights[module.key_a])
+                change = module.scaling / room.scaling
+                values = weights[module.key_b] if math.isclose(change, 1) else change * weights[module.key_b]
+                b.narrow(vector.ndim, 0, module.rank).copy_(values)
+        return wider.flatten(padded, check=False)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""
@@ -258,42 +227,6 @@ class AdapterLayout:
             for segment, part in zip(self._segments, parts, strict=True)
         }
 
-    def to_tokens(self, vector: Tensor) -> dict[str, Tensor]:
-        """Cut vectors (..., D) into tokens.
-
-        Returns:
-            For every group its name and (..., tokens, length). Differentiable; memory is O(D).
-        """
-        parts = {segment.key: part for segment, part in zip(self._segments, self._split(vector), strict=True)}
-        return {
-            name: torch.cat([segment.to_tokens(parts[segment.key]) for segment in segments], dim=-2)
-            for name, segments in self._segments_by_group.items()
-        }
-
-    def from_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Join the groups' tokens (..., tokens, length) into vectors (..., D); the inverse of `to_tokens`.
-
-        Raises:
-            LoraFactoryError: if a group is missing, unknown or has another shape.
-        """
-        if set(tokens) != set(self._segments_by_group):
-            raise LoraFactoryError(
-                f"token groups {few(set(tokens) ^ set(self._segments_by_group))} are missing or unknown; "
-                "pass every group of AdapterLayout.groups and no other"
-            )
-        parts: dict[str, Tensor] = {}
-        for group in self.groups:
-            batch = tokens[group.name]
-            if tuple(batch.shape[-2:]) != (len(group.layers), group.length):
-                raise LoraFactoryError(
-                    f"tokens of group {group.name} have shape {tuple(batch.shape)}, expected "
-                    f"(..., {len(group.layers)}, {group.length})"
-                )
-            segments = self._segments_by_group[group.name]
-            slices = batch.split([segment.module.rank for segment in segments], dim=-2)
-            parts |= {seg.key: seg.from_tokens(part) for seg, part in zip(segments, slices, strict=True)}
-        return torch.cat([parts[segment.key] for segment in self._segments], dim=-1)
-
     def peft_config(self) -> LoraConfig:
         """Return the PEFT configuration of adapters of this layout, for inference, naming base model and commit."""
         from peft import LoraConfig
@@ -329,18 +262,6 @@ class AdapterLayout:
     def _segments(self) -> tuple[_Segment, ...]:
         """Both factors of all modules, in the order of the vector."""
         return tuple(_Segment(module, factor) for module in self.modules for factor in "AB")
-
-    @cached_property
-    def _segments_by_group(self) -> dict[str, list[_Segment]]:
-        lengths: dict[tuple[str, str], set[int]] = {}
-        for segment in self._segments:
-            lengths.setdefault((segment.module.kind, segment.factor), set()).add(segment.length)
-        groups: dict[str, list[_Segment]] = {}
-        for segment in self._segments:
-            kind = segment.module.kind
-            kind += f"#{segment.length}" if len(lengths[kind, segment.factor]) > 1 else ""
-            groups.setdefault(f"{kind}|{segment.factor}", []).append(segment)
-        return groups
 
     def _split(self, vector: Tensor) -> tuple[Tensor, ...]:
         if vector.ndim < 1 or vector.shape[-1] != self.size:
@@ -393,25 +314,6 @@ class _Segment:
     @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
-
-    @cached_property
-    def length(self) -> int:
-        return self.size // self.module.rank
-
-    def to_tokens(self, part: Tensor) -> Tensor:
-        """(..., size) -> (..., rank, length)."""
-        dimensions = len(self.shape)
-        part = part.unflatten(-1, self.shape)
-        part = part if self.factor == "A" else part.transpose(-dimensions, 1 - dimensions)
-        return part.flatten(1 - dimensions)
-
-    def from_tokens(self, tokens: Tensor) -> Tensor:
-        """(..., rank, length) -> (..., size)."""
-        if self.factor == "A":
-            return tokens.flatten(-2)
-        dimensions = len(self.shape)
-        out, _, *kernel = self.shape
-        return tokens.unflatten(-1, (out, *kernel)).transpose(-dimensions, 1 - dimensions).flatten(-dimensions)
 
 
 def _is_finite(tensor: Tensor) -> bool:

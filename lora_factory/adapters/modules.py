@@ -88,6 +88,11 @@ class AdaptedModule:
             raise LoraFactoryError(f"{self.path}: scaling {self.scaling} must be finite and above 0")
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B."""
+        return self.shape_a, self.shape_b
+
+    @property
     def rank(self) -> int:
         """The LoRA rank r."""
         return self.shape_a[0]

@@ -67,7 +67,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _continues(options: argparse.Namespace) -> bool:
     """Return whether a command that is started again continues."""
     if options.run is _train:  # stage 2 alone keeps what is done
-        return bool(options.base_steps or options.specialist_steps)
+        return bool(options.base_steps or not options.zoo)
     return bool(options.continues or (options.run is _evaluate and options.generator))
 
 
@@ -89,6 +89,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argp
     add_zoo(commands)
     _add_train(commands)
     _add_generate(commands)
+    _add_explain(commands)
     _add_evaluate(commands)
     _add_push(commands)
     search = command(commands, "search", _search, "list the generators on the Hub for a base model")
@@ -115,20 +116,33 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    train = command(commands, "train", _train, "train a generator on a zoo")
-    add_required(train, "--zoo", "folder of the zoo, as collect or import wrote it")
+    train = command(commands, "train", _train, "train a generator on a zoo, on the tasks' examples, or on both")
+    train.add_argument(
+        "--zoo",
+        help="folder of the zoo, as collect or import wrote it (default: train on the examples of --tasks alone)",
+    )
     add_required(train, "--output-dir", "folder of the generator")
     train.add_argument(
         "--tasks",
-        help="YAML or JSON task file of the zoo's tasks: the generator learns to read examples or images too "
-        "(default: descriptions alone)",
+        help="YAML or JSON task file; of the zoo's tasks, if there is one: the generator learns to read examples or "
+        "images too (default: descriptions alone)",
+    )
+    train.add_argument(
+        "--held-out-tasks",
+        help="task file of more tasks, best ones with something that no other has, such as a language: the step of "
+        "--base-steps whose weights do best on them is kept (default: the last one)",
     )
     train.add_argument(
         "--images",
         help="folder with one folder of images per task: the generator learns to read images too (default: none)",
     )
     train.add_argument(
-        "--base-model", help="with --tasks: Hub id or folder of the base model (default: the one that the zoo names)"
+        "--base-model",
+        help="with --tasks: Hub id or folder of the base model (default: the one that the zoo names)",
+    )
+    train.add_argument(
+        "--base-model-name",
+        help="without --zoo: Hub id that adapters name as their base (default: --base-model)",
     )
     train.add_argument(
         "--overwrite", action="store_true", help="replace a generator in --output-dir (default: refuse to)"
@@ -163,6 +177,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument(
         "--overwrite", action="store_true", help="replace a generated adapter in --output-dir (default: refuse to)"
     )
+    generate.add_argument(
+        "--rank", type=int, help="rank of the adapter, if it is to be lower than the generator's (default: the same)"
+    )
     generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
     generate.add_argument(
@@ -171,6 +188,13 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         default=0.0,
         help="scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task (default: 0.0)",
     )
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    explain = command(commands, "explain", _explain, "say how far a description is from what a generator knows")
+    add_required(explain, "--generator", "folder or Hub id of a generator")
+    add_required(explain, "--text", "description of a task, in a sentence")
+    explain.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -269,15 +293,19 @@ def _train(options: argparse.Namespace) -> None:
     from lora_factory.utils.paths import local_path
     from lora_factory.zoo.store import AdapterZoo
 
-    zoo, tasks = AdapterZoo(options.zoo), load_tasks(options.tasks) if options.tasks else None
-    images = {task: images_in(local_path(options.images) / task) for task in zoo.tasks} if options.images else None
+    zoo = AdapterZoo(options.zoo) if options.zoo else None
+    tasks = load_tasks(options.tasks) if options.tasks else None
+    names = zoo.tasks if zoo else [task.name for task in tasks or ()]
+    images = {task: images_in(local_path(options.images) / task) for task in names} if options.images else None
     train_generator(
         zoo,
         options.output_dir,
         arguments=arguments,
         tasks=tasks,
+        held_out=load_tasks(options.held_out_tasks) if options.held_out_tasks else (),
         images=images,
         base_model=options.base_model,
+        base_model_name=options.base_model_name,
         overwrite=options.overwrite,
     )
 
@@ -302,6 +330,7 @@ def _generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         temperature=options.temperature,
         refine_steps=options.refine_steps,
+        rank=options.rank,
     )
     made = read_json(local_path(options.output_dir) / GENERATION_FILE)
     lines = [f"wrote {options.output_dir}"]
@@ -310,6 +339,21 @@ def _generate(options: argparse.Namespace) -> None:
         lines.append(f"nearest tasks, by cosine distance: {nearest}")
     if made["zoo_distance"] is not None:
         lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
+    if made["rank"] is not None:
+        lines.append(f"rank {made['rank']} loses {100 * made['rank_error']:.2g} % of the squared norm of the update")
+    say(*lines)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from lora_factory.generator.modeling import CVAELoRAGenerator
+
+    found = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision).explain(options.text)
+    nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in found["nearest"])
+    lines = [f"nearest tasks, by cosine distance: {nearest or 'none'}"]
+    if found["farther_than"] is not None:
+        share = f"{100 * found['farther_than']:.0f} %"
+        lines.append(f"{share} of the known tasks are nearer than that to their own nearest neighbour")
+    lines.append(f"it changes {found['use']:.2f} times as much as a known task's description does (median)")
     say(*lines)
 
 

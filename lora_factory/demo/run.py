@@ -73,13 +73,13 @@ FULL = DemoSize(
         validation_sequences=8,
         dtype="bfloat16",
     ),
-    train=TrainArguments(steps=200),
+    train=TrainArguments(),
     test_tokens=2000,
 )
 FAST = DemoSize(
     seen_tasks=3,
     collect=replace(FULL.collect, steps=12, snapshots=4),
-    train=TrainArguments(steps=60),
+    train=TrainArguments(steps=300),
     test_tokens=1000,
 )
 

@@ -16,17 +16,18 @@ SHOWN_BYTES = 256 << 20  # of checkpoints in the plots and in the mean KL; at le
 def diagnose(methods: ComparedMethods) -> dict[str, Any]:
     """Measure the KL of the latents, the novelty of generated adapters, and the spread of samples and of checkpoints.
 
+    Adapters are compared by what the generator's network makes of them, cores or weights, in standard deviations.
     Novelty is the distance to the nearest checkpoint of the task over the median distance between its checkpoints.
     """
     way, seed = methods.first_way, methods.seeds[0]
     novelty, sampled, real = {}, [], []
     for task in methods.fold.seen:
-        rows = methods.wide[task.name][:]
-        nearest = (rows - methods.generated([way], task, seed)).norm(dim=1).min()
+        rows = methods.targets(methods.weights[task.name][:])
+        nearest = (rows - methods.made(way, task, seed)).norm(dim=1).min()
         novelty[task.name] = float(nearest / torch.pdist(rows).median()) if len(rows) > 1 else None
-        samples = torch.stack([methods.generated([way], task, sample, temperature=1.0) for sample in range(8)])
+        samples = torch.stack([methods.made(way, task, sample, temperature=1.0) for sample in range(8)])
         if way == "hidden":  # a seed draws other examples too, which is not what the spread is about
-            samples = samples - torch.stack([methods.generated([way], task, sample) for sample in range(8)])
+            samples = samples - torch.stack([methods.made(way, task, sample) for sample in range(8)])
         sampled.append((samples - samples.mean(0)).norm(dim=1).mean())
         real.append((rows - rows.mean(0)).norm(dim=1).mean())
     kl = _encoded(methods, _shown(methods))["kl"]
@@ -61,7 +62,7 @@ def points(methods: ComparedMethods) -> dict[str, dict[str, list[Any]]]:
     """Vectors to plot, reduced by PCA: task vectors, latents, and weights of real and generated adapters."""
     shown, tasks = _shown(methods), methods.fold.tasks
     names = [name for name, rows in shown.items() for _ in rows]
-    generated = torch.stack([methods.generated([methods.first_way], task, methods.seeds[0]) for task in tasks])
+    generated = torch.stack([methods.made(methods.first_way, task, methods.seeds[0]) for task in tasks])
     latents = _encoded(methods, shown)
     prior = latents["prior"]
     plots = {
@@ -91,24 +92,25 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _shown(methods: ComparedMethods) -> dict[str, torch.Tensor]:
-    """Checkpoints of every task, shape ``(n, D)``: all, or as many at even distances as `SHOWN_BYTES` hold."""
-    row_bytes = 4 * methods.fold.generator.layout.size * len(methods.wide)
+    """Targets ``(n, targets)`` of every task's checkpoints: all, or as many at even distances as fit `SHOWN_BYTES`."""
+    row_bytes = 4 * methods.fold.zoo.layout.size * len(methods.weights)
     most = max(1, SHOWN_BYTES // row_bytes)
     return {
-        name: torch.stack([rows[len(rows) * number // count] for number in range(count)])
-        for name, rows in methods.wide.items()
+        name: methods.targets(torch.stack([rows[len(rows) * number // count] for number in range(count)]))
+        for name, rows in methods.weights.items()
         for count in [min(most, len(rows))]
     }
 
 
 @torch.no_grad()
-def _encoded(methods: ComparedMethods, snapshots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _encoded(methods: ComparedMethods, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Posterior means ``(n, latents)`` of real checkpoints, their KL, and the prior's mean of every task."""
     generator, way, outputs = methods.fold.generator, methods.first_way, []
-    for name, rows in snapshots.items():
+    for name, rows in targets.items():
         vector = methods.condition(way, name, methods.seeds[0])
-        weights, condition = generator.encode_inputs(rows, {way: vector.expand(len(rows), -1)})
-        posterior, prior = generator.network.posterior(weights, condition), generator.network.prior(condition)
+        coordinates = generator.standardiser.all({way: vector.expand(len(rows), -1)})
+        posterior = generator.network.posterior(rows, coordinates)
+        prior = generator.network.prior(coordinates, len(rows))
         outputs.append({"mean": posterior.mean, "kl": posterior.kl(prior), "prior": prior.mean[:1]})
     return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -44,7 +43,7 @@ from lora_factory.reporting.summary import (
 )
 from lora_factory.tasks.task import Task
 from lora_factory.utils.files import atomic_file
-from lora_factory.zoo.checkpoints import SnapshotRows, mean_checkpoint, open_checkpoints
+from lora_factory.zoo.checkpoints import mean_checkpoint, open_checkpoints
 
 MULTITASK = "multi-task LoRA"
 WAYS = {"text": "", "hidden": FROM_EXAMPLES}  # what a method's name ends with, by the modality of its condition
@@ -154,16 +153,19 @@ class ComparedMethods:
         budgets = dict.fromkeys(self.methods, collected) | {ORIGINAL_MODEL: 0}
         return budgets | {name: collected + through_base for name in self.methods if name.startswith(GENERATED)}
 
-    @cached_property
-    def wide(self) -> Mapping[str, SnapshotRows]:
-        """The zoo's checkpoints in the generator's layout, by task: of its rank, with zeros beyond the zoo's."""
-        return open_checkpoints(self.fold.zoo, self.fold.generator.layout)
+    def targets(self, rows: torch.Tensor) -> torch.Tensor:
+        """Checkpoints ``(n, D)`` of the zoo as the generator's network would make them: ``(n, targets)``."""
+        return self.fold.generator.targets(rows, self.fold.zoo.layout)
+
+    def made(self, way: str, task: Task, seed: int, *, temperature: float = 0.0) -> torch.Tensor:
+        """What the generator's network makes of a task's condition: ``(targets,)``."""
+        rows = {way: self.condition(way, task.name, seed)[None]}
+        return self.fold.generator.made(rows, 1, seed=seed, temperature=temperature)[0]
 
     @cached_property
     def generator_fingerprint(self) -> str:
-        """SHA-256 of the generator's weights and of the settings by which it reads conditions."""
-        config = self.fold.generator.config
-        digest = hashlib.sha256(json.dumps([config.reach, config.recall], sort_keys=True).encode())
+        """SHA-256 of the generator's weights."""
+        digest = hashlib.sha256()
         for tensor in self.fold.generator.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -265,7 +267,7 @@ class ComparedMethods:
     def _from(self, vectors: Mapping[str, torch.Tensor], seed: int, temperature: float = 0.0) -> torch.Tensor:
         generator = self.fold.generator
         rows = {name: vector[None] for name, vector in vectors.items()}
-        return (generator.bias + generator.standard_vector(rows, 1, seed, temperature) * generator.weight_scale)[0]
+        return generator.assemble(generator.made(rows, 1, seed=seed, temperature=temperature))[0]
 
     def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Read a vector from the folder, or compute and write it; the file's name holds the zoo's fingerprint."""

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,12 +16,15 @@ from torch.nn import functional
 
 from lora_factory.adapters.attach import check_adapter_name
 from lora_factory.adapters.folder import ADAPTER_FILE, CONDITION_FILE, GENERATION_FILE, Generation, save_adapter_config
-from lora_factory.arguments import REFINE_STEPS
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.truncation import truncate
+from lora_factory.arguments import MAX_SIZE, REFINE_STEPS
+from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.refine import refine_state_dict
 from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
-from lora_factory.tasks.given import as_examples, as_images, as_temperature, as_text, as_vectors, as_whole_number
+from lora_factory.tasks.given import as_examples, as_images, as_mixture, as_temperature, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_file
@@ -38,7 +42,7 @@ class Order:
         LoraFactoryError: When a value is of another kind, or out of its range.
     """
 
-    text: str | None
+    text: str | Mapping[str, float] | None
     examples: Sequence[Example | ImageExample | str] | None = None
     images: Sequence[ImageLike] | None = None
     conditions: Mapping[str, Tensor] | None = None
@@ -46,26 +50,54 @@ class Order:
     temperature: float = 0.0
     refine_steps: int = REFINE_STEPS
     adapter_name: str = "default"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value at birth."""
         check_adapter_name(self.adapter_name)
         given = {
-            "text": as_text(self.text),
+            "text": as_mixture(self.text),
             "examples": None if self.examples is None else as_examples(self.examples),
             "images": None if self.images is None else as_images(self.images),
             "conditions": as_vectors(self.conditions),
             "seed": as_whole_number(self.seed, "seed", 2**64 - 1),  # what torch.Generator takes
             "temperature": as_temperature(self.temperature),
             "refine_steps": as_whole_number(self.refine_steps, "refine_steps"),
+            "rank": None if self.rank is None else as_whole_number(self.rank, "rank", MAX_SIZE),
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
+        if self.rank == 0:
+            raise LoraFactoryError("rank=0 leaves no adapter; give 1 or more, or None for the generator's own rank")
+
+    @property
+    def texts(self) -> dict[str, float]:
+        """The texts, each with its weight; a single one has the weight 1."""
+        if isinstance(self.text, Mapping):
+            return dict(self.text)
+        return {} if self.text is None else {self.text: 1.0}
 
 
-def fulfil(
-    generator: ConditionalVAE, order: Order, base: FrozenBase | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Made:
+    """A generated adapter.
+
+    Attributes:
+        layout: Of the rank that was asked for.
+        state_dict: Float32 tensors on the CPU under PEFT's names.
+        vectors: All task vectors that it was made of, by modality.
+        given: Those of them that were made of examples and images or given as such.
+        lost: Share of the squared norm of ΔW that a lower rank has lost.
+    """
+
+    layout: AdapterLayout
+    state_dict: dict[str, Tensor]
+    vectors: dict[str, Tensor]
+    given: dict[str, Tensor]
+    lost: float = 0.0
+
+
+def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = None) -> Made:
     """Generate an adapter and, where examples are given, refine it on them.
 
     A generator that is not conditioned on examples uses them for the refinement alone, if there is another
@@ -76,13 +108,13 @@ def fulfil(
         order: What is asked.
         base: The base model, with ``order.examples``.
 
-    Returns:
-        The adapter's state dict, and the task vectors that were made of examples and images or given as such.
-
     Raises:
         LoraFactoryError: When there is nothing to condition on, or something cannot be read.
     """
-    warn_of_a_stranger(generator, order.text)
+    if order.rank is not None and order.rank > (highest := max(m.rank for m in generator.layout.modules)):
+        raise LoraFactoryError(f"rank={order.rank} is above the generator's, {highest}; give {highest} or less")
+    for text in order.texts:
+        warn_of_a_stranger(generator, text)
     given = dict(order.conditions or {})
     if order.images is not None:
         given |= generator.encode_images(order.images)
@@ -90,25 +122,40 @@ def fulfil(
         heard = "hidden" in (generator.config.modalities or {})
         if heard or not (order.text or given) or not order.refine_steps:
             given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
-    state_dict = write_weights(generator, replace(order, conditions=given))
+    layout, lost = generator.layout, 0.0
+    state_dict, vectors = write_weights(generator, replace(order, conditions=given))
+    if order.rank is not None:
+        layout, state_dict, lost = truncate(layout, state_dict, order.rank)
     if order.examples is not None and base is not None:
         in_chat = generator.config.chat_template
+        base = replace(base, layout=layout)
         state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)
-    return state_dict, given
+    return Made(layout, state_dict, vectors, given, lost)
 
 
 @torch.no_grad()
-def write_weights(generator: ConditionalVAE, order: Order) -> dict[str, Tensor]:
-    """The adapter of an order's text and task vectors, as the network writes it: float32 on the CPU."""
-    vectors = generator.conditions(order.text, order.conditions)
-    rows = {name: vector[None].to(generator.bias) for name, vector in vectors.items()}
+def write_weights(generator: ConditionalVAE, order: Order) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter of an order's texts and task vectors, as the network writes it, and these vectors.
+
+    Several texts make a weighted sum of what each would change: cores (weights, for ``conv1d``) add.
+    """
+    targets, vectors = _targets(generator, order)
+    state_dict = generator.layout.unflatten(generator.assemble(targets)[0].float().cpu())
+    generator.layout.check(state_dict)
+    return state_dict, vectors
+
+
+def _targets(generator: ConditionalVAE, order: Order) -> tuple[Tensor, dict[str, Tensor]]:
+    """The network's targets ``(1, targets)`` for an order, and the task vectors that it was made of."""
+    texts = order.texts
+    rows = [generator.conditions(text, order.conditions) for text in texts or [None]]
+    shares = torch.tensor([*texts.values()] or [1.0]).to(generator.center)
+    conditions = {name: torch.stack([row[name] for row in rows]).to(generator.center) for name in rows[0]}
     training = generator.training
     generator.eval()
-    vector = generator.generate_vector(rows, seed=order.seed, temperature=order.temperature)[0]
+    targets = shares[None] @ generator.made(conditions, len(rows), seed=order.seed, temperature=order.temperature)
     generator.train(training)
-    state_dict = generator.layout.unflatten(vector.float().cpu())
-    generator.layout.check(state_dict)
-    return state_dict
+    return targets, {name: (shares @ values).float().cpu() for name, values in conditions.items()}
 
 
 def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: FrozenBase | None = None) -> Generation:
@@ -117,21 +164,23 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
     Raises:
         LoraFactoryError: As :func:`fulfil`.
     """
-    state_dict, given = fulfil(generator, order, base)
-    vectors = generator.conditions(order.text, given)
-    save_adapter_config(generator.layout, folder)
-    save_file(state_dict, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    made = fulfil(generator, order, base)
+    vectors, given = made.vectors, made.given
+    save_adapter_config(made.layout, folder)
+    save_file(made.state_dict, folder / ADAPTER_FILE, metadata={"format": "pt"})
     if given:
         kept = {name: vector.detach().float().cpu().contiguous() for name, vector in given.items()}
         save_file(kept, folder / CONDITION_FILE, metadata={"format": "pt"})
     nearest = generator.nearest_tasks(vectors)
     name, commit = generator.config.name_or_path or "", getattr(generator.config, "_commit_hash", None)
     generation = Generation(
-        text=order.text,
+        text=described(order),
         conditions=tuple(sorted(given)),
         seed=order.seed,
         temperature=order.temperature,
         chat_template=generator.config.chat_template,
+        rank=order.rank,
+        rank_error=round(made.lost, 6),
         refined_on=len(order.examples) if order.examples is not None and order.refine_steps else 0,
         nearest_tasks=tuple(nearest),
         distance=round(1 - nearest[0]["similarity"], 4) if nearest else None,
@@ -145,6 +194,43 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
     )
     write_json(folder / GENERATION_FILE, asdict(generation))
     return generation
+
+
+def described(order: Order) -> str | None:
+    """What an order's adapter is for, in one text: of several texts, each with its weight."""
+    if order.text is None or isinstance(order.text, str):
+        return order.text
+    return " + ".join(f"{weight:g} * {text!r}" for text, weight in order.texts.items())
+
+
+@torch.no_grad()
+def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
+    """How far a condition is from the known tasks, and how much the generator makes of it.
+
+    Args:
+        generator: The generator.
+        order: What is asked; its texts and task vectors count.
+
+    Returns:
+        - ``nearest``: The known tasks nearest to it, best first: ``{"task", "similarity"}``.
+        - ``distance``: Cosine distance from the nearest one.
+        - ``farther_than``: Share of the known tasks that are nearer to their own nearest neighbour than that: what is
+          usual among tasks, each left out in turn. None for fewer than two tasks.
+        - ``use``: Size of what the condition changes (the norm of the targets), in units of its median over the known
+          tasks: 0 writes the adapter without a condition.
+    """
+    targets, vectors = _targets(generator, order)
+    nearest = generator.nearest_tasks(vectors)
+    distance = round(1 - nearest[0]["similarity"], 4) if nearest else None
+    others = _neighbour_distances(generator, list(vectors))
+    known = {name: generator.get_buffer(f"{name}_task_vectors") for name in vectors}
+    sizes = generator.made(known, len(next(iter(known.values())))).norm(dim=1)
+    return {
+        "nearest": nearest,
+        "distance": distance,
+        "farther_than": round(fmean(distance > other for other in others), 4) if others and distance else None,
+        "use": round(float(targets.norm() / sizes.median().clamp_min(1e-12)), 4),
+    }
 
 
 def zoo_distance(generator: ConditionalVAE, modalities: list[str]) -> float | None:

@@ -54,12 +54,12 @@ def generator_card(
     facts = {
         "weights of an adapter": f"{generator.layout.size:,}",
         "weights of the generator": f"{generator.num_parameters():,}",
-        "decoder": config.decoder,
+        "decoder": config.decoder if config.decoder == "conv1d" else f"{config.decoder}, {config.core}",
+        "rank of its adapters": f"{max(module.rank for module in generator.layout.modules)}",
         "listens to": ", ".join(config.modalities),
-        "keeps its tasks' own adapters": f"recognised by {' or '.join(config.recall)}" if config.recall else "no",
         "text encoder": config.text_encoder or "none",
         **({"image encoder": config.image_encoder} if config.image_encoder else {}),
-        "fingerprint of the zoo": config.zoo_fingerprint or "unknown",
+        "fingerprint of the zoo": config.zoo_fingerprint or "none",
     }
     return GeneratorCard(
         title=title,

@@ -24,6 +24,7 @@ from lora_factory.generator.files import (
     read_training_record,
 )
 from lora_factory.generator.generation import Order, fulfil, write_adapter
+from lora_factory.generator.generation import explain as explain_order
 from lora_factory.generator.hub import adapter_writer, adapters_writer, generator_writer, origins_of
 from lora_factory.generator.task_vectors import open_base, open_reader
 from lora_factory.generator.vae import ConditionalVAE
@@ -96,11 +97,12 @@ class CVAELoRAGenerator(ConditionalVAE):
     @torch.no_grad()
     def generate_state_dict(
         self,
-        text: str | None = None,
+        text: str | Mapping[str, float] | None = None,
         *,
         conditions: Mapping[str, torch.Tensor] | None = None,
         seed: int = 0,
         temperature: float = 0.0,
+        rank: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Write one adapter as a PEFT state dict; the base model is not needed.
 
@@ -109,6 +111,7 @@ class CVAELoRAGenerator(ConditionalVAE):
             conditions: Task vectors of shape ``(width,)`` by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
             temperature: 0 (default) writes the most likely adapter; 1 samples with the spread of real checkpoints.
+            rank: A lower rank than the generator's; see :meth:`generate_adapter`.
 
         Returns:
             Float32 tensors on the CPU under PEFT's names.
@@ -116,12 +119,12 @@ class CVAELoRAGenerator(ConditionalVAE):
         Raises:
             LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
         """
-        order = Order(text, conditions=conditions, seed=seed, temperature=temperature)
-        return fulfil(self, order)[0]
+        order = Order(text, conditions=conditions, seed=seed, temperature=temperature, rank=rank)
+        return fulfil(self, order).state_dict
 
     def generate_adapter(
         self,
-        text: str | None = None,
+        text: str | Mapping[str, float] | None = None,
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         *,
         examples: Sequence[Example | ImageExample | str] | None = None,
@@ -133,11 +136,12 @@ class CVAELoRAGenerator(ConditionalVAE):
         is_trainable: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         refine_steps: int = REFINE_STEPS,
+        rank: int | None = None,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
 
         Args:
-            text: What the adapter is for.
+            text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
             base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
                 A ``PeftModel`` gets one more adapter (or has the one of this name overwritten). A live base model is
                 changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
@@ -153,6 +157,8 @@ class CVAELoRAGenerator(ConditionalVAE):
             tokenizer: With ``examples`` and a live model: its tokenizer.
             refine_steps: With ``examples``: steps that the written adapter is trained on them at most, as far as that
                 helps on those left out (`lora_factory.generator.refine.refine`); 0 leaves it as it is.
+            rank: A lower rank than the generator's, to which every module's ΔW is brought by a singular value
+                decomposition; `save_adapter` records what share of its squared norm is lost.
 
         Returns:
             A ``peft.PeftModel`` with the adapter active, in evaluation mode unless it is trainable.
@@ -161,17 +167,61 @@ class CVAELoRAGenerator(ConditionalVAE):
             LoraFactoryError: When the text is empty, an image cannot be read, or the base model has not the modules or
                 sizes of the layout.
         """
-        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
         base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
-        state_dict = fulfil(self, order, base)[0]
+        made = fulfil(self, order, base)
         model = open_base(self.layout, base_model) if base is None else base.model
-        attached = attach_adapter(model, self.layout, state_dict, adapter_name)
+        attached = attach_adapter(model, made.layout, made.state_dict, adapter_name)
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
 
+    def combine(
+        self,
+        texts: Mapping[str, float],
+        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> PeftModel:
+        """Write one adapter from several texts: what each would change, times its weight, is added up.
+
+        ``ΔW = s · B (K + Σ w_i Z(c_i)) A``; weights may be negative, and need not add up to 1. The same mapping can be
+        given to `save_adapter` and `generate_state_dict` in place of a text.
+
+        Args:
+            texts: A weight for every text: ``{"legal notices": 0.7, "poems": 0.3}``.
+            base_model: As in :meth:`generate_adapter`.
+            **options: Its other arguments.
+
+        Returns:
+            A ``peft.PeftModel``, as :meth:`generate_adapter` returns it.
+
+        Raises:
+            LoraFactoryError: As :meth:`generate_adapter`, and when there is no text or a weight is not finite.
+        """
+        return self.generate_adapter(texts, base_model, **options)
+
+    def explain(
+        self,
+        text: str | Mapping[str, float] | None = None,
+        *,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """How far a text is from the tasks that the generator knows, and how much it makes of it.
+
+        Args:
+            text: What an adapter would be for; or several texts with a weight each.
+            conditions: Task vectors by modality, instead of or beside ``text``.
+
+        Returns:
+            ``nearest``, ``distance``, ``farther_than`` and ``use``; see `lora_factory.generator.generation.explain`.
+
+        Raises:
+            LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
+        """
+        return explain_order(self, Order(text, conditions=conditions))
+
     def save_adapter(
         self,
-        text: str | None,
+        text: str | Mapping[str, float] | None,
         save_directory: str | Path,
         *,
         examples: Sequence[Example | ImageExample | str] | None = None,
@@ -183,6 +233,7 @@ class CVAELoRAGenerator(ConditionalVAE):
         overwrite: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         refine_steps: int = REFINE_STEPS,
+        rank: int | None = None,
     ) -> Path:
         """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.
 
@@ -202,6 +253,7 @@ class CVAELoRAGenerator(ConditionalVAE):
                 adapter that was trained; what people have added to its card stays.
             tokenizer: As there.
             refine_steps: As there.
+            rank: As there.
 
         Returns:
             The folder.
@@ -210,7 +262,7 @@ class CVAELoRAGenerator(ConditionalVAE):
             LoraFactoryError: As :meth:`generate_adapter`, and when the folder is not to be replaced.
             StorageError: When it cannot be written; it is a LoraFactoryError.
         """
-        order = Order(text, examples, images, conditions, seed, temperature, refine_steps)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, rank=rank)
         read = (self.config.name_or_path, self.layout.base_model, base_model, *(order.images or ()))
         inputs = [one for one in read if isinstance(one, str | Path)]
         output = check_folder(save_directory, ADAPTER, overwrite=overwrite, inputs=inputs)

@@ -1,22 +1,21 @@
-"""The networks of the conditional VAE: the token CVAE (default) and the paper's 1-D convolutional one.
+"""The network over cores, and what it shares with the paper's in ``conv1d.py``: conditions, Gaussians, outputs.
 
-Both map between standardised weights, shape ``(batch, D)``, and a Gaussian latent of shape ``(batch, latent)``, given
-a condition, and have the same four methods: ``embed_condition``, ``posterior``, ``prior`` and ``decode``.
+Both networks map between standardised targets (cores here, weights there) and a Gaussian latent, given conditions, and
+have the same four methods: ``posterior``, ``prior``, ``decode`` and ``loss``. Conditions are a dictionary of
+coordinates ``(batch, directions)`` by modality; an empty one is no condition.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.utils.generic import ModelOutput
 
-from lora_factory.adapters.layout import AdapterLayout, TokenGroup
-
+CODE_SCALE = 0.3  # of the values that a code of unit variance adds to a core, before training
 SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be fewer than directions
 
 
@@ -26,7 +25,7 @@ class GeneratorOutput(ModelOutput):
 
     Attributes:
         loss: The objective to minimise.
-        reconstruction: Mean squared error of the standardised weights; 1 is what the bias adapter alone would reach.
+        reconstruction: Mean squared error of the standardised targets; about 1 is what no condition would reach.
         kl: KL(posterior, prior) in nats per adapter, batch mean.
         active_latents: How many latents carry more than 0.01 nats.
     """
@@ -36,6 +35,11 @@ class GeneratorOutput(ModelOutput):
     kl: torch.Tensor | None = None
     active_latents: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, loss: torch.Tensor, error: torch.Tensor, kl: torch.Tensor) -> GeneratorOutput:
+        """The output of a batch from its loss, its squared error, and the KL of every latent, ``(batch, latents)``."""
+        return cls(loss, error, kl.sum(-1).mean(), (kl.mean(0) > 0.01).sum())
+
 
 @dataclass
 class Gaussian:
@@ -43,6 +47,12 @@ class Gaussian:
 
     mean: torch.Tensor
     log_variance: torch.Tensor
+
+    @classmethod
+    def from_parameters(cls, parameters: torch.Tensor) -> Gaussian:
+        """Split a network's output into mean and log-variance, which is kept where half precision holds e^±10."""
+        mean, log_variance = parameters.chunk(2, dim=-1)
+        return cls(mean, log_variance.clamp(-10, 10))
 
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw one sample a row by reparameterisation (Eq. 4); ``temperature`` scales the standard deviation."""
@@ -121,236 +131,106 @@ class ConditionStandardiser(nn.Module):
         return max(1, int(self.get_buffer(f"{name}_basis").any(1).sum()))
 
 
-class ConditionEncoder(nn.Module):
-    """Standardised task vectors of any subset of the modalities to one condition of shape ``(batch, width)``."""
+class CoreCVAE(nn.Module):
+    """The conditional VAE over standardised cores: an MLP turns a condition into a code, a matrix that into cores.
 
-    def __init__(self, widths: Mapping[str, int], width: int) -> None:
-        super().__init__()
-        self.projections = nn.ModuleDict({name: nn.Linear(size, width) for name, size in widths.items()})
-        self.absent = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in widths})
-        self.mix = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
-        """Modalities that ``vectors`` lacks are replaced by a learned vector."""
-        total = sum(
-            projection(vectors[name]) if name in vectors else self.absent[name].expand(batch, -1)
-            for name, projection in self.projections.items()
-        )
-        return total + self.mix(total)
-
-
-class FiLMBlock(nn.Module):
-    """Residual MLP block whose normalised input is scaled and shifted by the condition (adaptive LayerNorm)."""
-
-    def __init__(self, width: int, condition_width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(condition_width, 2 * width)
-        self.expand = nn.Linear(width, 2 * width)
-        self.contract = nn.Linear(2 * width, width)
-
-    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """``hidden`` has shape ``(batch, tokens, width)``, ``condition`` ``(batch, condition width)``."""
-        scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        modulated = self.norm(hidden) * (1 + scale) + shift
-        return hidden + self.contract(functional.gelu(self.expand(modulated)))
-
-
-class TokenIdentity(nn.Module):
-    """Which token this is: embeddings of its group (module kind and factor), its layer and its rank slice."""
-
-    def __init__(self, layout: AdapterLayout, width: int) -> None:
-        super().__init__()
-        groups = layout.groups
-        self.group = nn.Embedding(len(groups), width)
-        self.layer = nn.Embedding(1 + max(max(group.layers) for group in groups), width)
-        self.rank = nn.Embedding(1 + max(max(group.ranks) for group in groups), width)
-        self.group_layer = nn.Linear(width, width, bias=False)
-
-    def forward(self, index: int, group: TokenGroup) -> torch.Tensor:
-        """Embeddings of one group's tokens, shape ``(tokens, width)``."""
-        device = self.group.weight.device
-        layers = self.layer(torch.tensor(group.layers, device=device))
-        ranks = self.rank(torch.tensor(group.ranks, device=device))
-        kind = self.group.weight[index]
-        return kind + layers + ranks + self.group_layer(kind * layers) + self.group_layer(layers * ranks)
-
-
-class TokenCVAE(nn.Module):
-    """CVAE over adapter tokens (method, section 2-4): shared blocks, one linear head a token group, learned prior.
-
-    ``log_std`` is the log standard deviation of every token's weights around the decoded mean, in standardised units
-    (the variance of Eq. 6): fitted to the spread of real checkpoints after training.
+    The decoder is linear, so that codes add as cores do, and no condition is the code 0: the centre, which all tasks
+    share. The prior ``p(z | c)`` has a mean from the MLP and a variance per latent; the posterior ``q(z | Z, c)``
+    corrects the code that comes nearest to Z.
 
     Args:
-        layout: The adapters' layout.
-        widths: Width of every condition modality.
-        width: Hidden size.
-        depth: Residual blocks of the decoder.
-        latent_size: Size of z.
+        size: C, the number of values of one adapter's cores.
+        widths: Number of coordinates of every modality.
+        latents: Length of a code.
+        width: Hidden size of the MLP.
+        depth: Hidden layers of the MLP.
     """
 
-    log_std: torch.Tensor
-
-    def __init__(
-        self, layout: AdapterLayout, widths: Mapping[str, int], *, width: int, depth: int, latent_size: int
-    ) -> None:
+    def __init__(self, size: int, widths: Mapping[str, int], *, latents: int, width: int, depth: int) -> None:
         super().__init__()
-        self.layout = layout
-        groups = layout.groups
-        self.condition = ConditionEncoder(widths, width)
-        self.prior_head = _gaussian_head(width, latent_size)
-        self.identity = TokenIdentity(layout, width)
-        self.inputs = nn.ModuleList(nn.Linear(group.length, width) for group in groups)
-        self.encoder = FiLMBlock(width, width)
-        self.posterior_head = _gaussian_head(2 * width, latent_size)
-        self.latent = nn.Linear(latent_size, width)
-        self.blocks = nn.ModuleList(FiLMBlock(width, 2 * width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.outputs = nn.ModuleList(nn.Linear(width, group.length) for group in groups)
-        self.register_buffer("log_std", torch.full((layout.num_tokens,), -10.0))
-        # The latent starts without influence and at no cost: it is used once it explains what the condition does not.
-        for parameter in (
-            *self.latent.parameters(),
-            *self.prior_head[-1].parameters(),
-            *self.posterior_head[-1].parameters(),
-        ):
-            nn.init.zeros_(parameter)
+        self.size = size
+        self.inputs = nn.ModuleDict({name: nn.Linear(count, width) for name, count in widths.items()})
+        layers = [layer for _ in range(depth - 1) for layer in (nn.SiLU(), nn.Linear(width, width))]
+        self.hidden = nn.Sequential(*layers, nn.SiLU())
+        self.prior_mean = nn.Linear(width, latents)
+        self.correction = nn.Sequential(nn.Linear(width + latents, width), nn.SiLU(), nn.Linear(width, 2 * latents))
+        self.decoder = nn.Parameter(CODE_SCALE * torch.randn(latents, size) / latents**0.5)
+        self.register_buffer("prior_log_variance", torch.zeros(latents))
+        for parameter in (*self.prior_mean.parameters(), *self.correction[-1].parameters()):
+            nn.init.zeros_(parameter)  # at first every condition is as good as none
 
-    def embed_condition(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
-        """Condition of shape ``(batch, width)`` from standardised task vectors."""
-        return self.condition(vectors, batch)
+    def prior(self, conditions: Mapping[str, torch.Tensor], batch: int) -> Gaussian:
+        """p(z | c); without a condition the mean is 0."""
+        hidden = self._hidden(conditions, batch)
+        mean = self.prior_mean(hidden) if conditions else hidden.new_zeros(batch, len(self.decoder))
+        return Gaussian(mean, self.get_buffer("prior_log_variance").expand_as(mean))
 
-    def prior(self, condition: torch.Tensor) -> Gaussian:
-        """The learned conditional prior p(z | c)."""
-        return _gaussian(self.prior_head(condition))
+    def posterior(self, targets: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> Gaussian:
+        """q(z | Z, c) of standardised cores ``(batch, C)``."""
+        return self.posterior_of(self.code(targets), conditions)
 
-    def posterior(self, weights: torch.Tensor, condition: torch.Tensor) -> Gaussian:
-        """q(z | weights, c) from standardised weights of shape ``(batch, D)`` (Eq. 3)."""
-        tokens = self.layout.to_tokens(weights)
-        embedded = [
-            layer(tokens[group.name]) + self.identity(index, group)
-            for index, (layer, group) in enumerate(zip(self.inputs, self.layout.groups, strict=True))
-        ]
-        pooled = self.encoder(torch.cat(embedded, dim=1), condition).mean(dim=1)
-        return _gaussian(self.posterior_head(torch.cat([pooled, condition], dim=-1)))
+    def posterior_of(self, codes: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> Gaussian:
+        """q(z | Z, c) of the codes ``(batch, latents)`` that come nearest to Z."""
+        inputs = torch.cat([codes, self._hidden(conditions, len(codes))], dim=-1)
+        found = Gaussian.from_parameters(self.correction(inputs))
+        return Gaussian(codes + found.mean, found.log_variance)
 
-    def decode(self, latent: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log standard deviation of the standardised weights (Eq. 6), each ``(batch, D)``."""
-        heads = zip(self.layout.groups, self.features(latent, condition), self.outputs, strict=True)
-        mean = self.layout.from_tokens({group.name: output(part) for group, part, output in heads})
-        return mean, spread_over_weights(self.layout, self.log_std).expand_as(mean)
+    def code(self, targets: torch.Tensor) -> torch.Tensor:
+        """The codes ``(batch, latents)`` whose cores come nearest to standardised ones ``(batch, C)``."""
+        return targets @ torch.linalg.pinv(self.decoder)
 
-    def features(self, latent: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the linear heads read: one tensor ``(batch, tokens, width)`` a token group."""
-        signal = torch.cat([self.latent(latent), condition], dim=-1)
-        identities = [self.identity(index, group) for index, group in enumerate(self.layout.groups)]
-        hidden = torch.cat(identities).expand(len(latent), -1, -1)
-        for block in self.blocks:
-            hidden = block(hidden, signal)
-        return self.norm(hidden).split([len(identity) for identity in identities], dim=1)
+    def decode(self, latent: torch.Tensor, conditions: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Standardised cores ``(batch, C)`` of codes; the condition is in the code already."""
+        return latent @ self.decoder
 
+    def loss(
+        self,
+        targets: torch.Tensor,
+        conditions: Mapping[str, torch.Tensor],
+        kl_weight: float,
+        source: torch.Generator | None = None,
+    ) -> GeneratorOutput:
+        """The negative evidence lower bound of standardised cores ``(batch, C)``; see `loss_of`."""
+        codes = self.code(targets)
+        missed = (targets - self.decode(codes)).square().mean(-1)
+        return self.loss_of(codes, missed, self.decoder @ self.decoder.T, conditions, kl_weight, source)
 
-class ConvCVAE(nn.Module):
-    """The paper's CVAE: 1-D convolutions over ``[l; v]`` (Eq. 2), back from ``[z; v]`` (Eq. 5), prior N(0, I) (Eq. 7).
+    def loss_of(
+        self,
+        codes: torch.Tensor,
+        missed: torch.Tensor,
+        gram: torch.Tensor,
+        conditions: Mapping[str, torch.Tensor],
+        kl_weight: float,
+        source: torch.Generator | None = None,
+    ) -> GeneratorOutput:
+        """The negative evidence lower bound per value: half the squared error, and the KL divergence over C.
 
-    Kernel 7, stride 2 (1 once nothing is left to halve), batch normalisation; the number of channels is the number of
-    layers, 12 in the paper.
+        Every other row is decoded from the prior's mean, which generation at temperature 0 uses. The decoder is
+        linear, so the error needs no cores: it is that of the nearest code, and a quadratic form of the difference.
 
-    Args:
-        layout: The adapters' layout.
-        widths: Width of every condition modality; their vectors are concatenated to v.
-        channels: Output channels of the encoder's layers; the decoder mirrors them.
-        latent_size: Size of z, 256 in the paper.
-    """
+        Args:
+            codes: The nearest codes, ``(batch, latents)``.
+            missed: Mean squared error of the nearest codes' cores, ``(batch,)``.
+            gram: The decoder times its transpose, ``(latents, latents)``.
+            conditions: Coordinates by modality.
+            kl_weight: Factor of the KL divergence.
+            source: Of the latent noise.
+        """
+        posterior, prior = self.posterior_of(codes, conditions), self.prior(conditions, len(codes))
+        kl = posterior.kl(prior)
+        even = torch.arange(len(codes), device=codes.device)[:, None] % 2 == 0
+        apart = torch.where(even, prior.mean, posterior.sample(generator=source)) - codes
+        errors = missed + (apart @ gram * apart).sum(-1) / self.size
+        loss = 0.5 * errors.mean() + kl_weight * kl.sum(-1).mean() / self.size
+        return GeneratorOutput.of(loss, errors[::2].mean(), kl)
 
-    def __init__(
-        self, layout: AdapterLayout, widths: Mapping[str, int], *, channels: Sequence[int], latent_size: int
-    ) -> None:
-        super().__init__()
-        self.size, self.widths = layout.size, dict(widths)
-        condition = sum(self.widths.values())
-        length, strides = self.size + condition, []
-        pairs = list(zip([1, *channels[:-1]], channels, strict=True))
-        for _ in pairs:
-            strides.append(2 if length > 1 else 1)
-            length = math.ceil(length / strides[-1])
-        self.start = (channels[-1], length)
-        layers = list(zip(pairs, strides, strict=True))
-        self.encoder = nn.Sequential(
-            *(_convolution(nn.Conv1d(i, o, 7, stride=stride, padding=3), o) for (i, o), stride in layers)
-        )
-        self.posterior_head = nn.Linear(channels[-1] * length, 2 * latent_size)
-        self.latent = nn.Linear(latent_size + condition, channels[-1] * length)
-        inner = [_convolution(_expansion(o, i, stride), i) for (i, o), stride in reversed(layers[1:])]
-        self.decoder = nn.Sequential(*inner, _expansion(channels[0], 1, strides[0]))
-        self.latent_size = latent_size
-
-    def embed_condition(self, vectors: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
-        """The task vector v: all modalities side by side, a missing one as zeros (the zoo's mean)."""
-        reference = self.latent.weight
-        absent = {name: reference.new_zeros(batch, width) for name, width in self.widths.items()}
-        return torch.cat([vectors.get(name, absent[name]) for name in self.widths], dim=-1)
-
-    def prior(self, condition: torch.Tensor) -> Gaussian:
-        """N(0, I), whatever the condition (Eq. 7)."""
-        zeros = condition.new_zeros(len(condition), self.latent_size)
-        return Gaussian(zeros, zeros)
-
-    def posterior(self, weights: torch.Tensor, condition: torch.Tensor) -> Gaussian:
-        """q(z | l, v) from ``[l; v]`` (Eq. 2 and 3)."""
-        hidden = self.encoder(torch.cat([weights, condition], dim=-1)[:, None])
-        return _gaussian(self.posterior_head(hidden.flatten(1)))
-
-    def decode(self, latent: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and (zero-noise) log standard deviation of the standardised weights, each ``(batch, D)``."""
-        hidden = self.latent(torch.cat([latent, condition], dim=-1)).view(len(latent), *self.start)
-        mean = self.decoder(hidden)[:, 0, : self.size]
-        return mean, torch.full_like(mean, -math.inf)
-
-
-def token_scales(layout: AdapterLayout, deviation: torch.Tensor) -> torch.Tensor:
-    """Root mean square deviation of every token's weights from their centre, shape ``(tokens,)``.
-
-    Floored at a twentieth of its group's mean, which is also that of tokens that no adapter uses.
-
-    Args:
-        layout: The adapters' layout.
-        deviation: Mean square deviation of every weight, shape ``(D,)``.
-    """
-    scales = []
-    for rows in layout.to_tokens(deviation).values():
-        scale = rows.mean(-1).sqrt()
-        used = torch.where(scale > 0, scale, scale[scale > 0].mean().nan_to_num(0.0))
-        scales.append(torch.maximum(used, 0.05 * used.mean()).clamp_min(1e-8))
-    return torch.cat(scales)
-
-
-def spread_over_weights(layout: AdapterLayout, per_token: torch.Tensor) -> torch.Tensor:
-    """One number a token, shape ``(tokens,)`` in the order of the groups, as one a weight, shape ``(D,)``."""
-    parts = per_token.split([len(group.layers) for group in layout.groups])
-    return layout.from_tokens(
-        {group.name: part[:, None].expand(-1, group.length) for group, part in zip(layout.groups, parts, strict=True)}
-    )
-
-
-def _expansion(channels_in: int, channels_out: int, stride: int) -> nn.ConvTranspose1d:
-    """The transposed convolution that undoes one of the encoder's lengths, to at least what it was."""
-    return nn.ConvTranspose1d(channels_in, channels_out, 7, stride=stride, padding=3, output_padding=stride - 1)
-
-
-def _convolution(layer: nn.Module, channels: int) -> nn.Sequential:
-    return nn.Sequential(layer, nn.BatchNorm1d(channels), nn.LeakyReLU())
-
-
-def _gaussian_head(width: int, latent_size: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2 * latent_size))
-
-
-def _gaussian(parameters: torch.Tensor) -> Gaussian:
-    """Split into mean and log-variance; the latter is kept within e^±10, where half precision still holds it."""
-    mean, log_variance = parameters.chunk(2, dim=-1)
-    return Gaussian(mean, log_variance.clamp(-10, 10))
+    def _hidden(self, conditions: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """What the MLP makes of conditions, ``(batch, width)``: the mean over the modalities that are given."""
+        if not conditions:
+            return self.prior_mean.weight.new_zeros(batch, self.prior_mean.in_features)
+        given = [self.inputs[name](vectors) for name, vectors in conditions.items()]
+        return self.hidden(torch.stack(given).mean(0))
 
 
 def _whitening(deviations: torch.Tensor) -> torch.Tensor:

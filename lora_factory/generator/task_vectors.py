@@ -38,12 +38,6 @@ def check_conditions(vectors: Mapping[str, Tensor], modalities: Mapping[str, int
             raise LoraFactoryError(f"condition {name!r} holds NaN or infinite values; encode it again")
 
 
-def random_subset(modalities: Sequence[str], source: torch.Generator) -> list[str]:
-    """Some of the modalities, at least one, so that training makes every subset a valid condition."""
-    drawn = int(torch.randint(1, 2 ** len(modalities), (), generator=source))
-    return [name for bit, name in enumerate(modalities) if drawn >> bit & 1]
-
-
 def open_base(
     layout: AdapterLayout, base_model: str | Path | PreTrainedModel | PeftModel | None
 ) -> PreTrainedModel | PeftModel:

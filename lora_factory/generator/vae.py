@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
+from lora_factory.generator.basis import CoreBasis
 from lora_factory.generator.configuration import CVAELoRAConfig
-from lora_factory.generator.familiarity import familiarity
-from lora_factory.generator.networks import (
-    ConditionStandardiser,
-    ConvCVAE,
-    Gaussian,
-    GeneratorOutput,
-    TokenCVAE,
-    group_means,
-    spread_over_weights,
-    token_scales,
-)
-from lora_factory.generator.recall import certainty, hedged, task_posterior
+from lora_factory.generator.conv1d import ConvCVAE
+from lora_factory.generator.networks import ConditionStandardiser, CoreCVAE, GeneratorOutput, group_means
 from lora_factory.generator.task_vectors import check_conditions, nearest_tasks, open_reader
 from lora_factory.models.hidden_states import example_states, task_vector
 from lora_factory.models.image_encoders import ImageEncoder
@@ -33,21 +25,26 @@ from lora_factory.models.text_encoders import TextEncoder
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
-from lora_factory.zoo.checkpoints import SnapshotRows, ZooStatistics, zoo_statistics
 
 
 class ConditionalVAE(PreTrainedModel):
     """Conditional VAE over LoRA weights: task vectors in, adapter weights out.
 
-    The network models the residual of an adapter around ``bias`` (the zoo's mean after stage 1), in units of one
-    floored standard deviation per token. The known tasks' own adapters are stored, for conditions that mean one of
-    them.
+    With ``decoder="core"`` an adapter is ``ΔW = s · B (K + Z(c)) A`` per module: ``A`` and ``B`` are the ``basis``
+    that all adapters share, ``K`` is the ``center`` (the identity where the generator was trained on examples alone,
+    the zoo's mean core where it was trained on a zoo), and the network makes ``Z`` of a condition. Without a condition
+    ``Z = 0``: one adapter for all tasks. With ``decoder="conv1d"`` the network makes the weights themselves, as
+    differences from their mean.
+
+    The network works on *targets*: cores or weights, less their center, in units of one standard deviation per module.
     """
 
     config_class = CVAELoRAConfig
     base_model_prefix = "generator"
     main_input_name = "adapters"
-    token_scale: torch.Tensor
+    center: torch.Tensor
+    scale: torch.Tensor
+    spread: torch.Tensor
     training_record: dict[str, Any] | None = None  # what training.json holds, if the generator has one
 
     def __init__(self, config: CVAELoRAConfig) -> None:
@@ -60,22 +57,23 @@ class ConditionalVAE(PreTrainedModel):
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
         tasks = max(1, len(config.tasks or []))
         self.standardiser = ConditionStandardiser(widths, {"text": tasks})
-        coordinates = self.standardiser.widths
-        self.network: TokenCVAE | ConvCVAE
+        coordinates, latents = self.standardiser.widths, config.latent_size
+        self.basis: CoreBasis | None = None
+        self.network: CoreCVAE | ConvCVAE
         if config.decoder == "conv1d":
-            self.network = ConvCVAE(
-                self.layout, coordinates, channels=tuple(config.channels), latent_size=config.latent_size
-            )
+            self.sizes = [math.prod(shape) for m in self.layout.modules for shape in (m.shape_a, m.shape_b)]
+            channels = tuple(config.channels)
+            self.network = ConvCVAE(sum(self.sizes), coordinates, channels=channels, latent_size=latents)
         else:
-            self.network = TokenCVAE(
-                self.layout, coordinates, width=config.width, depth=config.depth, latent_size=config.latent_size
-            )
-        self.bias = nn.Parameter(torch.zeros(self.layout.size), requires_grad=False)
-        self.register_buffer("token_scale", torch.ones(self.layout.num_tokens))
+            self.basis = CoreBasis(self.layout, diagonal=config.core == "diagonal")
+            self.sizes = self.basis.sizes
+            width, depth = config.width, config.depth
+            self.network = CoreCVAE(sum(self.sizes), coordinates, latents=latents, width=width, depth=depth)
+        self.register_buffer("center", torch.zeros(sum(self.sizes)))
+        self.register_buffer("scale", torch.ones(len(self.sizes)))
+        self.register_buffer("spread", torch.zeros(len(self.sizes)))
         for name, width in widths.items():
             self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
-        if config.recall is not None:
-            self.register_buffer("known_adapters", torch.zeros(tasks, self.layout.size))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -86,7 +84,6 @@ class ConditionalVAE(PreTrainedModel):
         adapters: torch.Tensor,
         conditions: Mapping[str, torch.Tensor],
         *,
-        kl_factor: float = 1.0,
         generator: torch.Generator | None = None,
         return_loss: bool = True,
     ) -> GeneratorOutput:
@@ -95,121 +92,73 @@ class ConditionalVAE(PreTrainedModel):
         Args:
             adapters: Weights of shape ``(batch, D)``.
             conditions: Task vectors ``(batch, width)`` for any subset of the config's modalities.
-            kl_factor: Warm-up factor of the KL term.
             generator: Source of the latent noise; PyTorch's global one by default.
             return_loss: Transformers' ``Trainer`` asks for it; the loss is always there.
         """
-        weights, condition = self.encode_inputs(adapters, conditions)
-        posterior, prior = self.network.posterior(weights, condition), self.network.prior(condition)
-        kl = posterior.kl(prior)
-        if isinstance(self.network, ConvCVAE):
-            mean, _ = self.network.decode(posterior.sample(generator=generator), condition)
-            reconstruction = (mean - weights).square().mean()
-            loss = reconstruction + self.config.kl_weight * kl_factor * kl.sum(-1).mean()
-        else:
-            loss, reconstruction = self._token_loss(weights, condition, posterior, prior, kl, kl_factor, generator)
-        active = (kl.mean(0) > 0.01).sum()
-        return GeneratorOutput(loss=loss, reconstruction=reconstruction, kl=kl.sum(-1).mean(), active_latents=active)
+        coordinates = self.standardiser.all(conditions)
+        return self.network.loss(self.targets(adapters), coordinates, self.config.kl_weight, generator)
 
-    def encode_inputs(
-        self, adapters: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardised weights ``(batch, D)`` and the embedded condition ``(batch, width)`` of a training batch."""
-        weights = (adapters - self.bias) / self.weight_scale
-        return weights, self.network.embed_condition(self.standardiser.all(conditions), len(adapters))
+    def targets(self, adapters: torch.Tensor, layout: AdapterLayout | None = None) -> torch.Tensor:
+        """What the network would have to make for adapters ``(n, D)`` of this or another layout: ``(n, targets)``."""
+        layout = layout or self.layout
+        rows = layout.widen(adapters, self.layout) if self.basis is None else self.basis.project(layout, adapters)[0]
+        return (rows - self.center) / self.spread_over(self.scale)
 
-    def recall(self, mean: torch.Tensor, coordinates: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The known tasks' adapters instead of ``mean``, as far as a condition is recognised as one of these tasks.
-
-        Args:
-            mean: What the network writes, shape ``(batch, D)``.
-            coordinates: Of the conditions, shape ``(batch, directions)``, by modalities that tell the tasks apart.
-        """
-        known = {name: self.known_coordinates(name) for name in coordinates}
-        posterior = task_posterior(self.config.recall, known, coordinates)
-        nearness = familiarity(self.config.recall, known, coordinates, len(mean))
-        relied = certainty(posterior) * (hedged(nearness) if self.config.reach is None else nearness)
-        return mean + relied.to(mean) * (posterior.to(mean) @ self.get_buffer("known_adapters") - mean)
-
-    def known_coordinates(self, name: str) -> torch.Tensor:
-        """The zoo's task vectors of one modality, as the network reads them: ``(tasks, directions)``."""
-        return self.standardiser(name, self.get_buffer(f"{name}_task_vectors"))
-
-    def _token_loss(
-        self,
-        weights: torch.Tensor,
-        condition: torch.Tensor,
-        posterior: Gaussian,
-        prior: Gaussian,
-        kl: torch.Tensor,
-        kl_factor: float,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Half squared error and KL an element; every other row is decoded from the prior's mean.
-
-        That is the latent which generation at temperature 0 uses, so the decoder learns to do well on it.
-        """
-        even = torch.arange(len(weights), device=weights.device)[:, None] % 2 == 0
-        latent = torch.where(even, prior.mean, posterior.sample(generator=generator))
-        mean, _ = self.network.decode(latent, condition)
-        errors = (mean - weights).square().mean(-1)
-        charged = kl.mean(0).clamp_min(self.config.free_bits).sum()
-        penalty = self.config.kl_weight * kl_factor * charged / self.layout.size
-        return 0.5 * errors.mean() + penalty, errors[::2].mean()
+    def spread_over(self, numbers: torch.Tensor) -> torch.Tensor:
+        """One number per module (per factor for ``"conv1d"``) as one per target."""
+        return numbers.repeat_interleave(torch.tensor(self.sizes, device=numbers.device))
 
     def generate_vector(
         self, conditions: Mapping[str, torch.Tensor], *, seed: int = 0, temperature: float = 0.0
     ) -> torch.Tensor:
         """Adapter weights of shape ``(batch, D)`` for task vectors of shape ``(batch, width)``.
 
-        At temperature 0 the prior's mean is decoded, whatever the seed; above, z and the predicted spread are sampled
-        with their standard deviations times ``temperature`` (Eq. 9). The convolutional decoder, whose prior knows
-        nothing of the condition, decodes its mean or a sample in the same way. Differentiable.
+        At temperature 0 the prior's mean is decoded, whatever the seed; above, z and what checkpoints vary beyond it
+        are sampled with their standard deviations times ``temperature`` (Eq. 9). Differentiable.
         """
-        standard = self.standard_vector(conditions, len(next(iter(conditions.values()))), seed, temperature)
-        return self.bias + standard * self.weight_scale
+        batch = len(next(iter(conditions.values())))
+        return self.assemble(self.made(conditions, batch, seed=seed, temperature=temperature))
 
-    def standard_vector(
-        self, conditions: Mapping[str, torch.Tensor], batch: int, seed: int = 0, temperature: float = 0.0
+    def assemble(self, targets: torch.Tensor) -> torch.Tensor:
+        """The adapters ``(batch, D)`` of targets ``(batch, targets)``; zeros are those without a condition."""
+        rows = self.center + targets * self.spread_over(self.scale)
+        return rows if self.basis is None else self.basis.adapters(rows)
+
+    def made(
+        self, conditions: Mapping[str, torch.Tensor], batch: int, *, seed: int = 0, temperature: float = 0.0
     ) -> torch.Tensor:
-        """The difference of generated weights from the bias adapter, in units of ``weight_scale``, ``(batch, D)``.
-
-        No condition at all is a valid one: every modality is then replaced by its learned absence. A known task's
-        adapter, where one is recalled, has nothing of z, and varies by the predicted spread alone. After stage 2 with
-        specialists it shrinks with the distance from all known tasks, see `familiarity.py`.
-        """
-        generator = torch.Generator().manual_seed(seed)
+        """Targets ``(batch, targets)`` of task vectors ``(batch, width)``, or of no condition at all."""
+        source = torch.Generator().manual_seed(seed)
         coordinates = self.standardiser.all(conditions)
-        condition = self.network.embed_condition(coordinates, batch)
-        latent = self.network.prior(condition).sample(temperature, generator)
-        mean, log_std = self.network.decode(latent, condition)
-        if telling := {name: rows for name, rows in coordinates.items() if name in (self.config.recall or {})}:
-            mean = self.recall(mean, telling)
-        if self.config.reach is not None:
-            known = {name: self.known_coordinates(name) for name in conditions}
-            mean = mean * familiarity(self.config.reach, known, coordinates, batch).to(mean)
+        latent = self.network.prior(coordinates, batch).sample(temperature, source)
+        targets = self.network.decode(latent, coordinates)
         if temperature > 0:
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-            mean = mean + temperature * torch.exp(log_std) * noise
-        return mean
+            noise = torch.randn(targets.shape, generator=source).to(targets)
+            targets = targets + temperature * self.spread_over(self.spread) * noise
+        return targets
 
-    @property
-    def weight_scale(self) -> torch.Tensor:
-        """The floored standard deviation of every weight's token, shape ``(D,)``."""
-        return spread_over_weights(self.layout, self.token_scale)
-
-    @torch.no_grad()
-    def fit_statistics(
-        self, weights: Mapping[str, SnapshotRows], features: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> ZooStatistics:
-        """Set bias adapter, token scales, task vectors and their standardisation from a zoo, whose statistics return.
+    def cores(
+        self, conditions: Mapping[str, torch.Tensor], batch: int, *, told: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cores ``(batch, C)`` of the prior's mean, for training through the base. Differentiable.
 
         Args:
-            weights: Checkpoints ``(n, D)`` of every task.
-            features: For every modality the rows ``(n, width)`` of every task (descriptions, examples).
+            conditions: Task vectors ``(batch, width)`` by modality.
+            batch: How many.
+            told: Which rows have a condition, bool ``(batch, 1)``; default: all.
         """
-        self.bias.copy_((statistics := zoo_statistics(weights)).mean)
-        self.token_scale.copy_(token_scales(self.layout, statistics.deviation))
+        assert isinstance(self.network, CoreCVAE)
+        codes = self.network.prior(self.standardiser.all(conditions), batch).mean
+        targets = self.network.decode(codes if told is None else codes * told)
+        return self.center + targets * self.spread_over(self.scale)
+
+    @torch.no_grad()
+    def fit_conditions(self, features: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Set the tasks' vectors and their standardisation.
+
+        Args:
+            features: For every modality the rows ``(n, width)`` of every task (descriptions, examples, images).
+        """
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         differing, within = dict(vectors), {}
         if "image" in features:
@@ -219,7 +168,6 @@ class ConditionalVAE(PreTrainedModel):
         self.standardiser.fit(differing, within)
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
-        return statistics
 
     _text_encoder: TextEncoder | None = None
     _image_encoder: ImageEncoder | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,33 +81,31 @@ class FrozenBase:
 
 def query_loss(
     base: Base,
-    adapters: torch.Tensor,
+    adapters: torch.Tensor | AbstractContextManager[None],
     queries: Sequence[Sequence[Any]],
     *,
-    label_smoothing: float = 0.0,
     until: ExitStack | None = None,
 ) -> torch.Tensor:
-    """Mean over tasks of the mean loss per scored token, each task's rows read with its own adapter.
+    """Mean over tasks of the mean loss per scored token (per image, for a classifier).
 
     Args:
         base: The frozen base model; adapters that are active in it take part too.
-        adapters: Shape ``(tasks, D)``.
+        adapters: Shape ``(tasks, D)``; or a context in which the model reads each task's rows with its adapter.
         queries: For every task equally many rows, as ``base.inputs`` encodes examples.
-        label_smoothing: Share of every label's probability that is spread over the vocabulary.
         until: The adapters stay in the model until it closes: a backward pass that computes activations again, as
             gradient checkpointing does, needs them there.
     """
-    inputs = base.inputs.collate([row for rows in queries for row in rows], adapters.device)
-    labels, decodes = inputs["labels"], base.model.config.is_encoder_decoder
+    if isinstance(adapters, torch.Tensor):
+        adapters = adapters_in_batch(base.model, base.layout, adapters)
+    inputs = base.inputs.collate([row for rows in queries for row in rows], base.model.device)
+    labels, decodes = inputs["labels"], bool(getattr(base.model.config, "is_encoder_decoder", False))
     if not decodes:  # an encoder-decoder makes its inputs of the labels
         del inputs["labels"]
     with ExitStack() as here:
-        (until or here).enter_context(adapters_in_batch(base.model, base.layout, adapters))
-        logits = base.model(**inputs, use_cache=False).logits.float()
-    if not decodes:
+        (until or here).enter_context(adapters)
+        logits = base.model(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits.float()
+    if labels.ndim > 1 and not decodes:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = functional.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
-    )
-    scored = (labels != IGNORED).reshape(len(adapters), -1).sum(1)
-    return (losses.reshape(len(adapters), -1).sum(1) / scored).mean()
+    losses = functional.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
+    scored = (labels != IGNORED).reshape(len(queries), -1).sum(1)
+    return (losses.reshape(len(queries), -1).sum(1) / scored).mean()

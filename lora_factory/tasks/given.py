@@ -89,6 +89,25 @@ def as_text(text: object) -> str | None:
     return _check_text(text, "text")
 
 
+def as_mixture(text: object) -> str | dict[str, float] | None:
+    """A user's description, or several with a weight each.
+
+    Raises:
+        LoraFactoryError: As `as_text`, and when there is no text or a weight is no finite number.
+    """
+    if not isinstance(text, Mapping):
+        return as_text(text)
+    if not text:
+        raise LoraFactoryError('text is empty; give texts with their weights: {"legal notices": 0.7, "poems": 0.3}')
+    mixture = {}
+    for one, weight in text.items():
+        number = float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
+        if not math.isfinite(number):
+            raise LoraFactoryError(f"the weight of {str(one)[:80]!r} is {str(weight)[:50]!r}; give a finite number")
+        mixture[as_text(one) or ""] = number
+    return mixture
+
+
 def as_vectors(conditions: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """A user's task vectors by modality, as tensors.
 

@@ -1,86 +1,198 @@
-"""Stage 1: fit a generator to the adapters of a zoo, the evidence lower bound over checkpoints, in episodes."""
+"""Train a generator on a zoo's weights: the shared basis in closed form, then the conditional VAE."""
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from lora_factory.arguments import TrainArguments
+from lora_factory.arguments import MAX_DEFAULT_RANK, TrainArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.generator.networks import TokenCVAE, spread_over_weights
-from lora_factory.generator.recall import measure_recall
-from lora_factory.generator.task_vectors import random_subset
-from lora_factory.models.hidden_states import FEATURE_EXAMPLES
-from lora_factory.zoo.checkpoints import SnapshotRows, mean_checkpoint
+from lora_factory.generator.networks import CoreCVAE, GeneratorOutput
+from lora_factory.training.conditions import draw_conditions, index_of
+from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint, open_checkpoints, zoo_statistics
+from lora_factory.zoo.store import AdapterZoo
 
-# Noise on a task vector, as a share of the typical length of one. It is almost orthogonal to the few directions in
-# which tasks differ, so that much of it teaches the network to listen to these alone: paraphrases land on their task.
-CONDITION_NOISE = 0.05
-HEAD_NOISE = 0.025  # the same while the heads are solved, where less of it leaves a smaller error on known texts
-MAX_SUPPORT = 32  # examples in the largest support set
-HEAD_EPISODES = 16  # batches that the closed-form heads are fitted to, half of them with latents from the posterior
-PRIOR_FITS = 4  # how often the prior is made narrower at most; how much z spreads samples is not linear
-SPREAD_SAMPLES = 8  # sampled adapters a task that calibrate the spread
-CHUNK_BYTES = 16 << 20  # of adapters that the token decoder looks at together; a larger batch goes in parts
-RECALL_BYTES = 512 << 20  # of the known tasks' adapters that a generator keeps at most; beyond, it keeps none
-HEAD_RIDGE = 1e-5  # ridge penalty in units of the features' mean square
+_LOGGER = logging.getLogger(__name__)
 WARMUP_RATIO = 0.05  # of the steps, in which the learning rate rises; then it falls in a cosine
 MAX_GRAD_NORM = 1.0
-KL_WARMUP = 0.3  # share of the steps over which the KL term rises to its weight
+POOR_ERROR = 0.2  # share of an adapter's squared ΔW outside the basis from which on training says so
+
+
+def basis_rank(zoo: AdapterZoo, arguments: TrainArguments) -> int:
+    """The rank of the basis: that which ``arguments`` give, else one that holds all runs of a zoo, 32 at most.
+
+    Raises:
+        LoraFactoryError: When the rank that is given is below that of the zoo's own adapters.
+    """
+    highest = max(module.rank for module in zoo.layout.modules)
+    runs = sum(len(zoo.runs(task)) for task in zoo.tasks)
+    rank = arguments.rank or max(highest, min(highest * runs, MAX_DEFAULT_RANK))
+    if rank < highest:
+        raise LoraFactoryError(
+            f"rank={rank} is below that of the zoo's adapters, {highest}; give {highest} or more, or 0 for the rank "
+            "that holds them all. An adapter of a lower rank is made at generation: generate_adapter(…, rank=…)"
+        )
+    return rank
 
 
 def fit(
     generator: CVAELoRAGenerator,
-    weights: Mapping[str, SnapshotRows],
-    features: Mapping[str, Mapping[str, torch.Tensor]],
+    zoo: AdapterZoo,
+    features: Mapping[str, Mapping[str, Tensor]],
     arguments: TrainArguments,
     accelerator: Accelerator,
-) -> list[dict[str, float]]:
-    """Stage 1: minimise the negative evidence lower bound (Eq. 8) over (checkpoint, description) pairs.
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Fit basis, center and decoder, then the network by the evidence lower bound (Eq. 8) over (adapter, condition).
+
+    With cores every step takes a checkpoint of every task. The decoder stays as it was fitted, so that a step is one
+    on codes and costs the same for any base model.
 
     Args:
-        generator: Its statistics must be fitted.
-        weights: Checkpoints ``(n, D)`` of every task.
+        generator: A new one of ``basis_rank``; ``fit_conditions`` has been called.
+        zoo: The zoo.
         features: For every modality the rows ``(n, width)`` of every task.
         arguments: Steps, batch size, learning rate and seed.
         accelerator: Device and progress bar.
 
     Returns:
-        One record about every fiftieth step: loss, reconstruction, KL and active latents.
+        One record about every fiftieth step: loss, reconstruction, KL and active latents. For every task, the share
+        of its runs' squared ΔW that lies outside the basis: 0 while the basis is exact; empty for ``conv1d``.
     """
+    weights, source = open_checkpoints(zoo), torch.Generator().manual_seed(arguments.seed)
+    network, kl_weight, names = generator.network, generator.config.kl_weight, list(weights)
+    if not isinstance(network, CoreCVAE):
+        _fit_weights(generator, weights)
+        generator.to(accelerator.device).train()
+
+        def weights_loss() -> GeneratorOutput:
+            rounds = math.ceil(arguments.batch_size / len(names))
+            order = torch.cat([torch.randperm(len(names), generator=source) for _ in range(rounds)])
+            tasks = [names[index] for index in order[: arguments.batch_size].tolist()]
+            rows = torch.stack([weights[task][index_of(weights[task], source)] for task in tasks])
+            conditions = generator.standardiser.all(draw_conditions(generator, features, tasks, source))
+            return network.loss(generator.targets(rows.to(generator.device)), conditions, kl_weight, source)
+
+        return _minimise(weights_loss, [*network.parameters()], arguments, accelerator), {}
+
+    codes, errors = _fit_basis(generator, zoo, weights)
     generator.to(accelerator.device).train()
-    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
+    gram = (network.decoder @ network.decoder.T).detach()
+    trained = [parameter for parameter in network.parameters() if parameter is not network.decoder]
+
+    def codes_loss() -> GeneratorOutput:
+        tasks = [names[index] for index in torch.randperm(len(names), generator=source).tolist()]
+        rows = torch.stack([codes[task][index_of(codes[task], source)] for task in tasks]).to(generator.device)
+        conditions = generator.standardiser.all(draw_conditions(generator, features, tasks, source))
+        return network.loss_of(rows[:, 1:], rows[:, 0], gram, conditions, kl_weight, source)
+
+    return _minimise(codes_loss, trained, arguments, accelerator), errors
+
+
+@torch.no_grad()
+def _fit_basis(
+    generator: CVAELoRAGenerator, zoo: AdapterZoo, weights: Mapping[str, SnapshotRows]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Set basis, center, scales, decoder, and the spread of samples, of a generator with cores from a zoo.
+
+    The basis is the joint factorisation of every run's mean checkpoint. A task's core is the mean over its runs, the
+    center the mean over tasks; the decoder's rows are the principal directions of the tasks' cores, so that codes of
+    tasks have unit variance.
+
+    Returns:
+        For every task the mean squared error and the nearest code of its checkpoints, ``(n, 1 + latents)``; and the
+        tasks' errors.
+    """
+    basis, network = generator.basis, generator.network
+    assert basis is not None and isinstance(network, CoreCVAE)
+    runs = {task: _run_means(zoo, task, rows) for task, rows in weights.items()}
+    basis.fit([(zoo.layout, rows) for rows in runs.values()])
+    projected = {task: basis.project(zoo.layout, rows) for task, rows in runs.items()}
+    errors = {task: round(float(error.mean()), 6) for task, (_, error) in projected.items()}
+    cores = torch.stack([rows.mean(0) for rows, _ in projected.values()])
+    generator.center.copy_(cores.mean(0))
+    deviation = _per_module(generator, (cores - generator.center).square().mean(0)).sqrt()
+    generator.scale.copy_(deviation.clamp_min(1e-3 * deviation.max().clamp_min(1e-12)))
+    standard = (cores - generator.center) / generator.spread_over(generator.scale)
+    _, values, directions = torch.linalg.svd(standard, full_matrices=False)
+    kept = min(len(network.decoder), len(values))
+    network.decoder.zero_()
+    network.decoder[:kept] = values[:kept, None] * directions[:kept] / math.sqrt(len(cores))
+    codes, varied, rest = {}, [], torch.zeros_like(generator.center)
+    for task, rows in weights.items():
+        targets = torch.cat([generator.targets(part, zoo.layout) for part in in_parts(rows)])
+        own = network.code(targets)
+        missed = targets - network.decode(own)
+        codes[task] = torch.cat([missed.square().mean(-1, keepdim=True), own], 1)
+        varied.append((own - own.mean(0)).square().mean(0))
+        rest += (missed - missed.mean(0)).square().mean(0) / len(weights)
+    network.get_buffer("prior_log_variance").copy_(torch.stack(varied).mean(0).clamp_min(math.exp(-10)).log())
+    generator.spread.copy_(_per_module(generator, rest).sqrt())
+    _warn_of_poor(errors, generator.layout.modules[0].rank)
+    return codes, errors
+
+
+def _warn_of_poor(errors: Mapping[str, float], rank: int) -> None:
+    """Say so when adapters do not fit into a basis, so that the generator cannot write them."""
+    if poor := {task: error for task, error in errors.items() if error > POOR_ERROR}:
+        worst = max(poor, key=poor.__getitem__)
+        _LOGGER.warning(
+            "%d of %d tasks have more than %.0f %% of their squared ΔW outside the basis of rank %d, %s the most "
+            "(%.0f %%): the generator cannot write these adapters. Give a higher rank=, or leave out adapters that "
+            "share no directions with the others",
+            *(len(poor), len(errors), 100 * POOR_ERROR, rank, worst, 100 * poor[worst]),
+        )
+
+
+@torch.no_grad()
+def _fit_weights(generator: CVAELoRAGenerator, weights: Mapping[str, SnapshotRows]) -> None:
+    """Set center and scales of a ``conv1d`` generator: the zoo's mean, and one standard deviation per factor."""
+    statistics = zoo_statistics(weights)
+    generator.center.copy_(statistics.mean)
+    deviation = _per_module(generator, statistics.deviation).sqrt()
+    generator.scale.copy_(torch.where(deviation > 0, deviation, deviation[deviation > 0].mean().nan_to_num(1.0)))
+
+
+def _run_means(zoo: AdapterZoo, task: str, rows: SnapshotRows) -> Tensor:
+    """The mean checkpoint of every run of a task, ``(runs, D)``: only within a run do factors mean the same."""
+    means, start = [], 0
+    for run in zoo.runs(task):
+        count = len(zoo.record(task, run).snapshot_steps)
+        means.append(mean_checkpoint(rows[start : start + count]))
+        start += count
+    return torch.stack(means)
+
+
+def _per_module(generator: CVAELoRAGenerator, values: Tensor) -> Tensor:
+    """Means of one value per target over every module (every factor, for ``conv1d``)."""
+    return torch.stack([part.mean() for part in values.split(generator.sizes)])
+
+
+def _minimise(
+    loss: Callable[[], GeneratorOutput],
+    parameters: list[torch.nn.Parameter],
+    arguments: TrainArguments,
+    accelerator: Accelerator,
+) -> list[dict[str, float]]:
+    """Take ``arguments.steps`` steps of AdamW; returns one record about every fiftieth step."""
+    optimizer, history = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01), []
     warmup = math.ceil(arguments.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
-    source = torch.Generator().manual_seed(arguments.seed)
-    history = []
-    solve_heads(generator, weights, features, arguments.batch_size, source)
     bar = tqdm(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
     for step in range(arguments.steps):
-        adapters, conditions = sample_episode(generator, weights, features, arguments.batch_size, source)
-        kl_factor = min(1.0, (step + 1) / (KL_WARMUP * arguments.steps))
-        record = dict.fromkeys(("loss", "reconstruction", "kl", "active_latents"), 0.0)
-        for rows in parts_of(generator, len(adapters)):
-            share = len(adapters[rows]) / len(adapters)
-            part = {name: vectors[rows] for name, vectors in conditions.items()}
-            output = generator(adapters[rows], part, kl_factor=kl_factor, generator=source)
-            accelerator.backward(share * output.loss)
-            record = {name: value + share * output[name].item() for name, value in record.items()}
-        if not math.isfinite(record["loss"]):
+        output: Any = loss()
+        accelerator.backward(output.loss)
+        if not math.isfinite(value := output.loss.item()):
             raise LoraFactoryError(
-                f"the generator's loss is {record['loss']} at step {step}; lower learning_rate "
-                f"(now {arguments.learning_rate})"
+                f"the generator's loss is {value} at step {step}; lower learning_rate (now {arguments.learning_rate})"
             )
         accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
@@ -88,173 +200,7 @@ def fit(
         optimizer.zero_grad()
         bar.update()
         if step % 50 == 0 or step == arguments.steps - 1:
-            record = {name: round(value, 6) for name, value in record.items()}
-            history.append({"step": step, **record})
-            bar.set_postfix(error=f"{record['reconstruction']:.4f}", kl=f"{record['kl']:.1f}")
+            history.append({"step": step, **{name: round(float(value), 6) for name, value in output.items()}})
+            bar.set_postfix(error=f"{history[-1]['reconstruction']:.4f}", kl=f"{history[-1]['kl']:.1f}")
     bar.close()
-    solve_heads(generator, weights, features, arguments.batch_size, source)
-    if isinstance(generator.network, TokenCVAE) and 4 * len(weights) * generator.layout.size <= RECALL_BYTES:
-        remember(generator, weights, features)
     return history
-
-
-@torch.no_grad()
-def remember(
-    generator: CVAELoRAGenerator,
-    weights: Mapping[str, SnapshotRows],
-    features: Mapping[str, Mapping[str, torch.Tensor]],
-) -> None:
-    """Keep the mean checkpoint of every task, for conditions that mean this task: no network need be exact on these.
-
-    Nothing is kept where no modality tells the tasks apart.
-
-    Args:
-        generator: Its statistics must be fitted.
-        weights: Checkpoints ``(n, D)`` of every task.
-        features: For every modality the rows ``(n, width)`` of every task.
-    """
-    recall = measure_recall(copy.deepcopy(generator.standardiser).cpu(), features)
-    if not recall:
-        return
-    means = torch.stack([mean_checkpoint(rows) for rows in weights.values()]).to(generator.device)
-    generator.register_buffer("known_adapters", (means - generator.bias) / generator.weight_scale)
-    generator.config.recall = recall
-
-
-@torch.no_grad()
-def solve_heads(
-    generator: CVAELoRAGenerator,
-    weights: Mapping[str, SnapshotRows],
-    features: Mapping[str, Mapping[str, torch.Tensor]],
-    batch_size: int,
-    source: torch.Generator,
-) -> None:
-    """Set the token decoder's linear heads to the ridge solution for the features that its blocks give them now.
-
-    The mean squared error is quadratic in the heads, so its minimum is a linear system of ``width + 1`` unknowns a
-    token group: under a second for what gradient descent needs hundreds of steps to approach. Before training it is
-    a warm start, after training it removes the error that the heads have left.
-    """
-    network = generator.network
-    if not isinstance(network, TokenCVAE):
-        return
-    groups = network.layout.groups
-    heads = [head for head in network.outputs if isinstance(head, nn.Linear)]
-    sizes = [head.in_features + 1 for head in heads]
-    like: dict[str, Any] = {"dtype": torch.float64, "device": generator.device}
-    grams = [torch.zeros(size, size, **like) for size in sizes]
-    products = [torch.zeros(size, head.out_features, **like) for size, head in zip(sizes, heads, strict=True)]
-    for episode in range(HEAD_EPISODES):
-        drawn = sample_episode(generator, weights, features, batch_size, source, noise=HEAD_NOISE)
-        for part in parts_of(generator, batch_size):
-            conditions = {name: vectors[part] for name, vectors in drawn[1].items()}
-            standard, condition = generator.encode_inputs(drawn[0][part], conditions)
-            prior = network.prior(condition)
-            latent = network.posterior(standard, condition).sample(generator=source) if episode % 2 else prior.mean
-            tokens = network.layout.to_tokens(standard)
-            for index, (group, hidden) in enumerate(zip(groups, network.features(latent, condition), strict=True)):
-                rows = functional.pad(hidden, (0, 1), value=1.0).flatten(0, 1).double()
-                grams[index] += rows.T @ rows
-                products[index] += rows.T @ tokens[group.name].flatten(0, 1).double()
-    for head, gram, product in zip(heads, grams, products, strict=True):
-        ridge = HEAD_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        solution = torch.linalg.solve(gram + ridge, product).to(head.weight.dtype)
-        head.weight.copy_(solution[:-1].T)
-        head.bias.copy_(solution[-1])
-
-
-@torch.no_grad()
-def calibrate_spread(
-    generator: CVAELoRAGenerator,
-    within: torch.Tensor,
-    features: Mapping[str, Mapping[str, torch.Tensor]],
-) -> None:
-    """Let samples at temperature 1 spread as real checkpoints of a task do.
-
-    Where sampling z alone spreads them further, the prior is made as much narrower. What a token's weights vary within
-    a task, less what they vary by sampling z, is left to the token decoder's ``log_std``, independent noise.
-
-    Args:
-        generator: A trained one, in evaluation mode.
-        within: Mean variance within a task, shape ``(D,)``: `ZooStatistics.within`.
-        features: For every modality the rows ``(n, width)`` of every task.
-    """
-    network = generator.network
-    if not isinstance(network, TokenCVAE):
-        return
-    network.log_std.fill_(-math.inf)
-    last: Any = network.prior_head[-1]
-    log_variances = last.bias[generator.config.latent_size :]
-    for _ in range(PRIOR_FITS):
-        sampled = _sampled_variance(generator, features)
-        excess = float(sampled.sum() / within.sum().clamp_min(1e-30))
-        if excess <= 1:
-            break
-        log_variances -= math.log(excess)
-    missing = within - sampled
-    scale = spread_over_weights(network.layout, generator.token_scale).cpu()
-    per_token = [rows.mean(-1) for rows in network.layout.to_tokens(missing / scale.square()).values()]
-    network.log_std.copy_(0.5 * torch.cat(per_token).clamp_min(1e-8).log())
-
-
-def _sampled_variance(
-    generator: CVAELoRAGenerator, features: Mapping[str, Mapping[str, torch.Tensor]]
-) -> torch.Tensor:
-    """The mean over tasks of what the weights vary in samples at temperature 1, shape ``(D,)``."""
-    name, tasks = next(iter(features.items()))
-    total = torch.zeros(generator.layout.size)
-    for rows in tasks.values():
-        conditions = {name: rows.mean(0, keepdim=True).expand(SPREAD_SAMPLES, -1).to(generator.device)}
-        total += generator.generate_vector(conditions, temperature=1.0).cpu().var(0)
-    return total / len(tasks)
-
-
-def sample_episode(
-    generator: CVAELoRAGenerator,
-    weights: Mapping[str, SnapshotRows],
-    features: Mapping[str, Mapping[str, torch.Tensor]],
-    batch_size: int,
-    source: torch.Generator,
-    *,
-    noise: float = CONDITION_NOISE,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Draw tasks without replacement (with, once all are drawn), a checkpoint and a condition of each.
-
-    A condition is one of the task's descriptions and/or the mean over a random support set of its examples' hidden
-    states (Eq. 1) or of its images, so that every subset of the modalities is a valid condition later.
-
-    Returns:
-        Adapters ``(batch, D)`` and conditions ``(batch, width)`` with noise, on the generator's device.
-    """
-    names = list(weights)
-    rounds = math.ceil(batch_size / len(names))
-    order = torch.cat([torch.randperm(len(names), generator=source) for _ in range(rounds)])[:batch_size]
-    tasks = [names[index] for index in order.tolist()]
-    adapters = torch.stack([_draw(weights[task], source) for task in tasks])
-    conditions = {}
-    for name in random_subset(list(features), source):
-        support = {"text": 1, "image": FEATURE_EXAMPLES}.get(name, MAX_SUPPORT)
-        drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
-        drawn = drawn + noise * generator.standardiser.length(name) * torch.randn(drawn.shape, generator=source)
-        conditions[name] = drawn.to(generator.device)
-    return adapters.to(generator.device), conditions
-
-
-def parts_of(generator: CVAELoRAGenerator, batch_size: int) -> list[slice]:
-    """A batch in parts of an even number of rows that fit into `CHUNK_BYTES`; whole for the convolutional decoder.
-
-    That one normalises over the batch; the token decoder's batch is only a mean over its rows.
-    """
-    fitting = CHUNK_BYTES // (4 * generator.layout.size) // 2 * 2
-    size = max(2, fitting) if isinstance(generator.network, TokenCVAE) else batch_size
-    return [slice(start, min(start + size, batch_size)) for start in range(0, batch_size, size)]
-
-
-def _support_mean(rows: torch.Tensor, largest: int, source: torch.Generator) -> torch.Tensor:
-    """Mean over one to ``largest`` rows, drawn without replacement."""
-    count = int(torch.randint(1, min(largest, len(rows)) + 1, (), generator=source))
-    return rows[torch.randperm(len(rows), generator=source)[:count]].mean(0)
-
-
-def _draw(rows: SnapshotRows, source: torch.Generator) -> torch.Tensor:
-    return rows[int(torch.randint(len(rows), (), generator=source))]

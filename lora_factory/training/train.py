@@ -1,11 +1,10 @@
-"""Train a generator on a zoo: its two stages in their order, from folder to folder."""
+"""Train a generator from folder to folder: on a zoo's weights, on the tasks' examples, or on both."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.arguments import TrainArguments
-from lora_factory.collection.multitask import train_multitask
+from lora_factory.arguments import (
+    DEFAULT_BASE_STEPS,
+    DEFAULT_RANK,
+    CollectArguments,
+    LoRAOptions,
+    TrainArguments,
+)
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig, paper_channels
@@ -29,133 +33,148 @@ from lora_factory.tasks.image_files import ImageLike
 from lora_factory.tasks.images import ImageTask, language_tasks
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import check_tasks
-from lora_factory.training.from_data import TaskData, start_from, train_through_base
-from lora_factory.training.from_zoo import calibrate_spread, fit
-from lora_factory.training.specialists import specialise
-from lora_factory.utils.cache import TensorCache
+from lora_factory.training.conditions import text_features
+from lora_factory.training.from_data import calibrate_spread, train_through_base
+from lora_factory.training.from_zoo import basis_rank, fit
 from lora_factory.utils.checkpoint import TrainingCheckpoint
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json, write_text
 from lora_factory.utils.folders import GENERATOR, WORKING, check_folder
 from lora_factory.utils.paths import local_path, recorded_name, sha256_text
 from lora_factory.utils.safe_files import read_json_object, reading
-from lora_factory.zoo.checkpoints import open_checkpoints
 from lora_factory.zoo.store import AdapterZoo
 
 
 def train_generator(
-    zoo: AdapterZoo | str | Path,
-    output_dir: str | Path,
+    zoo: AdapterZoo | str | Path | None = None,
+    output_dir: str | Path | None = None,
     arguments: TrainArguments | None = None,
     *,
     tasks: Sequence[Task | ImageTask] | None = None,
+    held_out: Sequence[Task | ImageTask] = (),
     images: Mapping[str, Sequence[ImageLike]] | None = None,
     base_model: str | Path | None = None,
-    bias_adapter: torch.Tensor | None = None,
+    base_model_name: str | None = None,
     overwrite: bool = False,
 ) -> CVAELoRAGenerator:
-    """Train a generator on the adapters of a zoo and save it.
+    """Train a generator and save it: on a zoo's weights, on the tasks' examples, or on the one and then the other.
+
+    With a zoo, basis and cores are fitted to its adapters; with tasks and ``base_steps`` too, they are trained on from
+    there. Without a zoo, a LoRA for all tasks is trained first, then basis and cores.
 
     Args:
         zoo: A zoo or its folder, with two tasks or more.
         output_dir: Folder of the generator; it appears complete or not at all.
-        arguments: Decoder, steps, learning rate, seed and text encoder.
-        tasks: The zoo's tasks, when the generator is to be conditioned on examples as well as on texts: on their
-            hidden states, or on the images of an `ImageTask`.
+        arguments: Decoder, steps, learning rates, seed and text encoder.
+        tasks: The zoo's tasks, or without a zoo the tasks to train on. The generator is conditioned on examples as
+            well as on texts: on their hidden states, or on the images of an `ImageTask`.
+        held_out: More tasks, to choose the step of ``base_steps`` by; see `train_through_base`.
         images: Images by the name of the task, when the generator is to be conditioned on images as well as on texts.
-        base_model: Base model for these hidden states (Eq. 1) and for stage 2; default: the one that the zoo names.
-        bias_adapter: The multi-task LoRA that ``arguments.multitask_steps`` asks for, shape ``(D,)``, where it is at
-            hand already; trained here by default.
+        base_model: Base model of the tasks; default: the one that the zoo names.
+        base_model_name: What adapters name as their base, without a zoo; default: ``base_model``.
         overwrite: Whether a generator that is there already is replaced. Nothing else ever is.
 
     Returns:
         The trained generator, on the CPU, in evaluation mode.
 
     Raises:
-        LoraFactoryError: When the zoo has fewer than two tasks, the loss is not finite, or the folder is not to be
+        LoraFactoryError: When there are fewer than two tasks, a loss is not finite, or the folder is not to be
             replaced; see `lora_factory.utils.folders.check_folder`.
     """
     arguments = arguments or TrainArguments()
-    zoo = zoo if isinstance(zoo, AdapterZoo) else AdapterZoo(zoo)
-    if len(zoo.tasks) < 2:
-        raise LoraFactoryError(
-            f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
-            "collect more with collect_adapters"
-        )
+    if output_dir is None:
+        raise LoraFactoryError("output_dir is not given; name the folder that the generator is to be written to")
+    zoo = AdapterZoo(zoo) if isinstance(zoo, str | Path) else zoo
+    arguments = _checked(zoo, arguments, tasks, base_model)
     if any(isinstance(task, ImageTask) for task in tasks or ()):
-        images = images or {task.name: task.images() for task in tasks or () if isinstance(task, ImageTask)}
-        tasks = None
-    through_base = {name: getattr(arguments, name) for name in ("base_steps", "specialist_steps")}
-    asked = ", ".join(f"{name}={steps}" for name, steps in through_base.items() if steps)
-    if asked and images is not None:
-        raise LoraFactoryError(f"{asked}: stage 2 does not read images; pass 0, or leave images out")
-    if asked and tasks is None:
-        raise LoraFactoryError(f"{asked} needs the tasks' examples; pass tasks=, the task file of the zoo")
-    inputs = [zoo.folder, base_model, zoo.layout.base_model, arguments.text_encoder, arguments.image_encoder]
+        given = [task for task in (*(tasks or ()), *held_out) if isinstance(task, ImageTask)]
+        images = images or {task.name: task.images() for task in given}
+    inputs: list[str | Path | None] = [base_model, arguments.text_encoder, arguments.image_encoder]
+    inputs += [zoo.folder, zoo.layout.base_model] if zoo is not None else []
     inputs += [image for row in (images or {}).values() for image in row if isinstance(image, str | Path)]
     output = check_folder(output_dir, GENERATOR, overwrite=overwrite, inputs=inputs)
     handwritten(output)
     working = output.with_name(f"{output.name}.training")
-    if asked:
+    if arguments.base_steps:
         check_folder(working, WORKING, overwrite=True, inputs=inputs)
-    accelerator = Accelerator()
-    encoder = TextEncoder(arguments.text_encoder)
-    layout = zoo.layout
-    if asked and arguments.base_rank:
-        layout = layout.with_rank(arguments.base_rank)
-    weights = open_checkpoints(zoo, layout)
-    features = {"text": {task: encoder.encode(list(zoo.descriptions(task))) for task in zoo.tasks}}
-    trainer = None
+    accelerator, trainer = Accelerator(), None
     if tasks is not None:
-        tasks = _known(zoo, language_tasks(tasks))
-        check_tasks(tasks)
-        checkpointing = arguments.gradient_checkpointing
-        trainer = zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
-        features["hidden"] = example_features(trainer, tasks)
+        tasks = [*tasks] if zoo is None else _known(zoo, tasks)
+        check_tasks([*tasks, *held_out])
+        if arguments.base_steps or images is None:
+            everything = [*tasks, *held_out]
+            trainer = _open_trainer(zoo, arguments, base_model, base_model_name, accelerator, everything)
+    about = _about(zoo, tasks or ())
+    encoder = TextEncoder(arguments.text_encoder)
+    described = {task["name"]: task["descriptions"] for task in about}
+    features = {"text": text_features(encoder, described, arguments.seed)}
     if images is not None:
-        arguments = replace(arguments, image_encoder=arguments.image_encoder or str(base_model or layout.base_model))
-        known = {task: images.get(task, ()) for task in zoo.tasks}
+        base = str(base_model or (zoo.layout.base_model if zoo is not None else ""))
+        arguments = replace(arguments, image_encoder=arguments.image_encoder or base)
+        known = {name: images.get(name, ()) for name in [*described, *(task.name for task in held_out)]}
         features["image"] = image_vectors(ImageEncoder(arguments.image_encoder, device=accelerator.device), known)
+    elif trainer is not None and tasks is not None:
+        features["hidden"] = example_features(trainer, language_tasks([*tasks, *held_out]))
+    features["text"] |= {task.name: encoder.encode(list(task.descriptions)) for task in held_out}
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
-    generator = build_generator(zoo, arguments, widths, layout)
-    statistics = generator.fit_statistics(weights, features)
-    if asked and trainer is not None and tasks is not None:
-        facts = [asdict(arguments), zoo.fingerprint(), [task.fingerprint() for task in tasks], layout.fingerprint()]
-        start = None if bias_adapter is None else hashlib.sha256(bias_adapter.cpu().numpy().tobytes()).hexdigest()
-        key = sha256_text(json.dumps([*facts, start]))
-        history = _stage_2(generator, trainer, tasks, features, arguments, bias_adapter, working, key)
-    else:
-        history = fit(generator, weights, features, arguments, accelerator)
+    layout = trainer.layout if trainer is not None and zoo is None else _layout(zoo, arguments)
+    generator = build_generator(zoo, arguments, widths, layout, about)
+    seen = {name: {task: rows[task] for task in described} for name, rows in features.items()}
+    plain = {task: seen["text"][task][: len(texts)] for task, texts in described.items()}
+    generator.fit_conditions(seen | {"text": plain})
+    record: dict[str, Any] = {"arguments": asdict(arguments)}
+    if zoo is not None:
+        record["history"], record["errors"] = fit(generator, zoo, seen, arguments, accelerator)
+    elif generator.basis is not None and trainer is not None:
+        generator.center.copy_(generator.basis.identity())
+        with torch.no_grad():
+            generator.basis.factors.copy_(trainer.initial)
+    if arguments.base_steps and trainer is not None and tasks is not None:
+        key = _training_key(zoo, arguments, [*tasks, *held_out], layout)
+        checkpoint = TrainingCheckpoint(working / "through-base", key)
+        record["history"] = train_through_base(
+            generator, trainer, tasks, features, arguments, held_out=held_out, checkpoint=checkpoint
+        )
+        if zoo is None:
+            calibrate_spread(generator.cpu(), seen)
     generator = generator.cpu().eval()
-    calibrate_spread(generator, statistics.within, features)
     if accelerator.is_main_process:
-        training = {"arguments": asdict(arguments), "history": history}
-        save_generator(generator, output_dir, training, overwrite=overwrite, inputs=inputs)
-        if asked and working.exists():
+        save_generator(generator, output_dir, record, overwrite=overwrite, inputs=inputs)
+        if arguments.base_steps and working.exists():
             remove_folder(working, WORKING)
     accelerator.wait_for_everyone()
     return generator
 
 
 def build_generator(
-    zoo: AdapterZoo, arguments: TrainArguments, modalities: dict[str, int], layout: AdapterLayout | None = None
+    zoo: AdapterZoo | None,
+    arguments: TrainArguments,
+    modalities: Mapping[str, int],
+    layout: AdapterLayout,
+    tasks: Sequence[Mapping[str, Any]],
 ) -> CVAELoRAGenerator:
-    """A generator of the zoo's layout, or a wider one, with weights initialised from ``arguments.seed``."""
-    sizes: dict[str, Any] = {"width": arguments.width, "depth": arguments.depth}
+    """A generator with weights initialised from ``arguments.seed``.
+
+    Args:
+        zoo: What it is to be trained on; None for examples alone.
+        arguments: Decoder and sizes.
+        modalities: Width of the task vectors of every modality.
+        layout: The adapters that it is to write.
+        tasks: ``CVAELoRAConfig.tasks``.
+    """
+    sizes: dict[str, Any] = {"core": arguments.core, "width": arguments.width, "depth": arguments.depth}
+    sizes["latent_size"] = arguments.latent_size
     if arguments.decoder == "conv1d":
         sizes = {"kl_weight": 0.005, "latent_size": 256, "channels": paper_channels(arguments.conv_depth)}
-    tasks = []
-    for task in zoo.tasks:
-        record = zoo.record(task, zoo.runs(task)[0])
-        about = {"license": record.license, "dataset": record.dataset}
-        tasks.append({"name": task, "descriptions": list(record.descriptions), **about})
+    elif zoo is not None and not arguments.base_steps:  # the tasks' mean cores span no more directions
+        sizes["latent_size"] = min(arguments.latent_size, len(tasks) - 1)
     config = CVAELoRAConfig(
-        layout=(layout or zoo.layout).to_dict(),
-        modalities=modalities,
+        layout=layout.to_dict(),
+        modalities=dict(modalities),
         text_encoder=recorded_name(arguments.text_encoder),
         image_encoder=recorded_name(arguments.image_encoder or "") if "image" in modalities else None,
-        tasks=tasks,
-        zoo_fingerprint=zoo.fingerprint(),
-        chat_template=settings_of(zoo).chat_template,
+        tasks=[dict(task) for task in tasks],
+        zoo_fingerprint=None if zoo is None else zoo.fingerprint(),
+        chat_template=arguments.chat_template if zoo is None else settings_of(zoo).chat_template,
         decoder=arguments.decoder,
         **sizes,
     )
@@ -202,7 +221,7 @@ def zoo_factory(
     base_model: str | Path | None,
     accelerator: Accelerator,
     layout: AdapterLayout,
-    tasks: Sequence[Task] = (),
+    tasks: Sequence[Task | ImageTask] = (),
     *,
     gradient_checkpointing: bool = False,
 ) -> LoRATrainer:
@@ -219,45 +238,101 @@ def zoo_factory(
     return open_trainer(source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout)
 
 
-def _first_bias(trainer: LoRATrainer, tasks: Sequence[Task], arguments: TrainArguments) -> torch.Tensor:
-    """The bias adapter at the start of stage 2, ``(D,)``: the LoRA initialisation or a multi-task LoRA."""
-    if not arguments.multitask_steps:
-        return trainer.initial
-    steps, rate = arguments.multitask_steps, arguments.multitask_learning_rate
-    return train_multitask(trainer, tasks, seed=arguments.seed, steps=steps, learning_rate=rate)
-
-
-def _stage_2(
-    generator: CVAELoRAGenerator,
-    trainer: LoRATrainer,
-    tasks: Sequence[Task],
-    features: Mapping[str, Mapping[str, torch.Tensor]],
+def _checked(
+    zoo: AdapterZoo | None,
     arguments: TrainArguments,
-    bias_adapter: torch.Tensor | None,
-    working: Path,
-    key: str,
-) -> list[dict[str, float]]:
-    """Train through the base, then the specialists; the records count the tokens of all that was trained before them.
+    tasks: Sequence[Task | ImageTask] | None,
+    base_model: str | Path | None,
+) -> TrainArguments:
+    """The arguments with the steps that they leave open.
 
-    What is done is kept in the folder ``working``, for a training that was cut off and has the same ``key``.
+    Raises:
+        LoraFactoryError: When there is too little to train on, or an option has no meaning here.
     """
-    data = {
-        task.name: TaskData.read(task, trainer, features["text"][task.name], features["hidden"][task.name])
-        for task in tasks
-    }
-    start_from(generator, _first_bias(trainer, tasks, arguments) if bias_adapter is None else bias_adapter)
-    checkpoint = TrainingCheckpoint(working / "through-base", key)
-    history = train_through_base(generator, trainer, data, arguments, checkpoint=checkpoint)
-    if arguments.specialist_steps:
-        cache = TensorCache(working / f"specialists-{key[:16]}")
-        last = specialise(generator, trainer, tasks, data, features, arguments, cache)
-        read = max((int(row["tokens"]) for row in history), default=0)
-        history.append(last | {"tokens": last["tokens"] + read})
-    earlier = arguments.multitask_steps * trainer.tokens_a_step
-    return [row | {"tokens": row["tokens"] + earlier} for row in history]
+    if zoo is None:
+        if tasks is None or base_model is None:
+            raise LoraFactoryError("without a zoo, a generator is trained on examples; pass tasks= and base_model=")
+        if arguments.decoder != "core":
+            raise LoraFactoryError(
+                f"decoder={arguments.decoder!r} learns from a zoo's weights; collect a zoo with collect_adapters first"
+            )
+        if len(tasks) < 2:
+            raise LoraFactoryError(f"{len(tasks)} task(s): a generator needs at least two to tell apart; add tasks")
+        steps = arguments.base_steps or DEFAULT_BASE_STEPS
+        first = arguments.multitask_steps or steps // 3
+        return replace(arguments, base_steps=steps, multitask_steps=first, rank=arguments.rank or DEFAULT_RANK)
+    if len(zoo.tasks) < 2:
+        raise LoraFactoryError(
+            f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
+            "collect more with collect_adapters"
+        )
+    own = {one.name for one in fields(LoRAOptions)} - {"rank", "gradient_checkpointing"}
+    given = [one for one in fields(arguments) if one.name in own and getattr(arguments, one.name) != one.default]
+    if given:
+        raise LoraFactoryError(
+            f"{given[0].name}={getattr(arguments, given[0].name)!r} is decided by the zoo {zoo.folder}; leave it out"
+        )
+    if arguments.base_steps and tasks is None:
+        raise LoraFactoryError(
+            f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"
+        )
+    if arguments.base_steps and arguments.decoder != "core":
+        raise LoraFactoryError(
+            f"base_steps={arguments.base_steps} trains a shared basis, which decoder={arguments.decoder!r} has not; "
+            "pass 0, or decoder='core'"
+        )
+    return arguments
 
 
-def _known(zoo: AdapterZoo, tasks: Sequence[Task]) -> list[Task]:
+def _layout(zoo: AdapterZoo | None, arguments: TrainArguments) -> AdapterLayout:
+    """The adapters that a generator trained on this zoo writes."""
+    assert zoo is not None  # without one, the trainer has made the layout
+    return zoo.layout if arguments.decoder == "conv1d" else zoo.layout.with_rank(basis_rank(zoo, arguments))
+
+
+def _open_trainer(
+    zoo: AdapterZoo | None,
+    arguments: TrainArguments,
+    base_model: str | Path | None,
+    base_model_name: str | None,
+    accelerator: Accelerator,
+    tasks: Sequence[Task | ImageTask],
+) -> LoRATrainer:
+    """The base model, with a slot of the zoo's modules, or of those that ``arguments`` name."""
+    if zoo is not None:
+        layout, checkpointing = _layout(zoo, arguments), arguments.gradient_checkpointing
+        return zoo_factory(zoo, base_model, accelerator, layout, tasks, gradient_checkpointing=checkpointing)
+    assert base_model is not None  # _checked has seen it
+    shared = {one.name: getattr(arguments, one.name) for one in fields(LoRAOptions)}
+    return open_trainer(base_model, CollectArguments(**shared), accelerator, tasks, base_model_name=base_model_name)
+
+
+def _about(zoo: AdapterZoo | None, tasks: Sequence[Task | ImageTask]) -> list[dict[str, Any]]:
+    """``CVAELoRAConfig.tasks``, from the zoo's records or from the tasks themselves."""
+    sources: Any = tasks if zoo is None else [zoo.record(task, zoo.runs(task)[0]) for task in zoo.tasks]
+    return [
+        {
+            "name": source.name if zoo is None else source.task,
+            "descriptions": list(source.descriptions),
+            "license": source.license,
+            "dataset": source.dataset,
+        }
+        for source in sources
+    ]
+
+
+def _training_key(
+    zoo: AdapterZoo | None,
+    arguments: TrainArguments,
+    tasks: Sequence[Task | ImageTask],
+    layout: AdapterLayout,
+) -> str:
+    """A fingerprint of all that a training through the base depends on."""
+    facts = [asdict(arguments), [task.fingerprint() for task in tasks], layout.fingerprint()]
+    return sha256_text(json.dumps([*facts, None if zoo is None else zoo.fingerprint()]))
+
+
+def _known(zoo: AdapterZoo, tasks: Sequence[Task | ImageTask]) -> list[Task | ImageTask]:
     """The zoo's tasks, in its order."""
     known = {task.name: task for task in tasks}
     if missing := [name for name in zoo.tasks if name not in known]:

@@ -58,11 +58,13 @@ class TrainingState:
         self.running = loss if self.step == 1 else self.running + 0.02 * (loss - self.running)
         self.tokens += tokens
 
-    def record(self, validation: float, model: nn.Module) -> None:
-        """Take note of a validation, and of the weights if they are the best so far."""
-        losses = {"loss": round(self.running, 5), "validation": round(validation, 5)}
-        self.history.append({"step": self.step, **losses, "tokens": self.tokens})
-        self.keep_best(validation, model)
+    def record(self, validation: float | None, model: nn.Module) -> None:
+        """Take note of the loss, and of a validation and the weights if they are the best so far."""
+        row = {"step": self.step, "loss": round(self.running, 5)}
+        if validation is not None:
+            row["validation"] = round(validation, 5)
+            self.keep_best(validation, model)
+        self.history.append(row | {"tokens": self.tokens})
 
     def keep_best(self, validation: float, model: nn.Module) -> None:
         """Keep the weights if they validate better than all before."""

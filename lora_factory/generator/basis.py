@@ -1,0 +1,154 @@
+"""The factors that all generated adapters share, and the core of each: ``ΔW = s · B K A`` per adapted module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lora_factory.adapters.attach import add_shared_lora, hooked
+from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.live_models import plain_model
+
+EXACT_COLUMNS = 1024  # up to here directions are found by a full SVD, beyond by a randomised one
+SPARE = 8  # directions that the randomised SVD computes beyond those that are kept, and its power iterations
+POWER_ITERATIONS = 4
+
+
+class CoreBasis(nn.Module):
+    """``A`` (R, in) and ``B`` (out, R) of every adapted module, shared by all adapters.
+
+    An adapter is a core ``K``, an (R, R) matrix per module, or its diagonal: ``ΔW = s · B K A``, with s the layout's
+    scaling. The cores of one adapter are kept side by side as a vector of shape ``(C,)``, C the sum of R² (of R for
+    diagonal cores) over the modules. As a plain LoRA the adapter is ``A`` and ``B K``.
+
+    Args:
+        layout: The adapters as they leave: their modules, rank R and scaling.
+        diagonal: Whether cores are diagonal.
+    """
+
+    def __init__(self, layout: AdapterLayout, *, diagonal: bool = False) -> None:
+        super().__init__()
+        self.layout, self.diagonal = layout, diagonal
+        self.sizes = [module.rank if diagonal else module.rank**2 for module in layout.modules]
+        self.factors = nn.Parameter(torch.zeros(layout.size))
+
+    @property
+    def core_size(self) -> int:
+        """C, the number of values of one adapter's cores."""
+        return sum(self.sizes)
+
+    def identity(self) -> Tensor:
+        """The cores ``(C,)`` whose adapter is ``A`` and ``B`` themselves."""
+        eyes = [torch.eye(module.rank) for module in self.layout.modules]
+        return torch.cat([eye.diagonal() if self.diagonal else eye.flatten() for eye in eyes])
+
+    def matrices(self, cores: Tensor) -> list[Tensor]:
+        """Cores ``(n, C)`` as one tensor ``(n, R, R)`` per module."""
+        parts = cores.split(self.sizes, dim=-1)
+        if self.diagonal:
+            return [part.diag_embed() for part in parts]
+        return [part.unflatten(-1, (m.rank, m.rank)) for part, m in zip(parts, self.layout.modules, strict=True)]
+
+    def adapters(self, cores: Tensor) -> Tensor:
+        """The adapters of cores ``(n, C)`` as vectors of the layout, ``(n, D)``. Differentiable."""
+        factors, weights = self.layout.unflatten(self.factors), {}
+        for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
+            b = factors[module.key_b].flatten(1)
+            weights[module.key_a] = factors[module.key_a].expand(len(cores), *module.shape_a)
+            weights[module.key_b] = (b @ core).reshape(len(cores), *module.shape_b)
+        return self.layout.flatten(weights, check=False)
+
+    @contextmanager
+    def in_batch(self, model: nn.Module, cores: Tensor) -> Iterator[None]:
+        """A context in which every share of a batch runs with the adapter of its own core, in one forward pass.
+
+        The first ``rows / n`` rows of a batch go through the first adapter, the next through the second, and so on.
+        Memory grows with rows times R, not with the size of an adapter. Gradients flow into factors and cores; the
+        base model's own parameters are left as they are.
+
+        Args:
+            model: The base model; adapters that PEFT has attached to it are active too, so switch them off.
+            cores: Shape ``(n, C)``.
+
+        Raises:
+            LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
+        """
+        factors, hooks = self.layout.unflatten(self.factors), {}
+        for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
+            b = factors[module.key_b].flatten(1) * module.scaling
+            hooks[module.path] = partial(add_shared_lora, factors[module.key_a], core, b)
+        with hooked(plain_model(model), self.layout, hooks):
+            yield
+
+    @torch.no_grad()
+    def fit(self, adapters: Sequence[tuple[AdapterLayout, Tensor]]) -> None:
+        """Set the factors to the leading directions of adapters: a joint low-rank factorisation of their ΔW.
+
+        ``B`` gets orthonormal directions of the outputs, ``A`` of the inputs (Tucker's method: those of the stacked
+        ΔW and of their transposes). ΔW is never formed; its thin factors are made orthogonal by QR. The result does
+        not depend on the adapters' own factors, and is exact while their ranks together are at most R.
+
+        Args:
+            adapters: Pairs of a layout and vectors ``(n, D)``; a module that a layout lacks counts as zero.
+        """
+        thin, factors = [_thin(layout, vectors) for layout, vectors in adapters], {}
+        for module in self.layout.modules:
+            pairs = [pairs[module.path] for pairs in thin if module.path in pairs]
+            outputs = torch.cat([(b @ torch.linalg.qr(a.mT).R.mT).mT.flatten(0, 1) for a, b in pairs])
+            inputs = torch.cat([(torch.linalg.qr(b).R @ a).flatten(0, 1) for a, b in pairs])
+            factors[module.key_a] = _directions(inputs, module.rank).view(module.shape_a)
+            factors[module.key_b] = _directions(outputs, module.rank).mT.reshape(module.shape_b)
+        self.factors.copy_(self.layout.flatten(factors))
+
+    @torch.no_grad()
+    def project(self, layout: AdapterLayout, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The cores that come nearest to adapters, ``K = B⁺ ΔW A⁺ / s``.
+
+        Args:
+            layout: The adapters' layout: of any rank, without some of the modules if need be.
+            vectors: Shape ``(n, D)``.
+
+        Returns:
+            Cores ``(n, C)``, and for each adapter the share of its squared ΔW that lies outside the basis, ``(n,)``.
+        """
+        thin, factors, parts = _thin(layout, vectors), self.layout.unflatten(self.factors.float()), []
+        kept, total = vectors.new_zeros(2, len(vectors), dtype=torch.float32)
+        for module, size in zip(self.layout.modules, self.sizes, strict=True):
+            if module.path not in thin:
+                parts.append(vectors.new_zeros(len(vectors), size, dtype=torch.float32))
+                continue
+            a, b = factors[module.key_a].flatten(1), factors[module.key_b].flatten(1)
+            own_a, own_b = thin[module.path]
+            core = (torch.linalg.pinv(b) @ own_b) @ (own_a @ torch.linalg.pinv(a))
+            part = core.diagonal(dim1=1, dim2=2) if self.diagonal else core.flatten(1)
+            core = part.diag_embed() if self.diagonal else core
+            kept += ((b.mT @ b) @ core @ (a @ a.mT) * core).sum((1, 2))
+            total += ((own_a @ own_a.mT) * (own_b.mT @ own_b)).sum((1, 2))
+            parts.append(part / module.scaling)
+        return torch.cat(parts, 1), (1 - kept / total.clamp_min(1e-30)).clamp(0, 1)
+
+
+def _thin(layout: AdapterLayout, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """``A`` (n, r, in) and ``scaling · B`` (n, out, r) of every module of adapters ``(n, D)``, in float32."""
+    weights = layout.unflatten(vectors.float())
+    return {m.path: (weights[m.key_a].flatten(2), m.scaling * weights[m.key_b].flatten(2)) for m in layout.modules}
+
+
+def _directions(rows: Tensor, count: int) -> Tensor:
+    """The leading right singular vectors of rows ``(n, d)``: orthonormal, ``(count, d)``; zeros where there are fewer.
+
+    Those of a singular value near zero count as zeros too.
+    """
+    if min(rows.shape) > EXACT_COLUMNS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, values, basis = torch.svd_lowrank(rows, count + SPARE, niter=POWER_ITERATIONS)
+        found = basis.mT
+    else:
+        _, values, found = torch.linalg.svd(rows, full_matrices=False)
+    found = found[:count] * (values[:count, None] > 1e-6 * values[0].clamp_min(1e-30))
+    return torch.cat([found, found.new_zeros(count - len(found), rows.shape[1])])

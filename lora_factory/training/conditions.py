@@ -1,0 +1,89 @@
+"""The conditions that a generator is trained on: wordings as people write them, examples, images, noise, and none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence, Sized
+
+import torch
+from torch import Tensor
+
+from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.hidden_states import FEATURE_EXAMPLES
+from lora_factory.models.text_encoders import TextEncoder
+
+# Noise on a task vector, as a share of the typical length of one, in every dimension; 0.025 is half a standard
+# deviation of a 384-wide sentence vector, as in the measurements of the prototype (benchmarks/grid.py).
+CONDITION_NOISE = 0.025
+MAX_SUPPORT = 32  # examples in the largest support set
+VARIANTS = 32  # damaged wordings per task
+FRAMES = ("{}", "{}, please", "I need an adapter for this: {}", "text like this: {}", "the task: {}", "adapt to {}")
+UNRELATED = (
+    *("My grandmother bakes apple pies on Sundays.", "The train to the coast is late.", "Buy milk, eggs and bread."),
+    *("Who won the match last night?", "The cat sleeps on the warm roof.", "A recipe for lentil soup", "x"),
+    *("qwrx blorp zint fuddle", "zzzz 1234 #### ??", "lorem flarn gibbet okto", "mnbvc lkjhg poiuy"),
+)
+
+
+def wordings(descriptions: Sequence[str], count: int, source: random.Random) -> list[str]:
+    """Descriptions as people might write them: in a frame, without some words, with typos; ``count`` in all."""
+    made = []
+    for number in range(count):
+        description = descriptions[number % len(descriptions)]
+        words = source.choice(FRAMES).format(description).split()
+        if len(words) > 2 and source.random() < 0.5:
+            start, gone = source.randrange(len(words)), source.randrange(1, 1 + max(1, len(words) // 3))
+            words[start : start + gone] = []
+        if source.random() < 0.3 and len(word := words[place := source.randrange(len(words))]) > 3:
+            cut = source.randrange(len(word) - 1)
+            words[place] = word[:cut] + word[cut + 1] + word[cut] + word[cut + 2 :]
+        made.append(" ".join(words) or description)
+    return made
+
+
+def text_features(encoder: TextEncoder, descriptions: Mapping[str, Sequence[str]], seed: int) -> dict[str, Tensor]:
+    """Vectors of every task's descriptions, and after them of variants of these: ``(n, width)`` by the task's name."""
+    source, features = random.Random(seed), {}
+    for task, texts in descriptions.items():
+        features[task] = encoder.encode([*texts, *wordings(texts, VARIANTS, source)])
+    return features
+
+
+def draw_conditions(
+    generator: CVAELoRAGenerator,
+    features: Mapping[str, Mapping[str, Tensor]],
+    tasks: Sequence[str],
+    source: torch.Generator,
+) -> dict[str, Tensor]:
+    """Draw a task vector of each of some tasks, in a random subset of the modalities.
+
+    A task vector is one of the task's wordings, or the mean over a random support set of its examples' hidden states
+    (Eq. 1) or of its images. Noise on them makes their neighbours valid conditions too.
+
+    Returns:
+        Conditions ``(tasks, width)``, on the generator's device.
+    """
+    conditions = {}
+    for name in _random_subset(list(features), source):
+        support = {"text": 1, "image": FEATURE_EXAMPLES}.get(name, MAX_SUPPORT)
+        drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
+        noise = CONDITION_NOISE * generator.standardiser.length(name)
+        conditions[name] = (drawn + noise * torch.randn(drawn.shape, generator=source)).to(generator.device)
+    return conditions
+
+
+def index_of(rows: Sized, source: torch.Generator) -> int:
+    """The index of one of some rows, at random."""
+    return int(torch.randint(len(rows), (), generator=source))
+
+
+def _random_subset(modalities: Sequence[str], source: torch.Generator) -> list[str]:
+    """Some of the modalities, at least one, so that training makes every subset a valid condition."""
+    drawn = int(torch.randint(1, 2 ** len(modalities), (), generator=source))
+    return [name for bit, name in enumerate(modalities) if drawn >> bit & 1]
+
+
+def _support_mean(rows: Tensor, largest: int, source: torch.Generator) -> Tensor:
+    """Mean over one to ``largest`` rows, drawn without replacement."""
+    count = int(torch.randint(1, min(largest, len(rows)) + 1, (), generator=source))
+    return rows[torch.randperm(len(rows), generator=source)[:count]].mean(0)
