@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_factory.adapters.modules import (
     AdaptedModule,
@@ -21,6 +22,7 @@ from lora_factory.adapters.modules import (
     find_modules,
     lora_weights,
     module_paths,
+    name_targets,
     own_patterns,
     plain_json,
     ranks_and_scalings,
@@ -188,34 +190,101 @@ class AdapterLayout:
             for name, segments in self._segments_by_group.items()
         )
 
-    def with_rank(self, rank: int) -> AdapterLayout:
-        """Return the same modules with another rank and the same scaling.
+    @classmethod
+    def union(cls, layouts: Sequence[AdapterLayout], rank: int | None = None) -> AdapterLayout:
+        """Build the layout that adapters of all these layouts can be turned into with `widen`.
+
+        Base model, revision and configuration are those of the first layout. Every module has the scaling that its r,
+        lora_alpha and use_rslora give without patterns; rank_pattern and alpha_pattern are dropped.
+
+        Args:
+            layouts: layouts for one base model; a module that several have has the same sizes in each.
+            rank: rank of every module; default: the highest rank of a module of the layouts.
 
         Raises:
-            LoraFactoryError: if modules differ in rank or scaling, or the rank is below that of the layout.
+            LoraFactoryError: if a module has other sizes in another layout, or the rank is below 1.
         """
-        config = dict(self.lora_config)
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise LoraFactoryError("rank_pattern and alpha_pattern give modules ranks of their own; with_rank has one")
-        if rank < config["r"]:
-            raise LoraFactoryError(f"rank={rank} is below the layout's rank {config['r']}; adapters would not fit")
-        growth = rank / config["r"]
-        alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
-        config |= {"r": rank, "lora_alpha": alpha}
-        modules = tuple(module.with_rank(rank) for module in self.modules)
-        return AdapterLayout(self.base_model, self.base_revision, modules, config)
+        first = layouts[0]
+        modules: dict[str, AdaptedModule] = {}
+        for module in (module for layout in layouts for module in layout.modules):
+            if modules.setdefault(module.path, module).sizes != module.sizes:
+                raise LoraFactoryError(
+                    f"{module.path} has sizes {module.sizes} in one layout, {modules[module.path].sizes} in another; "
+                    "give layouts for one base model"
+                )
+        rank = max(module.rank for layout in layouts for module in layout.modules) if rank is None else rank
+        if rank < 1:
+            raise LoraFactoryError(f"rank={rank}, expected at least 1; give a higher one")
+        config = dict(first.lora_config) | {"rank_pattern": {}, "alpha_pattern": {}}
+        paths = sorted(modules, key=natural_key)
+        ((_, scaling),) = ranks_and_scalings(config, paths[:1])
+        config |= {"r": rank, "lora_alpha": scaling * (math.sqrt(rank) if config.get("use_rslora") else rank)}
+        if len(paths) > len(first.modules):
+            config = name_targets(config, paths)
+        wide = tuple(replace(modules[path].with_rank(rank), scaling=scaling) for path in paths)
+        return cls(first.base_model, first.base_revision, wide, config)
+
+    def with_rank(self, rank: int) -> AdapterLayout:
+        """Return the same modules, all with one rank, higher or lower than now.
+
+        Every module has the scaling that the configuration's r, lora_alpha and use_rslora give without patterns;
+        rank_pattern and alpha_pattern are dropped.
+
+        Raises:
+            LoraFactoryError: if the rank is below 1.
+        """
+        return self.union([self], rank)
+
+    def check_room(self, wider: AdapterLayout) -> None:
+        """Check that adapters of this layout can be turned into those of `wider` with `widen`.
+
+        Raises:
+            LoraFactoryError: if a module is missing there, has other sizes or a higher rank; names the first three.
+        """
+        room, lacks = {module.path: module for module in wider.modules}, []
+        for module in self.modules:
+            if (there := room.get(module.path)) is None:
+                lacks.append(f"{module.path} is not among the wider layout's {len(room)} modules")
+            elif there.sizes != module.sizes:
+                lacks.append(f"{module.path} has sizes {module.sizes}, expected {there.sizes}")
+            elif there.rank < module.rank:
+                lacks.append(f"{module.path} has rank {module.rank}, expected at most {there.rank}")
+        if lacks:
+            raise LoraFactoryError(
+                f"{len(lacks)} of {len(self.modules)} modules do not fit: {few(lacks)}; use a layout that has room for "
+                "them, as AdapterLayout.union makes it"
+            )
 
     def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
-        """Pad vectors (..., D) of this layout to those of `with_rank`: (..., D of `wider`), which do the same."""
-        tokens = self.to_tokens(vector)
-        padded = {}
-        for group, target in zip(self.groups, wider.groups, strict=True):
-            rows = tokens[group.name]
-            index = {place: number for number, place in enumerate(zip(target.layers, target.ranks, strict=True))}
-            places = [index[place] for place in zip(group.layers, group.ranks, strict=True)]
-            padded[target.name] = rows.new_zeros(*rows.shape[:-2], len(target.layers), group.length)
-            padded[target.name][..., places, :] = rows
-        return wider.from_tokens(padded)
+        """Turn vectors of this layout into those of another one for the same base, which do the same.
+
+        Rank slices and modules that this layout does not have are zero. Where scalings differ, B is multiplied by their
+        ratio; all else stays bit for bit.
+
+        Args:
+            vector: shape (..., D).
+            wider: a layout with at least these modules and ranks, see `union` and `with_rank`.
+
+        Returns:
+            Shape (..., D of `wider`), in the precision of `vector`. Differentiable.
+
+        Raises:
+            LoraFactoryError: if a module is missing in `wider`, has other sizes or a higher rank.
+        """
+        self.check_room(wider)
+        weights, own = self.unflatten(vector), {module.path: module for module in self.modules}
+        parts = {}
+        for wide in wider.modules:
+            if (module := own.get(wide.path)) is None:
+                parts[wide.key_a] = vector.new_zeros(*vector.shape[:-1], *wide.shape_a)
+                parts[wide.key_b] = vector.new_zeros(*vector.shape[:-1], *wide.shape_b)
+                continue
+            a, b, spare = weights[module.key_a], weights[module.key_b], wide.rank - module.rank
+            if module.scaling != wide.scaling:
+                b = b * (module.scaling / wide.scaling)
+            parts[wide.key_a] = pad(a, (*(0, 0) * (len(wide.shape_a) - 1), 0, spare))
+            parts[wide.key_b] = pad(b, (*(0, 0) * (len(wide.shape_b) - 2), 0, spare))
+        return wider.flatten(parts, check=False)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""
