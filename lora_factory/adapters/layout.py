@@ -235,31 +235,23 @@ class AdapterLayout:
         """
         return self.union([self], rank)
 
-    def check_room(self, wider: AdapterLayout) -> None:
-        """Check that adapters of this layout can be turned into those of `wider` with `widen`.
-
-        Raises:
-            LoraFactoryError: if a module is missing there, has other sizes or a higher rank; names the first three.
-        """
-        room, lacks = {module.path: module for module in wider.modules}, []
+    def misfits(self, wider: AdapterLayout) -> list[str]:
+        """Say which modules keep adapters of this layout from being widened to `wider`, a sentence each."""
+        room, found = {module.path: module for module in wider.modules}, []
         for module in self.modules:
             if (there := room.get(module.path)) is None:
-                lacks.append(f"{module.path} is not among the wider layout's {len(room)} modules")
+                found.append(f"{module.path} is not among the {len(room)} modules there")
             elif there.sizes != module.sizes:
-                lacks.append(f"{module.path} has sizes {module.sizes}, expected {there.sizes}")
+                found.append(f"{module.path} has sizes {module.sizes}, expected {there.sizes}")
             elif there.rank < module.rank:
-                lacks.append(f"{module.path} has rank {module.rank}, expected at most {there.rank}")
-        if lacks:
-            raise LoraFactoryError(
-                f"{len(lacks)} of {len(self.modules)} modules do not fit: {few(lacks)}; use a layout that has room for "
-                "them, as AdapterLayout.union makes it"
-            )
+                found.append(f"{module.path} has rank {module.rank}, expected at most {there.rank}")
+        return found
 
     def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
         """Turn vectors of this layout into those of another one for the same base, which do the same.
 
-        Rank slices and modules that this layout does not have are zero. Where scalings differ, B is multiplied by their
-        ratio; all else stays bit for bit.
+        Rank slices and modules that this layout does not have are zero. Where scalings differ, B is multiplied by
+        their ratio; all else stays bit for bit.
 
         Args:
             vector: shape (..., D).
@@ -271,7 +263,11 @@ class AdapterLayout:
         Raises:
             LoraFactoryError: if a module is missing in `wider`, has other sizes or a higher rank.
         """
-        self.check_room(wider)
+        if misfits := self.misfits(wider):
+            raise LoraFactoryError(
+                f"{len(misfits)} of {len(self.modules)} modules have no room: {few(misfits)}; widen to a layout that "
+                "AdapterLayout.union or with_rank makes for them"
+            )
         weights, own = self.unflatten(vector), {module.path: module for module in self.modules}
         parts = {}
         for wide in wider.modules:

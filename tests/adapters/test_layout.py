@@ -454,11 +454,12 @@ def test_widened_vectors_do_the_same(case, extra, ratio, leading, dropped, seed)
         lora_config=dict(wider.lora_config) | {"lora_alpha": ratio * wider.lora_config["lora_alpha"]},
     )
     layout = replace(full, modules=full.modules[min(dropped, len(full.modules) - 1) :])
-    vectors = torch.randn(
-        *leading, layout.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    vectors = torch.randn(*leading, layout.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     widened = layout.widen(vectors, wider)
     assert widened.shape == (*leading, wider.size) and widened.dtype == vectors.dtype
+    missing = [module for module in wider.modules if module.path not in {module.path for module in layout.modules}]
+    weights = wider.unflatten(widened)
+    assert not any(weights[key].any() for module in missing for key in (module.key_a, module.key_b))
     for before, after in zip(vectors.view(-1, layout.size), widened.view(-1, wider.size), strict=True):
         expected = updates(layout, before)
         for path, update in updates(wider, after).items():
@@ -551,9 +552,11 @@ def test_a_layout_without_room_is_refused(small):
     _, _, layout = small
     first, *others = layout.modules
     vector = torch.zeros(layout.size)
-    with pytest.raises(LoraFactoryError, match=r"4 of 4 modules do not fit.* has rank 2, expected at most 1; .*union"):
+    with pytest.raises(
+        LoraFactoryError, match=r"4 of 4 modules have no room.* has rank 2, expected at most 1; .*union"
+    ):
         layout.widen(vector, layout.with_rank(1))
-    with pytest.raises(LoraFactoryError, match=rf"1 of 4 modules do not fit: {first.path} is not among"):
+    with pytest.raises(LoraFactoryError, match=rf"1 of 4 modules have no room: {first.path} is not among"):
         layout.widen(vector, replace(layout, modules=tuple(others)))
     with pytest.raises(LoraFactoryError, match=r"has sizes \(\(32,\), \(32,\)\), expected \(\(31,\), \(32,\)\)"):
         layout.widen(vector, replace(layout, modules=(replace(first, shape_a=(2, 31)), *others)))
