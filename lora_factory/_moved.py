@@ -16,7 +16,6 @@ MOVED = {
     "base_models": "models.loading models.embedded",
     "baselines": "evaluation.baselines collection.multitask",
     "boxes": "tasks.boxes",
-    "canonical": "adapters.canonical",
     "collect": "collection.collect",
     "comparison": "evaluation.comparison",
     "cond_p_diff": "evaluation.cond_p_diff",

@@ -169,7 +169,7 @@ class CollectArguments(LoRAOptions):
 class ImportArguments:
     """Settings for importing adapters into a zoo.
 
-    LoRA: base_model, base_revision, rank, canonical.
+    LoRA: base_model, base_revision, rank.
     Output: snapshots, run_name.
 
     Raises:
@@ -187,11 +187,6 @@ class ImportArguments:
     )
     rank: int = _option(
         0, "rank of a new zoo; 0: the largest rank of the adapters; smaller ones are padded with zeros", group=LORA
-    )
-    canonical: bool = _option(
-        False,
-        "rewrite all adapters in canonical form, even if they share ranks and scaling and fit as they are",
-        group=LORA,
     )
     snapshots: int = _option(
         0, "checkpoint-* folders taken per adapter, the last ones, each as a checkpoint; 0: all", group=OUTPUT

@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "attach": "AdapterSlot attach_adapter adapters_in_batch wrap_base",
-        "canonical": "canonical_layout canonicalise",
         "folder": "Generation load_adapter save_adapter_config",
         "layout": "AdapterLayout",
         "targets": "find_targets",

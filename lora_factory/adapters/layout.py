@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_factory.adapters.modules import (
     AdaptedModule,
@@ -21,6 +22,7 @@ from lora_factory.adapters.modules import (
     find_modules,
     lora_weights,
     module_paths,
+    name_targets,
     own_patterns,
     plain_json,
     ranks_and_scalings,
@@ -144,47 +146,97 @@ class AdapterLayout:
         """D, the number of weights of one adapter."""
         return sum(math.prod(module.shape_a) + math.prod(module.shape_b) for module in self.modules)
 
-    def with_rank(self, rank: int) -> AdapterLayout:
-        """Return the same modules, every one with this rank and with the scaling of the layout's own ``r``.
+    @classmethod
+    def union(cls, layouts: Sequence[AdapterLayout], rank: int | None = None) -> AdapterLayout:
+        """Build the layout that adapters of all these layouts can be turned into with `widen`.
 
-        Ranks and scalings of single modules (``rank_pattern``, ``alpha_pattern``) are gone.
-        """
-        config = dict(self.lora_config)
-        growth = rank / config["r"]
-        alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
-        config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        modules = tuple(replace(module.with_rank(rank), scaling=scaling) for module in self.modules)
-        return AdapterLayout(self.base_model, self.base_revision, modules, config)
+        Base model, revision and configuration are those of the first layout. Every module has the scaling that its r,
+        lora_alpha and use_rslora give without patterns; rank_pattern and alpha_pattern are dropped.
 
-    def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
-        """Turn vectors (..., D) into those of another layout (..., D of `wider`) that do the same.
-
-        Rank slices and modules that only `wider` has are zero; B makes up for another scaling.
+        Args:
+            layouts: layouts for one base model; a module that several have has the same sizes in each.
+            rank: rank of every module; default: the highest rank of a module of the layouts.
 
         Raises:
-            LoraFactoryError: if `wider` lacks a module, or has it in another size or of a lower rank.
+            LoraFactoryError: if a module has other sizes in another layout, or the rank is below 1.
         """
-        weights, padded = self.unflatten(vector), {}
-        theirs = {module.path: module for module in wider.modules}
-        own = {module.path: module for module in self.modules}
-        for module in self.modules:
-            room = theirs.get(module.path)
-            if room is None or module.with_rank(room.rank).shapes != room.shapes or room.rank < module.rank:
-                there = "none" if room is None else f"rank {room.rank}, sizes {room.shapes}"
+        first = layouts[0]
+        modules: dict[str, AdaptedModule] = {}
+        for module in (module for layout in layouts for module in layout.modules):
+            if modules.setdefault(module.path, module).sizes != module.sizes:
                 raise LoraFactoryError(
-                    f"{module.path} has rank {module.rank} and sizes {module.shapes}, the other layout {there}; "
-                    "make it with with_rank of the highest rank"
+                    f"{module.path} has sizes {module.sizes} in one layout, {modules[module.path].sizes} in another; "
+                    "give layouts for one base model"
                 )
-        for room in wider.modules:
-            shapes = [(*vector.shape[:-1], *shape) for shape in room.shapes]
-            a, b = padded[room.key_a], padded[room.key_b] = [vector.new_zeros(shape) for shape in shapes]
-            if (module := own.get(room.path)) is not None:
-                a.narrow(vector.ndim - 1, 0, module.rank).copy_(weights[module.key_a])
-                change = module.scaling / room.scaling
-                values = weights[module.key_b] if math.isclose(change, 1) else change * weights[module.key_b]
-                b.narrow(vector.ndim, 0, module.rank).copy_(values)
-        return wider.flatten(padded, check=False)
+        rank = max(module.rank for layout in layouts for module in layout.modules) if rank is None else rank
+        if rank < 1:
+            raise LoraFactoryError(f"rank={rank}, expected at least 1; give a higher one")
+        config = dict(first.lora_config) | {"rank_pattern": {}, "alpha_pattern": {}}
+        paths = sorted(modules, key=natural_key)
+        ((_, scaling),) = ranks_and_scalings(config, paths[:1])
+        config |= {"r": rank, "lora_alpha": scaling * (math.sqrt(rank) if config.get("use_rslora") else rank)}
+        if len(paths) > len(first.modules):
+            config = name_targets(config, paths)
+        wide = tuple(replace(modules[path].with_rank(rank), scaling=scaling) for path in paths)
+        return cls(first.base_model, first.base_revision, wide, config)
+
+    def with_rank(self, rank: int) -> AdapterLayout:
+        """Return the same modules, all with one rank, higher or lower than now.
+
+        Every module has the scaling that the configuration's r, lora_alpha and use_rslora give without patterns;
+        rank_pattern and alpha_pattern are dropped.
+
+        Raises:
+            LoraFactoryError: if the rank is below 1.
+        """
+        return self.union([self], rank)
+
+    def misfits(self, wider: AdapterLayout) -> list[str]:
+        """Say which modules keep adapters of this layout from being widened to `wider`, a sentence each."""
+        room, found = {module.path: module for module in wider.modules}, []
+        for module in self.modules:
+            if (there := room.get(module.path)) is None:
+                found.append(f"{module.path} is not among the {len(room)} modules there")
+            elif there.sizes != module.sizes:
+                found.append(f"{module.path} has sizes {module.sizes}, expected {there.sizes}")
+            elif there.rank < module.rank:
+                found.append(f"{module.path} has rank {module.rank}, expected at most {there.rank}")
+        return found
+
+    def widen(self, vector: Tensor, wider: AdapterLayout) -> Tensor:
+        """Turn vectors of this layout into those of another one for the same base, which do the same.
+
+        Rank slices and modules that this layout does not have are zero. Where scalings differ, B is multiplied by
+        their ratio; all else stays bit for bit.
+
+        Args:
+            vector: shape (..., D).
+            wider: a layout with at least these modules and ranks, see `union` and `with_rank`.
+
+        Returns:
+            Shape (..., D of `wider`), in the precision of `vector`. Differentiable.
+
+        Raises:
+            LoraFactoryError: if a module is missing in `wider`, has other sizes or a higher rank.
+        """
+        if misfits := self.misfits(wider):
+            raise LoraFactoryError(
+                f"{len(misfits)} of {len(self.modules)} modules have no room: {few(misfits)}; widen to a layout that "
+                "AdapterLayout.union or with_rank makes for them"
+            )
+        weights, own = self.unflatten(vector), {module.path: module for module in self.modules}
+        parts = {}
+        for wide in wider.modules:
+            if (module := own.get(wide.path)) is None:
+                parts[wide.key_a] = vector.new_zeros(*vector.shape[:-1], *wide.shape_a)
+                parts[wide.key_b] = vector.new_zeros(*vector.shape[:-1], *wide.shape_b)
+                continue
+            a, b, spare = weights[module.key_a], weights[module.key_b], wide.rank - module.rank
+            if module.scaling != wide.scaling:
+                b = b * (module.scaling / wide.scaling)
+            parts[wide.key_a] = pad(a, (*(0, 0) * (len(wide.shape_a) - 1), 0, spare))
+            parts[wide.key_b] = pad(b, (*(0, 0) * (len(wide.shape_b) - 2), 0, spare))
+        return wider.flatten(parts, check=False)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""

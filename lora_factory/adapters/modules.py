@@ -88,11 +88,6 @@ class AdaptedModule:
             raise LoraFactoryError(f"{self.path}: scaling {self.scaling} must be finite and above 0")
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B."""
-        return self.shape_a, self.shape_b
-
-    @property
     def rank(self) -> int:
         """The LoRA rank r."""
         return self.shape_a[0]
@@ -108,6 +103,11 @@ class AdaptedModule:
         parts = self.path.split(".")
         first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
         return self.path if first is None else ".".join([*parts[:first], "*", *parts[first + 1 :]])
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of A and B without the rank."""
+        return self.shape_a[1:], (self.shape_b[0], *self.shape_b[2:])
 
     def with_rank(self, rank: int) -> AdaptedModule:
         """This module with another rank and the same scaling."""
@@ -278,12 +278,14 @@ def exact_targets(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, 
     PEFT runs ``target_modules`` and ``exclude_modules`` that are texts, and ``layers_pattern``, as expressions. The
     weights say which modules they stand for.
     """
-    changed = dict(config)
     runs = any(isinstance(config.get(name), str) for name in ("target_modules", "exclude_modules"))
-    if runs or config.get("layers_pattern"):
-        changed |= {"target_modules": list(paths), "exclude_modules": None}
-        changed |= {"layers_to_transform": None, "layers_pattern": None}
-    return changed
+    return name_targets(config, paths) if runs or config.get("layers_pattern") else dict(config)
+
+
+def name_targets(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """A configuration that names the adapted modules one by one, and leaves none of them out."""
+    names = {"target_modules": list(paths), "exclude_modules": None}
+    return dict(config) | names | {"layers_to_transform": None, "layers_pattern": None}
 
 
 def _check_patterns(config: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def open_checkpoints(zoo: AdapterZoo, layout: AdapterLayout | None = None) -> di
 
     Args:
         zoo: The zoo.
-        layout: A wider layout of the zoo's modules, from ``AdapterLayout.with_rank``; default: the zoo's own.
+        layout: A layout that the zoo's can be widened to (``AdapterLayout.widen``); default: the zoo's own.
     """
     layout = layout or zoo.layout
     stored: dict[str, SnapshotRows] = {task: StoredRows(zoo, task, layout) for task in zoo.tasks}

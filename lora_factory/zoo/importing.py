@@ -1,4 +1,4 @@
-"""Take adapters that others trained into a zoo: PEFT folders and Hub ids, checked and brought into one form."""
+"""Take adapters that others trained into a zoo: PEFT folders and Hub ids, checked and brought into one layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from lora_factory._version import __version__
-from lora_factory.adapters.canonical import canonical_layout, canonicalise
 from lora_factory.adapters.folder import ADAPTER_FILE, MAX_ADAPTER_BYTES, load_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import ImportArguments
@@ -22,6 +21,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.hub.card_reading import CARD_FILE, card_description, card_license, read_card
 from lora_factory.hub.client import download_files
 from lora_factory.utils.paths import local_path, recorded_name, safe_name, sha256_file, task_names
+from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import (
     MAX_CONFIG_BYTES,
     checked_file,
@@ -99,15 +99,15 @@ def import_adapters(
 ) -> ImportReport:
     """Take PEFT adapters into a zoo, each as a run of its task.
 
-    Adapters that share the zoo's ranks and scaling are stored bit for bit. Where they differ, all of a new zoo are
-    rewritten in canonical form, padded to the largest rank, which changes nothing of what they do; an existing zoo
-    keeps its ranks and scaling. The folder's ``checkpoint-*`` folders become the run's checkpoints; the adapter in the
-    folder itself comes last, unless it equals the last checkpoint.
+    Adapters of the zoo's layout are stored bit for bit. A new zoo has the modules of all adapters, with the largest
+    rank; smaller adapters are padded with zeros, and their B takes up the difference in scaling, which changes nothing
+    of what they do. An existing zoo keeps its layout. The folder's ``checkpoint-*`` folders become the run's
+    checkpoints; the adapter in the folder itself comes last, unless it equals the last checkpoint.
 
     Args:
         sources: PEFT folders, Hub ids, or text files that list such: see `read_list`; one, or several.
         output_dir: The zoo's folder; made when missing, continued when it is there.
-        arguments: Base model, rank and form.
+        arguments: Base model, rank and checkpoints.
         token: Access token for the Hub.
 
     Returns:
@@ -128,10 +128,10 @@ def import_adapters(
             refused[entry.source] = str(error)
     imported: dict[str, str] = {}
     if candidates:
-        zoo, canonical = _open_zoo(local_path(output_dir), candidates, arguments)
+        zoo = _open_zoo(local_path(output_dir), candidates, arguments)
         for candidate in candidates:
             try:
-                _take_in(zoo, candidate, arguments, canonical)
+                _take_in(zoo, candidate, arguments)
                 imported[candidate.source] = f"{candidate.task}/{candidate.run}"
             except LoraFactoryError as error:
                 refused[candidate.source] = str(error)
@@ -247,13 +247,10 @@ def _pickle_error(folder: Path, before: str = "") -> LoraFactoryError:
     )
 
 
-def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportArguments) -> tuple[AdapterZoo, bool]:
-    """The zoo, made if need be to hold all candidates that fit the first one; and whether all are made canonical."""
+def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportArguments) -> AdapterZoo:
+    """The zoo, made if need be to hold all candidates that fit the first one."""
     if (folder / "zoo.json").exists():
-        zoo = AdapterZoo(folder)
-        origins = [zoo.folder / task / run / ORIGIN_FILE for task in zoo.tasks for run in zoo.runs(task)]
-        origin = next((_origin(path) for path in origins if path.is_file()), {})
-        return zoo, arguments.canonical or bool(origin.get("canonical"))
+        return AdapterZoo(folder)
     commits = (candidate.layout.base_revision for candidate in candidates)
     revision = arguments.base_revision or next((name for name in commits if name not in _NO_COMMIT), None)
     base = arguments.base_model or candidates[0].layout.base_model
@@ -263,22 +260,30 @@ def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportA
             layouts.append(_for_base(candidate.layout, base, revision, arguments))
     if not layouts:
         _for_base(candidates[0].layout, base, revision, arguments)
-    alike = [layout for layout in layouts if _sizes(layout) == _sizes(layouts[0])]
-    ranks = {max(module.rank for module in layout.modules) for layout in alike}
-    same = len({layout.fingerprint() for layout in alike}) == 1
-    if same and not arguments.canonical and arguments.rank in (0, *ranks):
-        return AdapterZoo.create(folder, layouts[0]), False
-    wanted = arguments.rank or max(ranks)
-    fitting = [layout for layout in alike if max(module.rank for module in layout.modules) <= wanted]
+    limit = arguments.rank or max(_rank(layout) for layout in layouts)
+    fitting: list[AdapterLayout] = []
+    known: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for layout in layouts:  # those of a higher rank or other sizes are refused later, too
+        sizes = {module.path: module.sizes for module in layout.modules}
+        if _rank(layout) <= limit and all(known.get(path, size) == size for path, size in sizes.items()):
+            known |= sizes
+            fitting.append(layout)
     if not fitting:
-        raise LoraFactoryError(f"rank={wanted} is below that of all adapters, {min(ranks)}; leave it out")
-    return AdapterZoo.create(folder, canonical_layout(fitting[0], wanted)), True
+        lowest = min(_rank(layout) for layout in layouts)
+        raise LoraFactoryError(f"rank={limit} is below that of all adapters, {lowest}; leave it out")
+    highest = max(_rank(layout) for layout in fitting)
+    same = len({layout.modules for layout in fitting}) == 1 and arguments.rank in (0, highest)
+    return AdapterZoo.create(folder, fitting[0] if same else AdapterLayout.union(fitting, arguments.rank or None))
 
 
-def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments, canonical: bool) -> None:
+def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments) -> None:
     """Check an adapter against the zoo and store its checkpoints as a run, unless that was done before."""
     layout = _for_base(candidate.layout, zoo.layout.base_model, zoo.layout.base_revision, arguments)
-    _check_fit(layout, zoo.layout)
+    if misfits := layout.misfits(zoo.layout):
+        raise LoraFactoryError(
+            f"{len(misfits)} of {len(layout.modules)} modules have no room in the zoo: {few(misfits)}; import it into "
+            "a new zoo, of its rank or a higher one"
+        )
     digest = sha256_file(_parts(candidate.folder)[-1][1] / ADAPTER_FILE)
     if zoo.has_run(candidate.task, candidate.run):
         origin = zoo.folder / candidate.task / candidate.run / ORIGIN_FILE
@@ -288,15 +293,15 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments,
             f"the zoo has another run {candidate.run} of task {candidate.task}; give it another name of a task or run"
         )
     steps, rows = _snapshots(candidate, arguments)
-    canonical = canonical or layout.fingerprint() != zoo.layout.fingerprint()
-    if canonical:
-        rows = canonicalise(layout, rows.float(), zoo.layout)
+    padded = layout.modules != zoo.layout.modules
+    if padded:
+        rows = layout.widen(rows.float(), zoo.layout)
     config, shared = candidate.layout.lora_config, zoo.layout.lora_config
     origin_facts = {
         "source": candidate.source,
         "commit": candidate.commit,
         "sha256": digest,
-        "canonical": canonical,
+        "padded": padded,
         **{name: config.get(name) for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")},
     }
     names = sorted({module.path.rpartition(".")[2] for module in zoo.layout.modules})
@@ -387,24 +392,6 @@ def _may_be(stored: str, base: str) -> bool:
     return same or not is_hub_id(stored) or owner in _FOLDERS or Path(stored).exists()
 
 
-def _check_fit(layout: AdapterLayout, wanted: AdapterLayout) -> None:
-    """Check that an adapter has the zoo's modules, and no higher ranks."""
-    here, there = _sizes(layout), _sizes(wanted)
-    if here != there:
-        different = sorted(path for path in here.keys() | there.keys() if here.get(path) != there.get(path))
-        first = different[0]
-        raise LoraFactoryError(
-            f"{len(different)} modules differ from the zoo's, first {first}: sizes {here.get(first, 'none')} here, "
-            f"{there.get(first, 'none')} in the zoo; import it into a zoo of such adapters"
-        )
-    for module, room in zip(layout.modules, wanted.modules, strict=True):
-        if module.rank > room.rank:
-            raise LoraFactoryError(
-                f"{module.path} has rank {module.rank}, the zoo has room for {room.rank}; import it into a new zoo, "
-                "with --rank of the largest"
-            )
-
-
-def _sizes(layout: AdapterLayout) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The sizes of every module that do not depend on its rank."""
-    return {module.path: (module.shape_a[1:], (module.shape_b[0], *module.shape_b[2:])) for module in layout.modules}
+def _rank(layout: AdapterLayout) -> int:
+    """The highest rank of a layout's modules."""
+    return max(module.rank for module in layout.modules)

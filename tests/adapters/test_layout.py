@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.printable import natural_key
@@ -419,3 +420,143 @@ def test_modules_out_of_order_or_twice_are_refused(small):
     for wrong in (modules[::-1], modules + modules[-1:]):
         with pytest.raises(LoraFactoryError, match="natural order"):
             replace(small[2], modules=wrong)
+
+
+def updates(layout, vector):
+    """Every module's update, ``scaling * B A``."""
+    weights = layout.unflatten(vector)
+    return {
+        module.path: module.scaling * weights[module.key_b].flatten(1) @ weights[module.key_a].flatten(1)
+        for module in layout.modules
+    }
+
+
+def llama_layout(targets, **options):
+    config = LoraConfig(**({"r": 2, "lora_alpha": 4} | options), target_modules=targets)
+    model = get_peft_model(llama(), config)
+    return AdapterLayout.from_state_dict(adapter_of(model), model.peft_config["default"], base_model=BASE)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    extra=st.integers(0, 4),
+    ratio=st.floats(0.1, 10),
+    leading=st.lists(st.integers(1, 2), max_size=2),
+    dropped=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_widened_vectors_do_the_same(case, extra, ratio, leading, dropped, seed):
+    _, _, full = case
+    wider = full.with_rank(max(module.rank for module in full.modules) + extra)
+    wider = replace(
+        wider,
+        modules=tuple(replace(module, scaling=ratio * module.scaling) for module in wider.modules),
+        lora_config=dict(wider.lora_config) | {"lora_alpha": ratio * wider.lora_config["lora_alpha"]},
+    )
+    layout = replace(full, modules=full.modules[min(dropped, len(full.modules) - 1) :])
+    vectors = torch.randn(*leading, layout.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    widened = layout.widen(vectors, wider)
+    assert widened.shape == (*leading, wider.size) and widened.dtype == vectors.dtype
+    missing = [module for module in wider.modules if module.path not in {module.path for module in layout.modules}]
+    weights = wider.unflatten(widened)
+    assert not any(weights[key].any() for module in missing for key in (module.key_a, module.key_b))
+    for before, after in zip(vectors.view(-1, layout.size), widened.view(-1, wider.size), strict=True):
+        expected = updates(layout, before)
+        for path, update in updates(wider, after).items():
+            torch.testing.assert_close(update, expected.get(path, torch.zeros_like(update)))
+
+
+def test_equal_scalings_are_widened_bit_for_bit(case):
+    _, state_dict, layout = case
+    vector = layout.flatten(state_dict)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(layout.widen(vector.to(dtype), layout), vector.to(dtype))
+    rank = max(module.rank for module in layout.modules) + 3
+    wider = layout.with_rank(rank)
+    wide = wider.unflatten(layout.widen(vector, wider))
+    for module, room in zip(layout.modules, wider.modules, strict=True):
+        assert torch.equal(wide[module.key_a][: module.rank], state_dict[module.key_a])
+        assert not wide[module.key_a][module.rank :].any() and not wide[module.key_b][:, module.rank :].any()
+        if module.scaling == room.scaling:
+            assert torch.equal(wide[module.key_b][:, : module.rank], state_dict[module.key_b])
+
+
+def test_gradients_pass_through_widen(small):
+    _, _, layout = small
+    vector = torch.randn(layout.size, requires_grad=True)
+    layout.widen(vector, layout.with_rank(5)).sum().backward()
+    assert torch.equal(vector.grad, torch.ones(layout.size))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_with_rank_gives_every_module_one_rank_and_the_scaling_without_patterns(case, rank):
+    _, _, layout = case
+    other = layout.with_rank(rank)
+    config = layout.lora_config
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    assert {module.rank for module in other.modules} == {rank}
+    assert {module.scaling for module in other.modules} == {scaling}
+    assert [module.path for module in other.modules] == [module.path for module in layout.modules]
+    assert not other.lora_config["rank_pattern"] and not other.lora_config["alpha_pattern"]
+    assert other.lora_config["target_modules"] == config["target_modules"]
+    assert AdapterLayout.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+
+
+def test_ranks_below_1_are_refused(small):
+    with pytest.raises(LoraFactoryError, match="rank=0, expected at least 1"):
+        small[2].with_rank(0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 3, "layers.1.mlp.down_proj": 1}, "alpha_pattern": {"down_proj": 9}},
+    ],
+)
+def test_a_widened_adapter_changes_no_logits(options):
+    torch.manual_seed(0)
+    base, ids = llama().eval(), torch.arange(10)[None]
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], **options)
+    model = get_peft_model(base, config)
+    state_dict = adapter_of(model)
+    layout = AdapterLayout.from_state_dict(state_dict, config, base_model=BASE)
+    AdapterSlot(model, layout).load(state_dict)
+    expected = model(ids).logits
+    wider = AdapterLayout.union([llama_layout(["k_proj", "up_proj"], lora_alpha=5), layout], 8)
+    widened = wider.unflatten(layout.widen(layout.flatten(state_dict), wider))
+    fresh = llama().eval()
+    fresh.load_state_dict(plain)
+    torch.testing.assert_close(attach_adapter(fresh, wider, widened)(ids).logits, expected)
+
+
+def test_a_union_has_all_modules_and_names_them():
+    first = llama_layout(["q_proj"], r=3, lora_alpha=6, layers_to_transform=[0])
+    second = llama_layout(["v_proj", "q_proj"], r=5, lora_alpha=5, exclude_modules=["layers.0.self_attn.v_proj"])
+    union = AdapterLayout.union([first, second])
+    paths = [f"model.layers.{name}_proj" for name in ("0.self_attn.q", "1.self_attn.q", "1.self_attn.v")]
+    assert [module.path for module in union.modules] == paths
+    assert {(module.rank, module.scaling) for module in union.modules} == {(5, 2.0)}
+    live = get_peft_model(llama(), union.training_config()).base_model.model
+    assert [name for name, module in live.named_modules() if hasattr(module, "lora_A")] == paths
+    live = get_peft_model(llama(), union.peft_config()).base_model.model
+    assert [name for name, module in live.named_modules() if hasattr(module, "lora_A")] == paths
+    other = replace(second.modules[0], shape_b=(33, 5))
+    with pytest.raises(LoraFactoryError, match=r"has sizes .*32.* in one layout, .*33.* in another"):
+        AdapterLayout.union([replace(second, modules=(other, *second.modules[1:])), first])
+
+
+def test_a_layout_without_room_is_refused(small):
+    _, _, layout = small
+    first, *others = layout.modules
+    vector = torch.zeros(layout.size)
+    with pytest.raises(
+        LoraFactoryError, match=r"4 of 4 modules have no room.* has rank 2, expected at most 1; .*union"
+    ):
+        layout.widen(vector, layout.with_rank(1))
+    with pytest.raises(LoraFactoryError, match=rf"1 of 4 modules have no room: {first.path} is not among"):
+        layout.widen(vector, replace(layout, modules=tuple(others)))
+    with pytest.raises(LoraFactoryError, match=r"has sizes \(\(32,\), \(32,\)\), expected \(\(31,\), \(32,\)\)"):
+        layout.widen(vector, replace(layout, modules=(replace(first, shape_a=(2, 31)), *others)))

@@ -57,9 +57,9 @@ def test_a_file_gives_options_and_flags_win() -> None:
 
 
 def test_every_kind_of_flag_may_stand_in_the_file() -> None:
-    text = "source: [a, b]\noutput_dir: zoo\ndescription: [one, two]\ncanonical: true\n"
+    text = "source: [a, b]\noutput_dir: zoo\ndescription: [one, two]\nrank: 3\n"
     options = parsed(text, command="import")
-    assert (options.source, options.description, options.canonical) == (["a", "b"], ["one", "two"], True)
+    assert (options.source, options.description, options.rank) == (["a", "b"], ["one", "two"], 3)
     options = parsed(text, "c", "--description", "three", command="import")
     assert (options.source, options.description) == (["c"], ["three"])
     assert parsed("source: a\noutput_dir: zoo\n", command="import").source == ["a"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.conditions import TASKS, WIDTH, normal
-
 from lora_factory.generator.familiarity import familiarity, measure_reach
+
 from lora_factory.generator.networks import ConditionStandardiser
 
 

@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from helpers.conditions import TASKS, WIDTH, normal
 from helpers.training import make_zoo, prepared
 from huggingface_hub.errors import StrictDataclassError
+from lora_factory.generator.familiarity import measure_reach
+from lora_factory.generator.recall import measure_recall, task_posterior
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TrainArguments
 from lora_factory.generator.configuration import CVAELoRAConfig
-from lora_factory.generator.familiarity import measure_reach
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import ConditionStandardiser
-from lora_factory.generator.recall import measure_recall, task_posterior
 from lora_factory.training import from_zoo as reconstruction
 from lora_factory.training.from_zoo import fit, remember
 from lora_factory.zoo.store import AdapterZoo

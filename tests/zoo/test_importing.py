@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide": {"r": 4, "lora_alpha": 6},
     "rslora": {"r": 3, "use_rslora": True},
     "patterns": {"rank_pattern": {"v_proj": 1}, "alpha_pattern": {"q_proj": 5}},
+    "modules": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0], "lora_alpha": 3},
 }
 
 
@@ -91,22 +92,36 @@ def refusal(source: Path, folder: Path, arguments: ImportArguments = NAMED) -> s
     return str(info.value)
 
 
-def test_other_ranks_and_scalings_do_what_they_did(adapters: Path, pico_model_folder: Path, tmp_path: Path) -> None:
-    report = import_adapters([adapters / kind for kind in KINDS], tmp_path / "zoo", NAMED)
+def origin_of(zoo: AdapterZoo, task: str) -> dict[str, Any]:
+    return json.loads((zoo.folder / task / "imported" / "import.json").read_text())
+
+
+@pytest.mark.parametrize("first", KINDS)
+def test_other_modules_ranks_and_scalings_do_what_they_did(
+    adapters: Path, pico_model_folder: Path, tmp_path: Path, first: str
+) -> None:
+    kinds = [first, *(kind for kind in KINDS if kind != first)]
+    report = import_adapters([adapters / kind for kind in kinds], tmp_path / "zoo", NAMED)
     zoo, base = report.zoo, logits(pico_model_folder, None)
     assert zoo.tasks == sorted(KINDS) and not report.refused and not zoo.verify()
     assert {module.rank for module in zoo.layout.modules} == {4}
+    assert len({module.scaling for module in zoo.layout.modules}) == 1
+    assert [module.path.rpartition(".")[2] for module in zoo.layout.modules] == [
+        *("down_proj", "q_proj", "v_proj"),  # of layer 0
+        *("q_proj", "v_proj"),
+    ]
     assert zoo.layout.base_model == BASE
-    for kind in KINDS:
+    for kind in kinds:
         expected = logits(pico_model_folder, adapters / kind)
         torch.testing.assert_close(logits(pico_model_folder, zoo.folder / kind / "imported"), expected)
         assert not torch.allclose(expected, base, atol=1e-2)
         record = zoo.record(kind, "imported")
         assert record.descriptions == ("Writes short rhymes about [birds](x).",) and record.license == "mit"
         settings = CollectArguments(**record.arguments)
-        assert (settings.rank, settings.lora_alpha, settings.target_modules) == (4, 4, "q_proj,v_proj")
-    origin = json.loads((zoo.folder / "rslora" / "imported" / "import.json").read_text())
-    assert origin["canonical"] and origin["use_rslora"] and origin["source"] == str(adapters / "rslora")
+        assert (settings.rank, settings.target_modules) == (4, "down_proj,q_proj,v_proj")
+        assert settings.lora_alpha == zoo.layout.lora_config["lora_alpha"]
+    origin = origin_of(zoo, "rslora")
+    assert origin["padded"] and origin["use_rslora"] and origin["source"] == str(adapters / "rslora")
 
 
 def test_adapters_of_one_form_stay_bit_for_bit(adapters: Path, copy: Path, tmp_path: Path) -> None:
@@ -116,15 +131,14 @@ def test_adapters_of_one_form_stay_bit_for_bit(adapters: Path, copy: Path, tmp_p
         assert torch.equal(
             zoo.final(folder.name, "imported"), zoo.layout.flatten(load_file(folder / "adapter_model.safetensors"))
         )
-    canonical = import_adapters([copy], tmp_path / "canonical", replace(NAMED, canonical=True)).zoo
-    assert not torch.equal(canonical.final("copy", "imported"), zoo.final("copy", "imported"))
-    again = import_adapters([adapters / "plain"], tmp_path / "canonical", NAMED).zoo
-    assert json.loads((again.folder / "plain/imported/import.json").read_text())["canonical"], "as the zoo's others"
+        assert not origin_of(zoo, folder.name)["padded"]
+    patterns = import_adapters([adapters / "patterns"], tmp_path / "patterns", NAMED).zoo
+    assert {module.rank for module in patterns.layout.modules} == {1, 2}, "with its patterns"
+    weights = load_file(adapters / "patterns" / "adapter_model.safetensors")
+    assert torch.equal(patterns.final("patterns", "imported"), patterns.layout.flatten(weights))
 
 
-def test_a_zoo_that_is_there_keeps_its_ranks_and_scaling(
-    adapters: Path, pico_model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_zoo_that_is_there_keeps_its_layout(adapters: Path, pico_model_folder: Path, tmp_path: Path) -> None:
     layout = import_adapters([adapters / "wide"], tmp_path / "zoo", NAMED).zoo.layout
     report = import_adapters([adapters / "rslora"], tmp_path / "zoo", NAMED)
     assert report.zoo.layout == layout and layout.modules[0].scaling == 1.5
@@ -133,12 +147,55 @@ def test_a_zoo_that_is_there_keeps_its_ranks_and_scaling(
         logits(pico_model_folder, adapters / "rslora"),
     )
     import_adapters([adapters / "plain"], tmp_path / "narrow", NAMED)
-    with pytest.raises(LoraFactoryError, match=r"rank 4, the zoo has room for 2; import it into a new zoo"):
+    with pytest.raises(LoraFactoryError, match=r"has rank 4, expected at most 2; .*import it into a new zoo"):
         import_adapters([adapters / "wide"], tmp_path / "narrow", NAMED)
-    padded = import_adapters([adapters / "plain"], tmp_path / "padded", replace(NAMED, rank=5)).zoo
-    assert padded.layout.modules[0].rank == 5
+
+
+def test_a_new_zoo_has_the_rank_that_was_asked_for(adapters: Path, pico_model_folder: Path, tmp_path: Path) -> None:
+    padded = import_adapters([adapters / "patterns"], tmp_path / "padded", replace(NAMED, rank=5)).zoo
+    assert {module.rank for module in padded.layout.modules} == {5}
+    torch.testing.assert_close(
+        logits(pico_model_folder, padded.folder / "patterns/imported"),
+        logits(pico_model_folder, adapters / "patterns"),
+    )
     with pytest.raises(LoraFactoryError, match="rank=3 is below that of all adapters, 4"):
         import_adapters([adapters / "wide"], tmp_path / "low", replace(NAMED, rank=3))
+    sources = [adapters / kind for kind in ("wide", "modules", "plain")]
+    report = import_adapters(sources, tmp_path / "three", replace(NAMED, rank=3))
+    assert report.zoo.tasks == ["modules", "plain"] and "has rank 4, expected at most 3" in str(report.refused)
+
+
+def test_a_zoo_of_an_earlier_version_takes_more_adapters(
+    adapters: Path, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    """It was in canonical form: scaling 1, and the import's record says so."""
+    zoo = import_adapters([adapters / "wide"], tmp_path / "new", NAMED).zoo
+    plain = {"r": 4, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    modules = tuple(replace(module, scaling=1.0) for module in zoo.layout.modules)
+    layout = replace(zoo.layout, modules=modules, lora_config=dict(zoo.layout.lora_config) | plain)
+    old = AdapterZoo.create(tmp_path / "old", layout)
+    origin = {key: value for key, value in origin_of(zoo, "wide").items() if key != "padded"} | {"canonical": True}
+    row = zoo.layout.widen(zoo.final("wide", "imported"), layout)[None]
+    old.add_run(zoo.record("wide", "imported"), row, extra_files={"import.json": json.dumps(origin)})
+    report = import_adapters([adapters / "wide", adapters / "rslora"], old.folder, NAMED)
+    assert report.zoo.layout == layout and not report.refused and origin_of(report.zoo, "wide")["canonical"]
+    torch.testing.assert_close(
+        logits(pico_model_folder, report.zoo.folder / "rslora/imported"),
+        logits(pico_model_folder, adapters / "rslora"),
+    )
+
+
+def test_sizes_that_contradict_those_of_an_earlier_adapter_are_refused(
+    adapters: Path, copy: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(copy / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("q_proj.lora_A.weight"))
+    tensors[key] = torch.zeros(2, tensors[key].shape[1] + 1)
+    save_file(tensors, copy / "new")
+    (copy / "new").replace(copy / "adapter_model.safetensors")
+    report = import_adapters([adapters / "plain", copy, adapters / "wide"], tmp_path / "zoo", NAMED)
+    assert report.zoo.tasks == ["plain", "wide"]
+    assert "1 of 4 modules have no room in the zoo: model.layers" in report.refused[str(copy)]
 
 
 def test_what_is_no_plain_lora_is_refused_and_the_rest_is_taken(
@@ -210,15 +267,12 @@ def test_a_local_base_is_taken_only_on_the_users_word(copy: Path, tmp_path: Path
     assert import_adapters([copy], tmp_path / "zoo", replace(NAMED, run_name="other")).imported
 
 
-def test_other_modules_and_nan_are_refused(
-    adapters: Path, copy: Path, pico_model_folder: Path, tmp_path: Path
-) -> None:
+def test_modules_that_the_zoo_lacks_and_nan_are_refused(adapters: Path, copy: Path, tmp_path: Path) -> None:
     import_adapters([adapters / "plain"], tmp_path / "zoo", NAMED)
-    train_adapter(pico_model_folder, tmp_path / "other", 0, target_modules=["q_proj"])
-    (tmp_path / "other" / "README.md").write_text(CARD)
-    assert "2 modules differ from the zoo's, first model.layers.0.self_attn.v_proj" in refusal(
-        tmp_path / "other", tmp_path / "zoo"
-    )
+    assert (
+        "1 of 2 modules have no room in the zoo: model.layers.0.mlp.down_proj is not among the 4 modules there; "
+        "import it into a new zoo"
+    ) in refusal(adapters / "modules", tmp_path / "zoo")
     change_weights(copy, float("nan"))
     assert "hold NaN" in refusal(copy, tmp_path / "zoo")
 

@@ -224,6 +224,6 @@ result = [report.imported, report.refused]
     assert taken.layout.base_revision == COMMIT and taken.descriptions("letters") == ("Writes letters to pirates.",)
     assert taken.record("letters", "imported").snapshot_steps == (7,)
     origin = json.loads((taken.folder / "letters/imported/import.json").read_text())
-    assert origin["commit"] == first and not origin["canonical"]
+    assert origin["commit"] == first and not origin["padded"]
     assert torch.equal(taken.final("letters", "imported"), zoo.final("a", "seed-0"))
     assert hub.log.matching("/resolve/.*adapter_model.safetensors") and not hub.log.matching("evil")
