@@ -136,7 +136,7 @@ class Scorer:
 def fitted(
     trainer: LoRATrainer, task: Task, parameters: list[Tensor], loss: Callable[[list], Tensor], rate: float
 ) -> None:
-    """Train parameters on one task with Adam until its validation loss has not fallen for four looks; keep the best."""
+    """Train parameters on one task until its validation loss has not fallen for four looks; keep the best."""
     train, validation = trainer.encode(task.examples("train")), trainer.validation(task)
     optimizer, source = torch.optim.Adam(parameters, lr=rate), random.Random(0)
     best, kept, looks = torch.inf, [p.detach().clone() for p in parameters], 0
@@ -249,9 +249,7 @@ def main() -> None:
         cells_shown = [f"{m[0]:.3f}" for m in means] + [f"{m[1]:.3f}" for m in means]
         print(f"| {name} | " + " | ".join(cells_shown) + " |", flush=True)
     if options.oracle:
-        print(
-            "\n| cells | multi-task LoRA | from paraphrase | oracle core | own LoRA | share of headroom: text | oracle |"
-        )
+        print("\n| cells | multi-task LoRA | from paraphrase | oracle core | own LoRA | share: text | oracle |")
         print("|" + " --- |" * 7)
     for group in ("combination", "language", "kind") if options.oracle else ():
         chosen = random.Random(options.seed).sample(groups[group], min(options.oracle, len(groups[group])))
