@@ -94,7 +94,9 @@ class Study:
         folder = self.folder / f"generator-{arguments.seed}"
         if not (folder / "config.json").is_file():
             train_generator(self.zoo, folder, arguments, images=images, base_model=self.folder / "base")
-        return CVAELoRAGenerator.from_pretrained(folder)
+        generator = CVAELoRAGenerator.from_pretrained(folder)
+        self.generated_layout = generator.layout
+        return generator
 
     def multitask(self, seed: int, steps: int) -> torch.Tensor:
         path = self.folder / f"multi-task-{seed}.safetensors"
@@ -108,9 +110,10 @@ class Study:
         for start in range(0, len(tasks), TOGETHER):
             group = tasks[start : start + TOGETHER]
             adapters = torch.stack([make(task) for task in group])
+            layout = self.zoo.layout if adapters.shape[1] == self.zoo.layout.size else self.generated_layout
             rows = [[row.tokens[0] for row in self.trainer.inputs.encode(task.examples("test"))] for task in group]
             model = self.trainer.model
-            with frozen(model), model.disable_adapter(), adapters_in_batch(model, self.zoo.layout, adapters):
+            with frozen(model), model.disable_adapter(), adapters_in_batch(model, layout, adapters):
                 logits = model(pixel_values=self.pixels.repeat(len(group), 1, 1, 1)).logits
             right = logits.argmax(-1).view(len(group), -1) == torch.tensor(rows)
             found.append(right.float().mean(1))

@@ -222,7 +222,7 @@ class TrainArguments(LoRAOptions):
         "core", "network: core (a shared basis and generated cores), or conv1d, the paper's CNN", group=GENERATOR
     )
     core: str = _option("full", "cores of the shared basis: full R x R matrices, or diagonal ones", group=GENERATOR)
-    latent_size: int = _option(64, "length of the code that a condition becomes, at most", group=GENERATOR)
+    latent_size: int = _option(128, "length of the code that a condition becomes, at most", group=GENERATOR)
     width: int = _option(256, "hidden size of the network that reads conditions", group=GENERATOR)
     depth: int = _option(1, "hidden layers of the network that reads conditions", group=GENERATOR)
     conv_depth: int = _option(12, "layers of the conv1d network; the paper tries 10 to 20", group=GENERATOR)
@@ -250,7 +250,9 @@ class TrainArguments(LoRAOptions):
         12, "checkpoints per step (conv1d; a step on cores takes one of every task)", group=OPTIMISER
     )
     learning_rate: float = _option(
-        1.5e-3, "peak learning rate of AdamW, after a warm-up over a twentieth of the steps", group=OPTIMISER
+        0.0,
+        "peak learning rate of AdamW, after a warm-up over a twentieth of the steps; 0: 5e-3, and 1.5e-3 for conv1d",
+        group=OPTIMISER,
     )
     seed: int = _option(
         0, "seed of the initial weights, of the order of the data and of the latent noise", group=OPTIMISER
@@ -277,11 +279,11 @@ class TrainArguments(LoRAOptions):
         """Check every value at birth."""
         super().__post_init__()
         _check_seeds(self, self.seed)
-        _positive(self, "steps", "batch_size", "learning_rate", "latent_size", "width", "depth", "conv_depth")
+        _positive(self, "steps", "batch_size", "latent_size", "width", "depth", "conv_depth")
         _at_most(self, MAX_SIZE, "width", "latent_size")
         _at_most(self, MAX_LAYERS, "depth", "conv_depth")
         _positive(self, "base_tasks", "base_learning_rate", "basis_learning_rate")
-        _not_negative(self, "rank", "multitask_steps", "base_steps")
+        _not_negative(self, "rank", "learning_rate", "multitask_steps", "base_steps")
         if self.multitask_steps > self.base_steps:
             raise LoraFactoryError(
                 f"multitask_steps={self.multitask_steps} are the first of base_steps={self.base_steps}; give as many "

@@ -61,7 +61,7 @@ class CVAELoRAConfig(PreTrainedConfig):
     core: str = "full"
     width: int = 256
     depth: int = 1
-    latent_size: int = 64
+    latent_size: int = 128
     channels: list[int] | tuple[int, ...] = PAPER_CHANNELS
     kl_weight: float | int = 1.0
     format_version: int = FORMAT_VERSION

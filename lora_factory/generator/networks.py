@@ -155,7 +155,7 @@ class CoreCVAE(nn.Module):
         self.prior_mean = nn.Linear(width, latents)
         self.correction = nn.Sequential(nn.Linear(width + latents, width), nn.SiLU(), nn.Linear(width, 2 * latents))
         self.decoder = nn.Parameter(CODE_SCALE * torch.randn(latents, size) / latents**0.5)
-        self.register_buffer("prior_log_variance", torch.zeros(latents))
+        self.prior_log_variance = nn.Parameter(torch.zeros(latents))
         for parameter in (*self.prior_mean.parameters(), *self.correction[-1].parameters()):
             nn.init.zeros_(parameter)  # at first every condition is as good as none
 
@@ -163,7 +163,7 @@ class CoreCVAE(nn.Module):
         """p(z | c); without a condition the mean is 0."""
         hidden = self._hidden(conditions, batch)
         mean = self.prior_mean(hidden) if conditions else hidden.new_zeros(batch, len(self.decoder))
-        return Gaussian(mean, self.get_buffer("prior_log_variance").expand_as(mean))
+        return Gaussian(mean, self.prior_log_variance.expand_as(mean))
 
     def posterior(self, targets: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> Gaussian:
         """q(z | Z, c) of standardised cores ``(batch, C)``."""

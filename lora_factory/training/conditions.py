@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence, Sized
 
@@ -45,7 +46,10 @@ def text_features(encoder: TextEncoder, descriptions: Mapping[str, Sequence[str]
     """Vectors of every task's descriptions, and after them of variants of these: ``(n, width)`` by the task's name."""
     source, features = random.Random(seed), {}
     for task, texts in descriptions.items():
-        features[task] = encoder.encode([*texts, *wordings(texts, VARIANTS, source)])
+        rows = encoder.encode([*texts, *wordings(texts, VARIANTS, source)])
+        # Half of all draws are descriptions as they are: one without some of its words may say something else.
+        again = rows[: len(texts)].repeat(math.ceil(VARIANTS / len(texts)), 1)
+        features[task] = torch.cat([rows[: len(texts)], again[: max(0, VARIANTS - len(texts))], rows[len(texts) :]])
     return features
 
 

@@ -27,6 +27,7 @@ from lora_factory.generator.networks import CoreCVAE
 from lora_factory.models.inputs import TokenSequence
 from lora_factory.models.losses import query_loss
 from lora_factory.training.conditions import UNRELATED, draw_conditions, index_of
+from lora_factory.training.from_zoo import set_spread
 from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
 
 RECORDS = 10  # how often the loss is recorded, and the held-out tasks are scored
@@ -167,9 +168,7 @@ def calibrate_spread(generator: CVAELoRAGenerator, features: Mapping[str, Mappin
     """Let samples at temperature 1 spread as the codes of a task's wordings do: there are no checkpoints to go by."""
     network, (name, tasks) = generator.network, next(iter(features.items()))
     assert isinstance(network, CoreCVAE)
-    codes = [network.prior(generator.standardiser.all({name: rows}), len(rows)).mean for rows in tasks.values()]
-    variance = torch.stack([(rows - rows.mean(0)).square().mean(0) for rows in codes]).mean(0)
-    network.get_buffer("prior_log_variance").copy_(variance.clamp_min(math.exp(-10)).log())
+    set_spread(network, (network.prior(generator.standardiser.all({name: r}), len(r)).mean for r in tasks.values()))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from lora_factory.zoo.store import AdapterZoo
 _LOGGER = logging.getLogger(__name__)
 WARMUP_RATIO = 0.05  # of the steps, in which the learning rate rises; then it falls in a cosine
 MAX_GRAD_NORM = 1.0
+# Peak learning rates. On the digits' validation sets 5e-3 reads 0.002 (text) to 0.009 (images) better than 1.5e-3.
+RATES = {"core": 5e-3, "conv1d": 1.5e-3}
 POOR_ERROR = 0.2  # share of an adapter's squared ΔW outside the basis from which on training says so
 
 
@@ -94,7 +96,19 @@ def fit(
         conditions = generator.standardiser.all(draw_conditions(generator, features, tasks, source))
         return network.loss_of(rows[:, 1:], rows[:, 0], gram, conditions, kl_weight, source)
 
-    return _minimise(codes_loss, trained, arguments, accelerator), errors
+    history = _minimise(codes_loss, trained, arguments, accelerator)
+    set_spread(network, [rows[:, 1:] for rows in codes.values()])
+    return history, errors
+
+
+@torch.no_grad()
+def set_spread(network: CoreCVAE, codes: Iterable[Tensor]) -> None:
+    """Let samples of a code at temperature 1 spread as codes of one task do, each ``(n, latents)``.
+
+    The prior's variance in training counts what the network gets wrong as well.
+    """
+    variance = torch.stack([(rows - rows.mean(0)).square().mean(0) for rows in codes]).mean(0)
+    network.prior_log_variance.copy_(variance.clamp_min(math.exp(-10)).log())
 
 
 @torch.no_grad()
@@ -126,15 +140,13 @@ def _fit_basis(
     kept = min(len(network.decoder), len(values))
     network.decoder.zero_()
     network.decoder[:kept] = values[:kept, None] * directions[:kept] / math.sqrt(len(cores))
-    codes, varied, rest = {}, [], torch.zeros_like(generator.center)
+    codes, rest = {}, torch.zeros_like(generator.center)
     for task, rows in weights.items():
         targets = torch.cat([generator.targets(part, zoo.layout) for part in in_parts(rows)])
         own = network.code(targets)
         missed = targets - network.decode(own)
         codes[task] = torch.cat([missed.square().mean(-1, keepdim=True), own], 1)
-        varied.append((own - own.mean(0)).square().mean(0))
         rest += (missed - missed.mean(0)).square().mean(0) / len(weights)
-    network.get_buffer("prior_log_variance").copy_(torch.stack(varied).mean(0).clamp_min(math.exp(-10)).log())
     generator.spread.copy_(_per_module(generator, rest).sqrt())
     _warn_of_poor(errors, generator.layout.modules[0].rank)
     return codes, errors
@@ -183,7 +195,8 @@ def _minimise(
     accelerator: Accelerator,
 ) -> list[dict[str, float]]:
     """Take ``arguments.steps`` steps of AdamW; returns one record about every fiftieth step."""
-    optimizer, history = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01), []
+    rate = arguments.learning_rate or RATES[arguments.decoder]
+    optimizer, history = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01), []
     warmup = math.ceil(arguments.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
     bar = tqdm(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
@@ -191,9 +204,7 @@ def _minimise(
         output: Any = loss()
         accelerator.backward(output.loss)
         if not math.isfinite(value := output.loss.item()):
-            raise LoraFactoryError(
-                f"the generator's loss is {value} at step {step}; lower learning_rate (now {arguments.learning_rate})"
-            )
+            raise LoraFactoryError(f"the generator's loss is {value} at step {step}; lower learning_rate (now {rate})")
         accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
