@@ -70,7 +70,7 @@ def layout(pico_model_folder: Path) -> AdapterLayout:
 
 @pytest.fixture(scope="module")
 def generator(layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
-    return make_generator(layout, pico_encoder_folder, "token")
+    return make_generator(layout, pico_encoder_folder, "core")
 
 
 @pytest.fixture

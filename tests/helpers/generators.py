@@ -30,8 +30,10 @@ def make_generator(layout: AdapterLayout, encoder: Path, decoder: str) -> CVAELo
         with torch.no_grad():
             for parameter in generator.network.parameters():  # as if trained: no layer is left at zero
                 parameter.add_(0.1 * torch.randn(parameter.shape))
-        generator.fit_statistics(
-            {name: 0.3 * torch.randn(4, layout.size) for name in "abc"},
-            {name: {task: torch.randn(2, width) for task in "abc"} for name, width in config.modalities.items()},
+            generator.center.copy_(0.3 * torch.randn(generator.center.shape))
+            if generator.basis is not None:
+                generator.basis.factors.copy_(0.3 * torch.randn(layout.size))
+        generator.fit_conditions(
+            {name: {task: torch.randn(2, width) for task in "abc"} for name, width in config.modalities.items()}
         )
     return generator.eval()
