@@ -1,4 +1,4 @@
-"""Stage 2, conditions from examples and refinement on encoder-decoders and on models that read images."""
+"""Training through the base, conditions from examples and refinement on encoder-decoders and on models that read images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = CollectArguments(
     target_modules="all-linear",
     dtype="float32",
 )
-TRAIN = TrainArguments(width=32, depth=1, steps=20, multitask_steps=15, specialist_steps=15)
+TRAIN = TrainArguments(width=32, steps=20, base_steps=15)
 
 
 def echo_task(word: str) -> Task:
@@ -90,7 +90,7 @@ def test_states_are_of_the_base_alone_and_one_row_an_example(
     assert torch.allclose(example_states(trainer, examples[1:2])[0], states[1], atol=1e-4), "padding has no effect"
 
 
-def test_stage_two_learns_and_adapters_come_from_examples(
+def test_training_through_the_base_learns_and_adapters_come_from_examples(
     case: tuple[Path, list[Task]], pico_encoder_folder: Path, tmp_path: Path
 ) -> None:
     folder, tasks = case
