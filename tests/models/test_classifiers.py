@@ -27,9 +27,7 @@ from lora_factory.tasks.images import ImageTask, LabelledImage
 
 # Texts that the pico encoder, which has random weights, tells apart in any frame.
 TEXTS = {"bright": "white snow in the noon light of a summer day", "dark": "def night(): return cellars + caves"}
-TASKS = [
-    replace(brightness_task(name, wanted=name == "bright"), descriptions=(text,)) for name, text in TEXTS.items()
-]
+TASKS = [replace(brightness_task(name, wanted=name == "bright"), descriptions=(text,)) for name, text in TEXTS.items()]
 COLLECT = CollectArguments(
     rank=2, lora_alpha=8.0, steps=30, snapshots=2, batch_size=16, learning_rate=1e-2, validation_sequences=4
 )

@@ -1,4 +1,4 @@
-"""Training through the base, conditions from examples and refinement on encoder-decoders and on models that read images."""
+"""Training through the base, examples as conditions, and refinement, on encoder-decoders and models with images."""
 
 from __future__ import annotations
 
