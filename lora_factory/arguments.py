@@ -16,8 +16,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from lora_factory.errors import LoraFactoryError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-LORA, OPTIMISER, DATA, RESOURCES, OUTPUT = "LoRA", "optimiser", "data", "resources", "output"
-GENERATOR = "generator"
+GROUPS = ("generator", "LoRA", "optimiser", "data", "resources", "output")  # as --help shows them
+GENERATOR, LORA, OPTIMISER, DATA, RESOURCES, OUTPUT = GROUPS
 
 Options = TypeVar("Options")
 
@@ -284,7 +284,7 @@ class TrainArguments(LoRAOptions):
         _at_most(self, MAX_LAYERS, "depth", "conv_depth")
         _positive(self, "base_tasks", "base_learning_rate", "basis_learning_rate")
         _not_negative(self, "rank", "learning_rate", "multitask_steps", "base_steps")
-        if self.multitask_steps > self.base_steps:
+        if 0 < self.base_steps < self.multitask_steps:
             raise LoraFactoryError(
                 f"multitask_steps={self.multitask_steps} are the first of base_steps={self.base_steps}; give as many "
                 "or fewer"

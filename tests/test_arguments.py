@@ -73,7 +73,9 @@ def test_every_data_class_converts() -> None:
 def test_records_of_earlier_versions_are_read() -> None:
     dropped = {"warmup_ratio": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0, "compile": False}
     assert from_record(CollectArguments, {"rank": 3, **dropped}) == CollectArguments(rank=3)
-    assert from_record(TrainArguments, {"steps": 3, "base_noise": 5, "base_l2": 0.1}) == TrainArguments(steps=3)
+    assert from_record(TrainArguments, {"steps": 3, "base_mixtures": 5, "specialist_steps": 1}) == TrainArguments(
+        steps=3
+    )
     with pytest.raises(LoraFactoryError, match="rank"):
         from_record(CollectArguments, {"rank": 0})
 
@@ -81,7 +83,7 @@ def test_records_of_earlier_versions_are_read() -> None:
 def test_token_options_are_those_of_the_collection() -> None:
     given = {"sequence_length": 7, "packing": False, "max_tokens": 9, "chat_template": True}
     assert CollectArguments(**given).tokens == TokenOptions(**given)
-    assert CollectArguments().tokens == TokenOptions()
+    assert CollectArguments().tokens == TrainArguments().tokens == TokenOptions()
 
 
 def test_no_task_is_refused(pico_model_folder: Path, tmp_path: Path) -> None:
@@ -95,6 +97,12 @@ def test_seeds_and_sizes_beyond_any_machine_are_refused() -> None:
             kind(seeds=2**64)
     with pytest.raises(LoraFactoryError, match="seed holds 184467"):
         TrainArguments(seed=2**64)
-    for name in ("width", "depth", "conv_depth"):
+    for name in ("width", "depth", "latent_size", "conv_depth"):
         with pytest.raises(LoraFactoryError, match=f"{name}=1000000000 must be"):
             TrainArguments(**{name: 10**9})
+
+
+def test_the_steps_of_one_lora_for_all_are_a_part_of_those_through_the_base() -> None:
+    assert TrainArguments(multitask_steps=3).multitask_steps == 3, "without a zoo, base_steps has a default of its own"
+    with pytest.raises(LoraFactoryError, match="multitask_steps=3 are the first of base_steps=2; give as many or few"):
+        TrainArguments(base_steps=2, multitask_steps=3)

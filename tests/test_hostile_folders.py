@@ -187,7 +187,7 @@ def folders(
     """A whole generator and a whole adapter, with a copy of them outside of the folders that are damaged."""
     root = tmp_path_factory.mktemp("hostile")
     layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
-    generator = make_generator(layout, pico_encoder_folder, "token")
+    generator = make_generator(layout, pico_encoder_folder, "core")
     generator.save_pretrained(root / "generator")
     generator.save_adapter("Poems", root / "adapter")
     shutil.copytree(root / "generator", root / "outside")

@@ -165,7 +165,7 @@ def root(pico_model_folder: Path, pico_encoder_folder: Path, tmp_path_factory: p
     """Whole folders of every kind, and copies of them outside of those that are damaged."""
     root = tmp_path_factory.mktemp("mutations")
     layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
-    generator = make_generator(layout, pico_encoder_folder, "token")
+    generator = make_generator(layout, pico_encoder_folder, "core")
     generator.save_pretrained(root / "generator")
     generator.save_adapter("Poems", root / "adapter")
     zoo = AdapterZoo.create(root / "zoo", layout)

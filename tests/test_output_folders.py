@@ -70,7 +70,7 @@ def layout(pico_model_folder: Path) -> AdapterLayout:
 
 @pytest.fixture(scope="module")
 def generator(layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
-    return make_generator(layout, pico_encoder_folder, "token")
+    return make_generator(layout, pico_encoder_folder, "core")
 
 
 @pytest.fixture
@@ -250,9 +250,9 @@ def test_train_asks_before_it_replaces_a_generator_and_before_it_works(
     assert all(torch.equal(first.state_dict()[name], it) for name, it in second.state_dict().items())
 
 
-def test_the_working_folder_of_stage_2_is_never_somebody_elses(zoo: AdapterZoo, tmp_path: Path) -> None:
+def test_the_working_folder_of_training_is_never_somebody_elses(zoo: AdapterZoo, tmp_path: Path) -> None:
     write_text(tmp_path / "generator.training" / "diary.txt", "mine")
-    arguments = TrainArguments(steps=1, specialist_steps=1)
+    arguments = TrainArguments(steps=1, base_steps=1)
     with pytest.raises(LoraFactoryError, match=r"generator\.training.*diary"):
         train_generator(zoo, f"{tmp_path}/generator/", arguments, tasks=[TASK])
     assert (tmp_path / "generator.training" / "diary.txt").read_text() == "mine"
@@ -328,7 +328,7 @@ def test_a_local_base_is_recorded_as_one_and_not_pushed(
 def test_errors_name_the_flags_of_the_command() -> None:
     options = cli.build_parser().parse_args(["train", "--zoo", "z", "--output-dir", "g"])
     assert in_flags("pass overwrite=True", options) == "pass --overwrite"
-    assert in_flags("steps=0, base_rank=3: no", options) == "--steps 0, --base-rank 3: no"
+    assert in_flags("steps=0, base_tasks=3: no", options) == "--steps 0, --base-tasks 3: no"
     assert in_flags("pass tasks=, the file", options) == "pass --tasks, the file"
     assert in_flags("choose another output_dir, or", options) == "choose another --output-dir, or"
     for text in ("runs/steps=0/x", "train_generator(zoo, output_dir)", "adapter_name='a'", "the seed is odd"):
@@ -340,7 +340,9 @@ def test_errors_name_the_flags_of_the_command() -> None:
     [
         ("generate --generator g --output-dir o", False),
         ("train --zoo z --output-dir o", False),
-        ("train --zoo z --output-dir o --specialist-steps 3", True),
+        ("train --zoo z --output-dir o --base-steps 3", True),
+        ("train --tasks t --base-model b --output-dir o", True),
+        ("explain --generator g --text t", False),
         ("evaluate --tasks t --adapter a", False),
         ("evaluate --tasks t --generator g", True),
         ("collect --tasks t --base-model b --output-dir o", True),

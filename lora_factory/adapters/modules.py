@@ -93,18 +93,6 @@ class AdaptedModule:
         return self.shape_a[0]
 
     @property
-    def layer(self) -> int:
-        """The first integer in the path, 0 when there is none."""
-        return next((int(part) for part in self.path.split(".") if part.isdecimal()), 0)
-
-    @property
-    def kind(self) -> str:
-        """The path with its layer index replaced by "*"; the path itself when it has no index."""
-        parts = self.path.split(".")
-        first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-        return self.path if first is None else ".".join([*parts[:first], "*", *parts[first + 1 :]])
-
-    @property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of A and B without the rank."""
         return self.shape_a[1:], (self.shape_b[0], *self.shape_b[2:])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory.arguments import (
+    GROUPS,
     CollectArguments,
     CompareArguments,
     DemoArguments,
@@ -47,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None
     add_config(parser)
     types = get_type_hints(options)
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in dataclasses.fields(options):
+    for field in sorted(dataclasses.fields(options), key=lambda field: GROUPS.index(field.metadata["group"])):
         if (name := field.metadata["group"]) not in groups:
             groups[name] = parser.add_argument_group(f"{name} options")
         group = groups[name]

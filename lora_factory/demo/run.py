@@ -164,10 +164,11 @@ def _trained_generator(run: DemoRun, zoo: AdapterZoo) -> CVAELoRAGenerator:
     """Train the generator, or load the one in the folder if it was trained on this zoo with these settings."""
     folder = run.folder / "generator"
     if (folder / "training.json").is_file():
-        generator = CVAELoRAGenerator.from_pretrained(folder)
         recorded = json.loads((folder / "training.json").read_text(encoding="utf-8"))["arguments"]
-        if generator.config.zoo_fingerprint == zoo.fingerprint() and recorded == asdict(run.size.train):
-            return generator
+        if recorded == asdict(run.size.train):  # else it may be of an earlier format
+            generator = CVAELoRAGenerator.from_pretrained(folder)
+            if generator.config.zoo_fingerprint == zoo.fingerprint():
+                return generator
     train_generator(zoo, folder, run.size.train, overwrite=True)
     return CVAELoRAGenerator.from_pretrained(folder)  # a later run loads these bits too
 

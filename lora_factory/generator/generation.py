@@ -228,7 +228,7 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
     return {
         "nearest": nearest,
         "distance": distance,
-        "farther_than": round(fmean(distance > other for other in others), 4) if others and distance else None,
+        "farther_than": None if distance is None or not others else round(fmean(distance > it for it in others), 4),
         "use": round(float(targets.norm() / sizes.median().clamp_min(1e-12)), 4),
     }
 

@@ -70,25 +70,25 @@ class Gaussian:
 
 
 class ConditionStandardiser(nn.Module):
-    """Task vectors as coordinates in the directions in which the zoo's tasks differ, a modality each.
+    """Task vectors as coordinates of one size, a modality each.
 
-    Minus the mean task vector, times a basis of the span of the tasks' deviations from it, over their root mean
-    square coordinate. What a task vector says beyond that span, no task could teach the network to understand: left
-    in, it would move the adapters of unseen tasks at random. The basis is orthonormal, or where it is known how the
-    examples of one task differ, orthonormal after whitening by that (linear discriminants). The statistics are
-    persistent buffers, so that a downloaded generator has them.
+    Those of texts are centred and scaled, no more: by what a text says beyond the directions in which known ones
+    differ, the network tells texts that mean no task. Those of images and examples, of which single ones differ much
+    within a task, become coordinates in the span of the tasks' deviations from their mean, over their root mean square
+    coordinate; the basis is orthonormal, or where it is known how the examples of one task differ, orthonormal after
+    whitening by that (linear discriminants). The statistics are persistent buffers, so that a downloaded generator has
+    them.
 
     Args:
         widths: Width of every modality's task vectors.
-        directions: How many directions are kept of a modality; all by default.
     """
 
-    def __init__(self, widths: Mapping[str, int], directions: Mapping[str, int]) -> None:
+    def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
-        self.widths = {name: min(width, directions.get(name, width)) for name, width in widths.items()}
+        self.widths = dict(widths)
         for name, width in widths.items():
             self.register_buffer(f"{name}_mean", torch.zeros(width))
-            self.register_buffer(f"{name}_basis", torch.eye(width)[: self.widths[name]])
+            self.register_buffer(f"{name}_basis", torch.eye(width))
             self.register_buffer(f"{name}_scale", torch.ones(()))
 
     @torch.no_grad()
@@ -101,13 +101,15 @@ class ConditionStandardiser(nn.Module):
         """
         for name, rows in features.items():
             mean, basis = rows.mean(0), self.get_buffer(f"{name}_basis")
+            self.get_buffer(f"{name}_mean").copy_(mean)
+            if name == "text":
+                self.get_buffer(f"{name}_scale").copy_((rows - mean).square().mean().sqrt().clamp_min(1e-6))
+                continue
             white = _whitening((within or {}).get(name, rows[:0]))
             _, lengths, directions = torch.linalg.svd((rows - mean).double() @ white, full_matrices=False)
-            lengths = lengths[: len(basis)]
             spanned = (lengths > 1e-4 * lengths[0].clamp_min(1e-12)).sum().clamp_min(1)
             basis.zero_()
             basis[:spanned] = (directions[:spanned] @ white.T).to(basis)
-            self.get_buffer(f"{name}_mean").copy_(mean)
             variance = lengths.square().sum() / (len(rows) * spanned)
             self.get_buffer(f"{name}_scale").copy_(variance.sqrt().clamp_min(1e-6))
 

@@ -56,7 +56,7 @@ class ConditionalVAE(PreTrainedModel):
         self.layout = AdapterLayout.from_dict(config.layout)
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
         tasks = max(1, len(config.tasks or []))
-        self.standardiser = ConditionStandardiser(widths, {"text": tasks})
+        self.standardiser = ConditionStandardiser(widths)
         coordinates, latents = self.standardiser.widths, config.latent_size
         self.basis: CoreBasis | None = None
         self.network: CoreCVAE | ConvCVAE

@@ -272,6 +272,10 @@ def _checked(
         raise LoraFactoryError(
             f"{given[0].name}={getattr(arguments, given[0].name)!r} is decided by the zoo {zoo.folder}; leave it out"
         )
+    if arguments.multitask_steps and not arguments.base_steps:
+        raise LoraFactoryError(
+            f"multitask_steps={arguments.multitask_steps} are the first of base_steps=0; give as many of these or more"
+        )
     if arguments.base_steps and tasks is None:
         raise LoraFactoryError(
             f"base_steps={arguments.base_steps} needs the tasks' examples; pass tasks=, the task file of the zoo"

@@ -10,15 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from helpers.generators import make_generator
+from helpers.models import TRAINING_TEXT, attach
+from helpers.zoos import record_of, snapshots_of
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from lora_factory import LoraFactoryError, __version__
+from lora_factory import AdapterZoo, CVAELoRAGenerator, LoraFactoryError, __version__
+from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import CollectArguments, DemoArguments, ImportArguments, TrainArguments
 from lora_factory.cli import commands as cli
 from lora_factory.cli import options as cli_options
 
-COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "evaluate", "push", "search")
+COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "explain", "evaluate", "push", "search")
 OVERVIEW = """\
 usage: lora-factory [-h] [--version] COMMAND ...
 
@@ -34,8 +39,9 @@ commands:
     collect   fine-tune one LoRA per task and seed and keep its last snapshots
     import    take PEFT adapters from folders and the Hub into a zoo
     zoo       verify, list, prune, merge, push or pull zoos
-    train     train a generator on a zoo
+    train     train a generator on a zoo, on the tasks' examples, or on both
     generate  write an adapter from a description
+    explain   say how far a description is from what a generator knows
     evaluate  score the base model and adapters on the tasks' test splits
     push      push a generator, or an adapter that it writes, to the Hub
     search    list the generators on the Hub for a base model
@@ -116,9 +122,17 @@ def test_flags_become_the_arguments() -> None:
     [
         (
             ["train", "--zoo", "z", "--output-dir", "g", "--decoder", "x"],
-            "--decoder 'x': choose 'token' or 'conv1d'",
+            "--decoder 'x': choose one of 'core', 'conv1d'",
         ),
         (["train", "--zoo", "z", "--output-dir", "g", "--steps", "0"], "--steps 0 must be above 0"),
+        (
+            ["train", "--zoo", "z", "--output-dir", "g", "--base-steps", "3", "--multitask-steps", "4"],
+            "--multitask-steps 4 are the first of --base-steps 3; give as many or fewer",
+        ),
+        (
+            ["train", "--output-dir", "g"],
+            "without a zoo, a generator is trained on examples; pass --tasks and --base-model",
+        ),
         (
             ["collect", "--tasks", "t", "--base-model", "b", "--output-dir", "z", "--seeds", ""],
             "seeds is empty; give at least one, for example --seeds 0",
@@ -206,6 +220,124 @@ def test_evaluate_prints_a_table_and_writes_json(
     assert re.search(rf"base model\W+{row}", output)
     assert re.search(rf"adapter\W+{row}", output)
     assert output.endswith("wrote scores/evaluation.json\n")
+
+
+@pytest.fixture
+def tasks_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of the test, and in it a task file of two tasks."""
+    monkeypatch.chdir(tmp_path)
+    tasks = []
+    for name, text in zip(("fox", "code"), TRAINING_TEXT, strict=False):
+        Path(f"{name}.txt").write_text("\n".join(f"{number} {text}" for number in range(20)))
+        tasks.append({"name": name, "descriptions": [text[:30]], "data": {"path": f"{name}.txt"}})
+    Path("tasks.json").write_text(json.dumps({"tasks": tasks}))
+    return Path("tasks.json")
+
+
+def test_from_tasks_to_an_adapter_without_a_zoo(
+    tasks_file: Path, pico_model_folder: Path, pico_encoder_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--tasks", str(tasks_file), "--base-model", str(pico_model_folder), "--output-dir", "generator"]
+    words += ["--rank", "4", "--target-modules", "q_proj,v_proj", "--sequence-length", "32", "--base-steps", "9"]
+    words += ["--text-encoder", str(pico_encoder_folder), "--base-model-name", "pico/llama"]
+    assert cli.main(words) == 0
+    config = json.loads(Path("generator/config.json").read_text())
+    assert config["zoo_fingerprint"] is None and [task["name"] for task in config["tasks"]] == ["fox", "code"]
+    assert config["layout"]["base_model"] == "pico/llama" and config["layout"]["lora_config"]["r"] == 4
+    arguments = json.loads(Path("generator/training.json").read_text())["arguments"]
+    assert (arguments["base_steps"], arguments["multitask_steps"], arguments["sequence_length"]) == (9, 3, 32)
+    assert cli.main(words) == 2
+    assert "already there; choose another path, remove it or pass --overwrite" in capsys.readouterr().err
+    words = ["generate", "--generator", "generator", "--text", TRAINING_TEXT[0][:30], "--output-dir", "adapter"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("wrote adapter\nnearest tasks, by cosine distance: fox (0.00), code (")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(pico_model_folder), "adapter")
+    assert model.peft_config["default"].r == 4
+
+
+@pytest.fixture
+def generator(
+    pico_model: LlamaForCausalLM, pico_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> CVAELoRAGenerator:
+    """A generator of rank 2 in the folder ``generator`` of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    generator = make_generator(attach(pico_model)[1], pico_encoder_folder, "core")
+    generator.save_pretrained("generator")
+    return generator
+
+
+def test_generate_at_a_lower_rank(generator: CVAELoRAGenerator, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--generator", "generator", "--text", "poems", "--output-dir", "adapter", "--rank"]
+    assert cli.main([*words, "1"]) == 0
+    lost = json.loads(Path("adapter/generation.json").read_text())["rank_error"]
+    assert 0 < lost < 1
+    assert f"rank 1 loses {100 * lost:.2g} % of the squared norm of the update\n" in capsys.readouterr().out
+    layout, state_dict = load_adapter("adapter")
+    expected = generator.generate_state_dict("poems", rank=1)
+    assert {module.rank for module in layout.modules} == {1}
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in expected.items())
+    for rank, message in (("3", "--rank 3 is above the generator's, 2; give 2 or less"), ("0", "--rank 0 leaves no")):
+        assert cli.main([*words, rank, "--overwrite"]) == 2
+        assert message in capsys.readouterr().err
+    assert json.loads(Path("adapter/generation.json").read_text())["rank"] == 1
+
+
+def test_explain_says_what_the_generator_makes_of_a_text(
+    generator: CVAELoRAGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explain", "--generator", "generator", "--text", "poems"]) == 0
+    found = generator.explain("poems")
+    nearest, share, use = capsys.readouterr().out.splitlines()
+    tasks = [f"{it['task']} ({1 - it['similarity']:.2f})" for it in found["nearest"]]
+    assert nearest == f"nearest tasks, by cosine distance: {', '.join(tasks)}"
+    assert share.startswith(f"{100 * found['farther_than']:.0f} % of the known tasks are nearer")
+    assert use.startswith(f"it changes {found['use']:.2f} times as much as a known task's description does")
+    assert cli.main(["explain", "--generator", "generator", "--text", " "]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["generator"]
+
+
+def test_explain_knows_a_tasks_own_description(
+    generator: CVAELoRAGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator.get_buffer("text_task_vectors")[0] = generator.conditions("poems")["text"]
+    generator.save_pretrained("generator")
+    assert cli.main(["explain", "--generator", "generator", "--text", "poems"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("nearest tasks, by cosine distance: poems (0.00), ")
+    assert lines[1] == "0 % of the known tasks are nearer than that to their own nearest neighbour"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--sequence-length 64", "--sequence-length 64 is decided by the zoo"),
+        ("--target-modules q_proj", "--target-modules 'q_proj' is decided by the zoo"),
+        ("--lora-alpha 3", "--lora-alpha 3.0 is decided by the zoo"),
+        ("--chat-template", "--chat-template is decided by the zoo"),
+        ("--rank 1", "--rank 1 is below that of the zoo's adapters, 2; give 2 or more, or 0"),
+        ("--base-steps 3", "--base-steps 3 needs the tasks' examples; pass --tasks, the task file of the zoo"),
+        ("--multitask-steps 3", "--multitask-steps 3 are the first of --base-steps 0; give as many of these or more"),
+    ],
+)
+def test_what_a_zoo_decides_may_not_be_given_beside_it(
+    flags: str,
+    said: str,
+    pico_model: LlamaForCausalLM,
+    pico_encoder_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layout = attach(pico_model)[1]
+    zoo = AdapterZoo.create(tmp_path / "zoo", layout)
+    for task in ("law", "code"):
+        record = record_of(task, base_model=layout.base_model, base_revision=layout.base_revision)
+        zoo.add_run(record, snapshots_of(layout))
+    words = ["train", "--zoo", str(zoo.folder), "--output-dir", str(tmp_path / "g"), *flags.split()]
+    assert cli.main([*words, "--text-encoder", str(pico_encoder_folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+    assert not (tmp_path / "g").exists()
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from lora_factory.arguments import (
+    GROUPS,
     CollectArguments,
     CompareArguments,
     DemoArguments,
@@ -152,13 +154,19 @@ def test_fields_stand_in_groups(command: str, capsys: pytest.CaptureFixture[str]
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(options):
         groups.setdefault(field.metadata["group"], []).append(field.name)
-    lines = [f"{group[0].upper()}{group[1:]}: {', '.join(names)}." for group, names in groups.items()]
-    assert " ".join(lines) in " ".join(options.__doc__.split()), "the docstring names the groups and their fields"
+    lines = {
+        name: rest.replace(";", ",")
+        for name, rest in re.findall(r"(\w+)(?:, [\w ]+)?: (.*?)\.\s", options.__doc__, re.S)
+    }
+    for group, names in groups.items():
+        listed = [it.split(": ")[-1].strip() for it in lines[f"{group[0].upper()}{group[1:]}"].split(",")]
+        assert sorted(listed) == sorted(names), "the docstring names the groups and their fields"
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     text = capsys.readouterr().out
     sections = dict(part.split(":\n", 1) for part in text.split("\n\n") if ":\n" in part)
-    assert [name for name in sections if name.endswith(" options")] == [f"{group} options" for group in groups]
+    expected = [f"{group} options" for group in GROUPS if group in groups]
+    assert [name for name in sections if name.endswith(" options")] == expected
     for group, names in groups.items():
         assert [name for name in names if f"--{name.replace('_', '-')}" not in sections[f"{group} options"]] == []
     assert "(default: )" not in text and "--config FILE" in text

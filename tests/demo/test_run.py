@@ -104,6 +104,20 @@ def test_demo_from_end_to_end_and_again(
     assert again["scores"] == results["scores"]
 
 
+def test_a_generator_of_an_earlier_version_is_made_anew(arguments: DemoArguments, tmp_path: Path) -> None:
+    run_demo(arguments)
+    folder = tmp_path / "out" / "full" / "generator"
+    weights = (folder / "model.safetensors").read_bytes()
+    config = json.loads((folder / "config.json").read_text()) | {"decoder": "token", "format_version": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"other networks")
+    training = json.loads((folder / "training.json").read_text())
+    training["arguments"]["base_mixtures"] = 4
+    (folder / "training.json").write_text(json.dumps(training))
+    run_demo(arguments)
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
 def test_interrupted_evaluation_repeats_no_cell(arguments: DemoArguments, monkeypatch: pytest.MonkeyPatch) -> None:
     score_task, scored = comparison.score_task, []
 

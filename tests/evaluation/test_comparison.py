@@ -239,7 +239,8 @@ def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_fo
     trainer = rivals.trainer_of("multi-task LoRA")
     assert (trainer.arguments.rank, trainer.arguments.learning_rate) == (4, 1e-2)
     assert trainer.layout.modules[0].scaling == fold.zoo.layout.modules[0].scaling
-    assert rivals.trainer_of("generated").layout.size == fold.zoo.layout.size
+    assert rivals.trainer_of("retrieval").layout == fold.zoo.layout
+    assert rivals.trainer_of("generated").layout.modules == fold.generator.layout.modules
 
 
 def test_a_condition_from_examples_is_of_as_many_as_asked(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def publish_base(
     layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
     config = {**layout.lora_config, "task_type": "CAUSAL_LM"}
     layout = replace(layout, base_model=base, base_revision=commit, lora_config=config)
-    generator = make_generator(layout, Path("alice/encoder"), "token")
+    generator = make_generator(layout, Path("alice/encoder"), "core")
     generator.save_pretrained(folder)
     return folder
 

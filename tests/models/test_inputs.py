@@ -164,7 +164,7 @@ def test_adapters_of_florence_learn_and_are_stored(florence_folder: Path, tmp_pa
         assert shapes["model.vision_tower.convs.1.conv"] == ((2, 16, 3, 3), (32, 2, 1, 1))
         assert shapes["lm_head"][0] == (2, 32)
     vector = zoo.final("cat", "seed-0")
-    assert torch.equal(zoo.layout.from_tokens(zoo.layout.to_tokens(vector)), vector)
+    assert torch.equal(zoo.layout.flatten(zoo.layout.unflatten(vector)), vector)
 
 
 def test_a_decoder_alone_answers_after_image_and_question(llava_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage 2, conditions from examples and refinement on encoder-decoders and on models that read images."""
+"""Training through the base, examples as conditions, and refinement, on encoder-decoders and models with images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = CollectArguments(
     target_modules="all-linear",
     dtype="float32",
 )
-TRAIN = TrainArguments(width=32, depth=1, steps=20, multitask_steps=15, specialist_steps=15)
+TRAIN = TrainArguments(width=32, steps=20, base_steps=15)
 
 
 def echo_task(word: str) -> Task:
@@ -90,7 +90,7 @@ def test_states_are_of_the_base_alone_and_one_row_an_example(
     assert torch.allclose(example_states(trainer, examples[1:2])[0], states[1], atol=1e-4), "padding has no effect"
 
 
-def test_stage_two_learns_and_adapters_come_from_examples(
+def test_training_through_the_base_learns_and_adapters_come_from_examples(
     case: tuple[Path, list[Task]], pico_encoder_folder: Path, tmp_path: Path
 ) -> None:
     folder, tasks = case
@@ -103,7 +103,8 @@ def test_stage_two_learns_and_adapters_come_from_examples(
         rows = [trainer.validation(tasks[0])]
         base = float(query_loss(trainer, torch.zeros(1, trainer.layout.size), rows))
         condition = {"hidden": example_states(trainer, examples).mean(0, keepdim=True)}
-        generated = float(query_loss(trainer, generator.generate_vector(condition), rows))
+        adapters = generator.basis.in_batch(trainer.model, generator.cores(condition, 1))
+        generated = float(query_loss(trainer, adapters, rows))
     assert generated < base - 0.1
     model = generator.generate_adapter(base_model=folder, examples=examples, refine_steps=3)
     assert model.active_adapters == ["default"]

@@ -44,8 +44,9 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, CollectA
         values = {"architecture": "test_resnet", "num_classes": 2, "label_names": ["no", "yes"]}
         (folder / "config.json").write_text(json.dumps({**values, "pretrained_cfg": details}))
     targets = {"test_vit": "qkv,proj", "test_resnet": "conv2,fc"}[request.param]
+    steps = {"test_vit": 24, "test_resnet": 100}[request.param]
     settings = CollectArguments(
-        rank=2, lora_alpha=8.0, steps=24, snapshots=2, batch_size=8, learning_rate=2e-2, target_modules=targets
+        rank=2, lora_alpha=8.0, steps=steps, snapshots=2, batch_size=8, learning_rate=2e-2, target_modules=targets
     )
     return folder, settings
 
@@ -60,7 +61,7 @@ def test_from_timm_to_an_adapter_of_plain_peft(
     same = alone.record("dark", "seed-0")
     assert dark.validation_losses == same.validation_losses, "the run before it has not changed the base"
     assert max(bright.validation_losses[-1], dark.validation_losses[-1]) < 0.67, "chance is 0.693"
-    arguments = TrainArguments(steps=5, width=16, batch_size=4, text_encoder=str(pico_encoder_folder))
+    arguments = TrainArguments(steps=300, width=16, text_encoder=str(pico_encoder_folder))
     train_generator(zoo, tmp_path / "generator", arguments, tasks=TASKS)
     generator = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
     images = [bright_or_dark(number, bright=True) for number in range(4)]
@@ -74,7 +75,7 @@ def test_from_timm_to_an_adapter_of_plain_peft(
         torch.testing.assert_close(logits, model(pixel_values=pixels).logits)
         with plain.disable_adapter():
             assert not torch.allclose(plain(pixel_values=pixels).logits, logits)
-    assert image_accuracy(model, inputs, TASKS[0].examples("test")) >= 0.5
+    assert image_accuracy(model, inputs, TASKS[0].examples("test")) >= 0.75
 
 
 def test_a_config_that_timm_cannot_build(case: tuple[Path, CollectArguments]) -> None:

@@ -51,6 +51,7 @@ def test_the_slot_is_the_layouts(
     trainer = zoo_factory(zoo, None, Accelerator(cpu=True), zoo.layout, tasks)
     assert trainer.layout.modules == zoo.layout.modules
     assert train_multitask(trainer, tasks, seed=0, steps=1).shape == (zoo.layout.size,)
-    arguments = TrainArguments(steps=2, text_encoder=str(pico_encoder_folder), width=32, depth=1, specialist_steps=2)
+    arguments = TrainArguments(steps=2, text_encoder=str(pico_encoder_folder), width=32, base_steps=2)
     generator = train_generator(zoo, tmp_path / "generator", arguments, tasks=tasks)
-    assert generator.layout.modules == zoo.layout.modules
+    rank = max(module.rank for module in generator.layout.modules)
+    assert generator.layout.modules == zoo.layout.with_rank(rank).modules
