@@ -42,7 +42,6 @@ class ConditionalVAE(PreTrainedModel):
     config_class = CVAELoRAConfig
     base_model_prefix = "generator"
     main_input_name = "adapters"
-    center: torch.Tensor
     scale: torch.Tensor
     spread: torch.Tensor
     training_record: dict[str, Any] | None = None  # what training.json holds, if the generator has one
@@ -69,7 +68,7 @@ class ConditionalVAE(PreTrainedModel):
             self.sizes = self.basis.sizes
             width, depth = config.width, config.depth
             self.network = CoreCVAE(sum(self.sizes), coordinates, latents=latents, width=width, depth=depth)
-        self.register_buffer("center", torch.zeros(sum(self.sizes)))
+        self.center = nn.Parameter(torch.zeros(sum(self.sizes)))
         self.register_buffer("scale", torch.ones(len(self.sizes)))
         self.register_buffer("spread", torch.zeros(len(self.sizes)))
         for name, width in widths.items():

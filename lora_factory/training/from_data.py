@@ -96,7 +96,7 @@ def train_through_base(
     generator.to(accelerator.device).train()
     for tensor in generator.state_dict().values():  # features of other batches differ in their last digits
         tensor.copy_(broadcast(tensor.clone()))
-    groups = [[basis.factors], list(network.parameters())]
+    groups = [[basis.factors, generator.center], list(network.parameters())]
     optimizer = torch.optim.Adam([{"params": group} for group in groups], betas=BETAS)
     source = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
     state, total = TrainingState(), arguments.base_steps
