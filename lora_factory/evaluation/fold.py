@@ -45,7 +45,7 @@ class Fold:
         leaked = sorted({task.name for task in self.unseen} & set(self.zoo.tasks))
         if leaked:
             raise LoraFactoryError(f"the unseen tasks {leaked} are in the zoo {self.zoo.folder}; leave them out of it")
-        if self.generator.config.zoo_fingerprint != self.zoo.fingerprint():
+        if self.generator.config.zoo_fingerprint not in (None, self.zoo.fingerprint()):
             raise LoraFactoryError(
                 f"the generator was not trained on the zoo {self.zoo.folder} as it is now; "
                 "train it again with train_generator"

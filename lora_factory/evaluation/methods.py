@@ -151,7 +151,8 @@ class ComparedMethods:
         collected = sum(zoo.record(task, run).train_tokens for task in zoo.tasks for run in zoo.runs(task))
         through_base = max((int(row.get("tokens", 0)) for row in self.fold.history), default=0)
         budgets = dict.fromkeys(self.methods, collected) | {ORIGINAL_MODEL: 0}
-        return budgets | {name: collected + through_base for name in self.methods if name.startswith(GENERATED)}
+        generated = through_base + (0 if self.fold.generator.config.zoo_fingerprint is None else collected)
+        return budgets | {name: generated for name in self.methods if name.startswith(GENERATED)}
 
     def targets(self, rows: torch.Tensor) -> torch.Tensor:
         """Checkpoints ``(n, D)`` of the zoo as the generator's network would make them: ``(n, targets)``."""

@@ -125,8 +125,8 @@ def train_generator(
     if zoo is not None:
         record["history"], record["errors"] = fit(generator, zoo, seen, arguments, accelerator)
     elif generator.basis is not None and trainer is not None:
-        generator.center.copy_(generator.basis.identity())
         with torch.no_grad():
+            generator.center.copy_(generator.basis.identity())
             generator.basis.factors.copy_(trainer.initial)
     if arguments.base_steps and trainer is not None and tasks is not None:
         key = _training_key(zoo, arguments, [*tasks, *held_out], layout)
