@@ -66,7 +66,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _continues(options: argparse.Namespace) -> bool:
     """Return whether a command that is started again continues."""
-    if options.run is _train:  # stage 2 alone keeps what is done
+    if options.run is _train:  # training through the base alone keeps what is done
         return bool(options.base_steps or not options.zoo)
     return bool(options.continues or (options.run is _evaluate and options.generator))
 

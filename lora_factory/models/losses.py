@@ -1,4 +1,4 @@
-"""Losses of a frozen base model that reads text with given adapters: for refinement, stage 2 and evaluation."""
+"""Losses of a frozen base model that reads text with given adapters: for refinement, training and evaluation."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments)
         train_tokens=0,
         data_fingerprint="",
         versions={"lora-factory": __version__},
-        # What stage 2 needs to attach a LoRA of this kind to the base model; the rest is not known.
+        # What training through the base needs to attach a LoRA of this kind to the base model; the rest is not known.
         arguments={"rank": shared["r"], "lora_alpha": shared["lora_alpha"], "target_modules": ",".join(names)},
         license=candidate.license,
     )
