@@ -105,8 +105,7 @@ def check_version(values: Mapping[str, Any]) -> None:
     check_format(version, FORMAT_VERSION, "the generator")
     if version < FORMAT_VERSION:
         raise LoraFactoryError(
-            f"the generator has format {version}, that of networks which lora-factory no longer has; train it again "
-            "with train_generator (lora-factory train)"
+            f"the generator has format {version}, that of networks which lora-factory no longer has"
         )
 
 

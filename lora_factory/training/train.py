@@ -85,6 +85,10 @@ def train_generator(
         raise LoraFactoryError("output_dir is not given; name the folder that the generator is to be written to")
     zoo = AdapterZoo(zoo) if isinstance(zoo, str | Path) else zoo
     arguments = _checked(zoo, arguments, tasks, base_model)
+    if zoo is not None and base_model_name is not None:
+        raise LoraFactoryError(f"base_model_name={base_model_name!r} is decided by the zoo {zoo.folder}; leave it out")
+    if held_out and not arguments.base_steps:
+        raise LoraFactoryError("held_out chooses the step of base_steps, of which there are none; pass base_steps=")
     if any(isinstance(task, ImageTask) for task in tasks or ()):
         given = [task for task in (*(tasks or ()), *held_out) if isinstance(task, ImageTask)]
         images = images or {task.name: task.images() for task in given}

@@ -185,8 +185,10 @@ ADAPTER = FolderKind(
 )
 _STATE_FILES = r"state\.(json|safetensors)"
 STATE = FolderKind("the state of a training", _STATE_FILES)
-WORKING = FolderKind(  # beside a generator's folder during training through the base; a crash can leave temporary files in it
-    "the state of a training", rf"(through-base|\.tmp-through-base-\w+)/{_STATE_FILES}"
+WORKING = (
+    FolderKind(  # beside a generator's folder while it trains through the base; a crash can leave temporary files
+        "the state of a training", rf"(through-base|\.tmp-through-base-\w+)/{_STATE_FILES}"
+    )
 )
 
 
