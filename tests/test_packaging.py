@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,3 +119,17 @@ def test_arguments_and_errors_are_the_modules_own() -> None:
 
     assert lora_factory.TrainArguments is TrainArguments
     assert lora_factory.LoraFactoryError is LoraFactoryError
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_leave_the_cores_to_others(own: dict[str, str], expected: str | None) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    code = "import os, sys, lora_factory; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | own, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(expected)
