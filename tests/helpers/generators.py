@@ -11,7 +11,7 @@ from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.modeling import CVAELoRAGenerator
 
 
-def make_generator(layout: AdapterLayout, encoder: Path, decoder: str) -> CVAELoRAGenerator:
+def make_generator(layout: AdapterLayout, encoder: Path, decoder: str = "core") -> CVAELoRAGenerator:
     """An untrained generator of weights of a real adapter's size that differ from text to text."""
     config = CVAELoRAConfig(
         layout=layout.to_dict(),
@@ -30,8 +30,14 @@ def make_generator(layout: AdapterLayout, encoder: Path, decoder: str) -> CVAELo
         with torch.no_grad():
             for parameter in generator.network.parameters():  # as if trained: no layer is left at zero
                 parameter.add_(0.1 * torch.randn(parameter.shape))
-        generator.fit_statistics(
-            {name: 0.3 * torch.randn(4, layout.size) for name in "abc"},
-            {name: {task: torch.randn(2, width) for task in "abc"} for name, width in config.modalities.items()},
+            if generator.basis is None:
+                generator.center.copy_(0.3 * torch.randn(layout.size))
+            else:
+                generator.basis.factors.copy_(0.3 * torch.randn(layout.size))
+                generator.center.copy_(generator.basis.identity())
+            generator.scale.fill_(0.3)
+            generator.spread.fill_(0.03)
+        generator.fit_conditions(
+            {name: {task: torch.randn(2, width) for task in "abc"} for name, width in config.modalities.items()}
         )
     return generator.eval()
