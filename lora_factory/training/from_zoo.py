@@ -16,7 +16,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lora_factory.arguments import MAX_DEFAULT_RANK, TrainArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.generator.networks import CoreCVAE, GeneratorOutput
+from lora_factory.generator.networks import CODE_SCALE, CoreCVAE, GeneratorOutput
 from lora_factory.training.conditions import draw_conditions, index_of
 from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint, open_checkpoints, zoo_statistics
 from lora_factory.zoo.store import AdapterZoo
@@ -24,6 +24,7 @@ from lora_factory.zoo.store import AdapterZoo
 _LOGGER = logging.getLogger(__name__)
 WARMUP_RATIO = 0.05  # of the steps, in which the learning rate rises; then it falls in a cosine
 MAX_GRAD_NORM = 1.0
+MIN_LOG_VARIANCE = -10.0  # of a latent
 POOR_ERROR = 0.2  # share of an adapter's squared ΔW outside the basis from which on training says so
 
 
@@ -94,7 +95,21 @@ def fit(
         conditions = generator.standardiser.all(draw_conditions(generator, features, tasks, source))
         return network.loss_of(rows[:, 1:], rows[:, 0], gram, conditions, kl_weight, source)
 
-    return _minimise(codes_loss, trained, arguments, accelerator), errors
+    history = _minimise(codes_loss, trained, arguments, accelerator)
+    _wake_spare(network, source)
+    return history, errors
+
+
+@torch.no_grad()
+def _wake_spare(network: CoreCVAE, source: torch.Generator) -> None:
+    """Give latents that no task needs a direction, so that ``base_steps`` can train them; their codes stay at 0.
+
+    With codes and directions at 0 neither would ever have a gradient.
+    """
+    decoder, spare = network.decoder, ~network.decoder.any(1)
+    drawn = torch.randn(decoder.shape, generator=source).to(decoder)
+    decoder[spare] = CODE_SCALE / math.sqrt(len(decoder)) * drawn[spare]
+    network.get_buffer("prior_log_variance")[spare] = MIN_LOG_VARIANCE
 
 
 @torch.no_grad()
@@ -123,7 +138,7 @@ def _fit_basis(
     generator.scale.copy_(deviation.clamp_min(1e-3 * deviation.max().clamp_min(1e-12)))
     standard = (cores - generator.center) / generator.spread_over(generator.scale)
     _, values, directions = torch.linalg.svd(standard, full_matrices=False)
-    kept = min(len(network.decoder), len(values))
+    kept = min(len(network.decoder), int((values > 1e-5 * values[0]).sum()))
     network.decoder.zero_()
     network.decoder[:kept] = values[:kept, None] * directions[:kept] / math.sqrt(len(cores))
     codes, varied, rest = {}, [], torch.zeros_like(generator.center)
@@ -134,7 +149,8 @@ def _fit_basis(
         codes[task] = torch.cat([missed.square().mean(-1, keepdim=True), own], 1)
         varied.append((own - own.mean(0)).square().mean(0))
         rest += (missed - missed.mean(0)).square().mean(0) / len(weights)
-    network.get_buffer("prior_log_variance").copy_(torch.stack(varied).mean(0).clamp_min(math.exp(-10)).log())
+    variance = torch.stack(varied).mean(0).log().clamp_min(MIN_LOG_VARIANCE)
+    network.get_buffer("prior_log_variance").copy_(variance * network.decoder.any(1))  # a spare latent costs no KL
     generator.spread.copy_(_per_module(generator, rest).sqrt())
     _warn_of_poor(errors, generator.layout.modules[0].rank)
     return codes, errors
