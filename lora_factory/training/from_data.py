@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.trainer import LoRATrainer, TrainingTask
@@ -108,8 +109,7 @@ def train_through_base(
         while state.step < total:
             _set_rates(optimizer, state.step, arguments)
             state.step += 1
-            if trainer.arguments.gradient_checkpointing:  # transformers does it in training mode only
-                trainer.train_mode()
+            _read_mode(trainer)
             with ExitStack() as until:
                 drawn = _Step.draw(data, arguments, source)
                 cores = generator.center[None]
@@ -207,6 +207,18 @@ def _drawn_cores(
         conditions["text"] = torch.where(fate < UNCONDITIONED / 2, other, conditions["text"])
         told = told | (fate < UNCONDITIONED / 2)
     return generator.cores(conditions, len(tasks), told=told)
+
+
+def _read_mode(trainer: LoRATrainer) -> None:
+    """Put the base model into evaluation mode, but for the layers that compute their activations twice.
+
+    Transformers checkpoints in training mode only; what is in these layers, dropout above all, stays off.
+    """
+    trainer.model.eval()
+    if trainer.arguments.gradient_checkpointing:
+        for module in trainer.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, step: int, arguments: TrainArguments) -> None:
