@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -138,8 +139,9 @@ def test_generating_leaves_the_mode_as_it_was(layout: AdapterLayout, pico_encode
 
 
 def test_samples_vary_as_prior_and_spread_say(core_generator: CVAELoRAGenerator) -> None:
-    generator, vectors = core_generator, {"text": core_generator.text_encoder.encode([TEXT])}
+    generator, vectors = copy.deepcopy(core_generator), {"text": core_generator.text_encoder.encode([TEXT])}
     with torch.no_grad():
+        generator.spread.copy_(torch.linspace(0.1, 0.5, len(generator.spread)))
         cold = generator.made(vectors, 1)
         drawn = torch.cat([generator.made(vectors, 1, seed=seed, temperature=0.5) for seed in range(400)]) - cold
         decoder, variance = generator.network.decoder, generator.network.prior_log_variance.exp()

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from helpers.models import TRAINING_TEXT
-from lora_factory.arguments import CollectArguments, TrainArguments
-from lora_factory.collection.trainer import LoRATrainer
-from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.models.hidden_states import example_features
+import pytest
+
+from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
-from lora_factory.training.from_data import TaskData, start_from
-from lora_factory.training.train import build_generator
-from lora_factory.zoo.store import AdapterZoo
+from lora_factory.training import from_data
 
-SETTINGS = CollectArguments(
-    steps=8, snapshots=2, batch_size=2, sequence_length=24, learning_rate=3e-2, target_modules="all-linear"
-)
-NAMES = ("prose", "code", "law")
+ANSWERS = {"prose": "fox", "code": "def", "law": "any"}
+TEXTS = {
+    "prose": ("The quick brown fox jumps over the lazy dog", "the old man reads a letter by the window"),
+    "code": ("def add(left, right): return left + right", "print(index) for index in range(10)"),
+    "law": ("Permission is hereby granted, free of charge", "any person obtaining a copy of this software"),
+}
 
 
-def make_tasks() -> list[Task]:
-    texts = zip(NAMES, TRAINING_TEXT, strict=True)
+def make_tasks(*names: str) -> list[Task]:
+    """Tasks that answer the same questions, each with a word of its own; all three by default."""
     return [
-        Task.from_examples(name, [f"Write {name}.", f"{name.title()} text."], [f"{n} {text}" for n in range(6)])
-        for name, text in texts
+        Task.from_examples(name, TEXTS[name], [Example(f"Line {n}: ", ANSWERS[name]) for n in range(12)])
+        for name in names or ANSWERS
     ]
-
-
-def prepared(zoo: AdapterZoo, trainer: LoRATrainer, arguments: TrainArguments) -> tuple[CVAELoRAGenerator, dict]:
-    tasks = make_tasks()
-    hidden = example_features(trainer, tasks)
-    source = torch.Generator().manual_seed(0)
-    texts = {task.name: torch.randn(2, 8, generator=source) for task in tasks}
-    widths = {"text": 8, "hidden": next(iter(hidden.values())).shape[1]}
-    generator = build_generator(zoo, arguments, widths)
-    weights = {name: zoo.snapshots(name) for name in zoo.tasks}
-    generator.fit_statistics(weights, {"text": texts, "hidden": hidden})
-    start_from(generator, trainer.initial)
-    data = {task.name: TaskData.read(task, trainer, texts[task.name], hidden[task.name]) for task in tasks}
-    return generator, data
 
 
 class CutOff(Exception):
     """What ends the training in the middle."""
+
+
+def cut_off_after(patch: pytest.MonkeyPatch, calls: int) -> list[int]:
+    """Have the training through the base end at a call of its loss; returns the list that counts the calls."""
+    query, made = from_data.query_loss, []
+
+    def query_loss(*words: Any, **options: Any) -> Any:
+        made.append(len(made))
+        if len(made) == calls:
+            raise CutOff
+        return query(*words, **options)
+
+    patch.setattr(from_data, "query_loss", query_loss)
+    return made
