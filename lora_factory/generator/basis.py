@@ -129,7 +129,7 @@ class CoreBasis(nn.Module):
             kept += ((b.mT @ b) @ core @ (a @ a.mT) * core).sum((1, 2))
             total += ((own_a @ own_a.mT) * (own_b.mT @ own_b)).sum((1, 2))
             parts.append(part / module.scaling)
-        return torch.cat(parts, 1), (1 - kept / total.clamp_min(1e-30)).clamp(0, 1)
+        return torch.cat(parts, 1), ((total - kept) / total.clamp_min(1e-30)).clamp(0, 1)
 
 
 def _thin(layout: AdapterLayout, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

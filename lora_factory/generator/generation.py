@@ -221,7 +221,7 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
     """
     targets, vectors = _targets(generator, order)
     nearest = generator.nearest_tasks(vectors)
-    distance = round(1 - nearest[0]["similarity"], 4) if nearest else None
+    distance = round(1 - nearest[0]["similarity"], 4) if nearest else 0.0
     others = _neighbour_distances(generator, list(vectors))
     known = {name: generator.get_buffer(f"{name}_task_vectors") for name in vectors}
     sizes = generator.made(known, len(next(iter(known.values())))).norm(dim=1)

@@ -161,10 +161,23 @@ class CoreCVAE(nn.Module):
         for parameter in (*self.prior_mean.parameters(), *self.correction[-1].parameters()):
             nn.init.zeros_(parameter)  # at first every condition is as good as none
 
-    def prior(self, conditions: Mapping[str, torch.Tensor], batch: int) -> Gaussian:
-        """p(z | c); without a condition the mean is 0."""
-        hidden = self._hidden(conditions, batch)
+    def prior(
+        self,
+        conditions: Mapping[str, torch.Tensor],
+        batch: int,
+        present: Mapping[str, torch.Tensor] | None = None,
+    ) -> Gaussian:
+        """p(z | c); without a condition the mean is 0.
+
+        Args:
+            conditions: Coordinates by modality.
+            batch: The number of rows.
+            present: Which rows have which modality, bool ``(batch, 1)`` by modality; default: all have all.
+        """
+        hidden = self._hidden(conditions, batch, present)
         mean = self.prior_mean(hidden) if conditions else hidden.new_zeros(batch, len(self.decoder))
+        if present is not None:
+            mean = mean * torch.stack([*present.values()]).any(0)
         return Gaussian(mean, self.prior_log_variance.expand_as(mean))
 
     def posterior(self, targets: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> Gaussian:
@@ -227,12 +240,20 @@ class CoreCVAE(nn.Module):
         loss = 0.5 * errors.mean() + kl_weight * kl.sum(-1).mean() / self.size
         return GeneratorOutput.of(loss, errors[::2].mean(), kl)
 
-    def _hidden(self, conditions: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+    def _hidden(
+        self,
+        conditions: Mapping[str, torch.Tensor],
+        batch: int,
+        present: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """What the MLP makes of conditions, ``(batch, width)``: the mean over the modalities that are given."""
         if not conditions:
             return self.prior_mean.weight.new_zeros(batch, self.prior_mean.in_features)
-        given = [self.inputs[name](vectors) for name, vectors in conditions.items()]
-        return self.hidden(torch.stack(given).mean(0))
+        given = torch.stack([self.inputs[name](vectors) for name, vectors in conditions.items()])
+        if present is None:
+            return self.hidden(given.mean(0))
+        there = torch.stack([present[name] for name in conditions])
+        return self.hidden((given * there).sum(0) / there.sum(0).clamp_min(1))
 
 
 def _whitening(deviations: torch.Tensor) -> torch.Tensor:

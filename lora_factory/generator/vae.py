@@ -137,19 +137,22 @@ class ConditionalVAE(PreTrainedModel):
         return targets
 
     def cores(
-        self, conditions: Mapping[str, torch.Tensor], batch: int, *, told: torch.Tensor | None = None
+        self,
+        conditions: Mapping[str, torch.Tensor],
+        batch: int,
+        *,
+        present: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Cores ``(batch, C)`` of the prior's mean, for training through the base. Differentiable.
 
         Args:
             conditions: Task vectors ``(batch, width)`` by modality.
             batch: How many.
-            told: Which rows have a condition, bool ``(batch, 1)``; default: all.
+            present: Which rows have which modality, bool ``(batch, 1)`` by modality; default: all have all.
         """
         assert isinstance(self.network, CoreCVAE)
-        codes = self.network.prior(self.standardiser.all(conditions), batch).mean
-        targets = self.network.decode(codes if told is None else codes * told)
-        return self.center + targets * self.spread_over(self.scale)
+        codes = self.network.prior(self.standardiser.all(conditions), batch, present).mean
+        return self.center + self.network.decode(codes) * self.spread_over(self.scale)
 
     @torch.no_grad()
     def fit_conditions(self, features: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -58,8 +58,9 @@ def draw_conditions(
     features: Mapping[str, Mapping[str, Tensor]],
     tasks: Sequence[str],
     source: torch.Generator,
+    modalities: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Draw a task vector of each of some tasks, in a random subset of the modalities.
+    """Draw a task vector of each of some tasks, in these modalities or in a random subset of all.
 
     A task vector is one of the task's wordings, or the mean over a random support set of its examples' hidden states
     (Eq. 1) or of its images. Noise on them makes their neighbours valid conditions too.
@@ -68,12 +69,24 @@ def draw_conditions(
         Conditions ``(tasks, width)``, on the generator's device.
     """
     conditions = {}
-    for name in _random_subset(list(features), source):
+    for name in _random_subset(list(features), source) if modalities is None else modalities:
         support = {"text": 1, "image": FEATURE_EXAMPLES}.get(name, MAX_SUPPORT)
         drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
         noise = CONDITION_NOISE * generator.standardiser.length(name)
         conditions[name] = (drawn + noise * torch.randn(drawn.shape, generator=source)).to(generator.device)
     return conditions
+
+
+def draw_present(modalities: Sequence[str], rows: int, unheard: Tensor, source: torch.Generator) -> dict[str, Tensor]:
+    """Draw which rows have which modalities: at least one each, none where ``unheard``, all bool ``(rows, 1)``."""
+    subsets = torch.randint(1, 2 ** len(modalities), (rows, 1), generator=source)
+    return {name: (subsets >> bit & 1).bool() & ~unheard for bit, name in enumerate(modalities)}
+
+
+def unrelated_texts(descriptions: Iterable[str], seed: int) -> list[str]:
+    """Texts that mean no task: sentences about other things, and descriptions with their letters in disorder."""
+    source = random.Random(seed)
+    return [*UNRELATED, *("".join(source.sample(text, len(text))) for text in descriptions)]
 
 
 def index_of(rows: Sized, source: torch.Generator) -> int:

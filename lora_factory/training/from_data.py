@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.trainer import LoRATrainer, TrainingTask
@@ -26,13 +27,13 @@ from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import CoreCVAE
 from lora_factory.models.inputs import TokenSequence
 from lora_factory.models.losses import query_loss
-from lora_factory.training.conditions import UNRELATED, draw_conditions, index_of
+from lora_factory.training.conditions import draw_conditions, draw_present, index_of, unrelated_texts
 from lora_factory.training.from_zoo import set_spread
 from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
 
 RECORDS = 10  # how often the loss is recorded, and the held-out tasks are scored
 SEQUENCES = 2  # per task and step
-UNCONDITIONED = 0.3  # share of the rows without a condition of their own; half of them have an unrelated text
+UNCONDITIONED = 0.5  # share of the rows without a condition of their own; half of them have an unrelated text
 WARMUP = 50  # steps, at most a tenth of all
 BETAS = (0.9, 0.99)
 MAX_GRAD_NORM = 1.0
@@ -92,7 +93,8 @@ def train_through_base(
     scored = {task.name: TaskData.read(task, trainer).validation for task in held_out}
     unrelated = None
     if "text" in features:
-        unrelated = generator.text_encoder.encode(list(UNRELATED)).to(accelerator.device)
+        texts = unrelated_texts((task.descriptions[0] for task in tasks), arguments.seed)
+        unrelated = generator.text_encoder.encode(texts).to(accelerator.device)
     generator.to(accelerator.device).train()
     for tensor in generator.state_dict().values():  # features of other batches differ in their last digits
         tensor.copy_(broadcast(tensor.clone()))
@@ -109,8 +111,7 @@ def train_through_base(
         while state.step < total:
             _set_rates(optimizer, state.step, arguments)
             state.step += 1
-            if trainer.arguments.gradient_checkpointing:  # transformers does it in training mode only
-                trainer.train_mode()
+            _read_mode(trainer)
             with ExitStack() as until:
                 drawn = _Step.draw(data, arguments, source)
                 cores = generator.center[None]
@@ -198,14 +199,30 @@ def _drawn_cores(
     source: torch.Generator,
 ) -> Tensor:
     """Cores ``(tasks, C)`` of a condition of each task, of an unrelated text, or of no condition."""
-    conditions = draw_conditions(generator, features, tasks, source)
-    fate = torch.rand(len(tasks), 1, generator=source).to(generator.device)
-    told = fate >= UNCONDITIONED
-    if "text" in conditions and unrelated is not None:
-        other = unrelated[torch.randint(len(unrelated), (len(tasks),), generator=source).to(generator.device)]
-        conditions["text"] = torch.where(fate < UNCONDITIONED / 2, other, conditions["text"])
-        told = told | (fate < UNCONDITIONED / 2)
-    return generator.cores(conditions, len(tasks), told=told)
+    names = list(features)
+    conditions = draw_conditions(generator, features, tasks, source, names)
+    fate = torch.rand(len(tasks), 1, generator=source)
+    present = draw_present(names, len(tasks), fate < UNCONDITIONED, source)
+    if unrelated is not None:
+        strange = fate < UNCONDITIONED / 2
+        drawn = torch.randint(len(unrelated), (len(tasks),), generator=source)
+        other = unrelated[drawn.to(unrelated.device)]
+        conditions["text"] = torch.where(strange.to(other.device), other, conditions["text"])
+        present["text"] = present["text"] | strange
+    present = {name: rows.to(generator.device) for name, rows in present.items()}
+    return generator.cores(conditions, len(tasks), present=present)
+
+
+def _read_mode(trainer: LoRATrainer) -> None:
+    """Put the base model into evaluation mode, but for the layers that compute their activations twice.
+
+    Transformers checkpoints in training mode only; what is in these layers, dropout above all, stays off.
+    """
+    trainer.model.eval()
+    if trainer.arguments.gradient_checkpointing:
+        for module in trainer.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, step: int, arguments: TrainArguments) -> None:

@@ -16,7 +16,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lora_factory.arguments import MAX_DEFAULT_RANK, TrainArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.generator.networks import CoreCVAE, GeneratorOutput
+from lora_factory.generator.networks import CODE_SCALE, CoreCVAE, GeneratorOutput
 from lora_factory.training.conditions import draw_conditions, index_of
 from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint, open_checkpoints, zoo_statistics
 from lora_factory.zoo.store import AdapterZoo
@@ -98,6 +98,7 @@ def fit(
 
     history = _minimise(codes_loss, trained, arguments, accelerator)
     set_spread(network, [rows[:, 1:] for rows in codes.values()])
+    _wake_spare(network, source)
     return history, errors
 
 
@@ -109,6 +110,17 @@ def set_spread(network: CoreCVAE, codes: Iterable[Tensor]) -> None:
     """
     variance = torch.stack([(rows - rows.mean(0)).square().mean(0) for rows in codes]).mean(0)
     network.prior_log_variance.copy_(variance.clamp_min(math.exp(-10)).log())
+
+
+@torch.no_grad()
+def _wake_spare(network: CoreCVAE, source: torch.Generator) -> None:
+    """Give latents that no task needs a direction, so that ``base_steps`` can train them; their codes stay at 0.
+
+    With codes and directions at 0 neither would ever have a gradient.
+    """
+    decoder, spare = network.decoder, ~network.decoder.any(1)
+    drawn = torch.randn(decoder.shape, generator=source).to(decoder)
+    decoder[spare] = CODE_SCALE / math.sqrt(len(decoder)) * drawn[spare]
 
 
 @torch.no_grad()
@@ -137,7 +149,7 @@ def _fit_basis(
     generator.scale.copy_(deviation.clamp_min(1e-3 * deviation.max().clamp_min(1e-12)))
     standard = (cores - generator.center) / generator.spread_over(generator.scale)
     _, values, directions = torch.linalg.svd(standard, full_matrices=False)
-    kept = min(len(network.decoder), len(values))
+    kept = min(len(network.decoder), int((values > 1e-5 * values[0]).sum()))
     network.decoder.zero_()
     network.decoder[:kept] = values[:kept, None] * directions[:kept] / math.sqrt(len(cores))
     codes, rest = {}, torch.zeros_like(generator.center)

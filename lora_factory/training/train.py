@@ -87,8 +87,11 @@ def train_generator(
     arguments = _checked(zoo, arguments, tasks, base_model)
     if zoo is not None and base_model_name is not None:
         raise LoraFactoryError(f"base_model_name={base_model_name!r} is decided by the zoo {zoo.folder}; leave it out")
+    _check_names(tasks or (), held_out)
     if held_out and not arguments.base_steps:
-        raise LoraFactoryError("held_out chooses the step of base_steps, of which there are none; pass base_steps=")
+        raise LoraFactoryError(
+            "held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out"
+        )
     if any(isinstance(task, ImageTask) for task in tasks or ()):
         given = [task for task in (*(tasks or ()), *held_out) if isinstance(task, ImageTask)]
         images = images or {task.name: task.images() for task in given}
@@ -292,6 +295,13 @@ def _checked(
     return arguments
 
 
+def _check_names(tasks: Sequence[Task | ImageTask], held_out: Sequence[Task | ImageTask]) -> None:
+    """Refuse two tasks of one name, of which one would stand for both."""
+    names = [task.name for task in (*tasks, *held_out)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LoraFactoryError(f"several tasks are named {twice[0]!r}; give each a name of its own")
+
+
 def _layout(zoo: AdapterZoo | None, arguments: TrainArguments) -> AdapterLayout:
     """The adapters that a generator trained on this zoo writes."""
     assert zoo is not None  # without one, the trainer has made the layout
@@ -336,7 +346,8 @@ def _training_key(
     layout: AdapterLayout,
 ) -> str:
     """A fingerprint of all that a training through the base depends on."""
-    facts = [asdict(arguments), [task.fingerprint() for task in tasks], layout.fingerprint()]
+    data = [[task.name, task.descriptions, task.fingerprint()] for task in tasks]
+    facts = [asdict(arguments), data, layout.fingerprint()]
     return sha256_text(json.dumps([*facts, None if zoo is None else zoo.fingerprint()]))
 
 

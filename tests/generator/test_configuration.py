@@ -1,4 +1,4 @@
-"""The generator's configuration: older formats are upgraded, newer and impossible ones refused."""
+"""The generator's configuration: other formats and impossible values are refused."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator import configuration
 from lora_factory.generator.configuration import CVAELoRAConfig
 
 
-def test_older_formats_are_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rename(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name != "size"} | {"width": values["size"]}
-
-    monkeypatch.setattr(configuration, "FORMAT_VERSION", 3)
-    steps = {1: rename, 2: lambda values: values | {"width": 2 * values["width"]}}
-    monkeypatch.setattr(configuration, "UPGRADES", steps)
-    assert CVAELoRAConfig.from_dict({"format_version": 1, "size": 8}).width == 16
-    assert CVAELoRAConfig.from_dict({"format_version": 2, "width": 8}).width == 16
-    config = CVAELoRAConfig.from_dict({"format_version": 3, "width": 8})
-    assert (config.width, config.format_version) == (8, 3)
+def test_values_are_kept() -> None:
+    config = CVAELoRAConfig.from_dict({"format_version": 2, "width": 8, "core": "diagonal"})
+    assert (config.width, config.core, config.decoder, config.format_version) == (8, "diagonal", "core", 2)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 2}, "reads versions up to 1; pip install --upgrade lora-factory"),
-        ({"format_version": 2, "width": "what only a newer version knows"}, "reads versions up to 1"),
+        ({"format_version": 3}, "reads versions up to 2; pip install --upgrade lora-factory"),
+        ({"format_version": 3, "width": "what only a newer version knows"}, "reads versions up to 2"),
         ({"format_version": 0}, "format_version=0"),
+        ({}, "the generator has format 1, that of networks which lora-factory no longer has; train it again with"),
+        ({"format_version": 1, "width": "of another kind then"}, "(lora-factory train)"),
+        ({"core": "round"}, "core='round': choose 'full' or 'diagonal'"),
+        ({"decoder": "token"}, "decoder='token': choose 'core' or 'conv1d'"),
+        ({"latent_size": 0}, "must be at least 1"),
         ({"depth": 10**6}, "larger than any real generator's"),
         ({"modalities": {"../x": 3}}, "modality '../x'"),
         ({"modalities": {"text": 0}}, "of width 0"),
@@ -41,5 +37,5 @@ def test_older_formats_are_upgraded_step_by_step(monkeypatch: pytest.MonkeyPatch
 )
 def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises((StrictDataclassError, LoraFactoryError)) as caught:
-        CVAELoRAConfig.from_dict(values)
+        CVAELoRAConfig.from_dict({"format_version": 2} | values if values else values)
     assert message in str(caught.value)

@@ -9,7 +9,6 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator import configuration
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.files import GeneratorSource, check_public_names, is_public_name, read_config
 from lora_factory.utils.safe_files import checked_file, is_hub_id
@@ -94,14 +93,16 @@ def test_options_are_parted_from_those_of_transformers() -> None:
         GeneratorSource.from_options("generator", {"adapter_kwargs": {"_adapter_model_path": "evil/generator"}})
 
 
-def test_fields_of_older_and_newer_formats_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_and_newer_formats_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "cvae_lora", "format_version": 9, "width": {"of": "a later version"}}))
-    with pytest.raises(LoraFactoryError, match="format_version=9: this lora-factory reads versions up to 1"):
+    with pytest.raises(LoraFactoryError, match="format_version=9: this lora-factory reads versions up to 2"):
         read_config(path)
-    monkeypatch.setattr(configuration, "FORMAT_VERSION", 2)
-    monkeypatch.setattr(configuration, "UPGRADES", {1: lambda values: {"width": values["size"]}})
-    path.write_text(json.dumps({"model_type": "cvae_lora", "size": 0}))
+    for values in ({}, {"format_version": 1, "width": {"of": "an earlier version"}}):
+        path.write_text(json.dumps({"model_type": "cvae_lora"} | values))
+        with pytest.raises(LoraFactoryError, match="has format 1, that of networks which lora-factory no longer has"):
+            read_config(path)
+    path.write_text(json.dumps({"model_type": "cvae_lora", "format_version": 2, "width": 0}))
     with pytest.raises(StrictDataclassError) as caught:
         read_config(path)
     assert "width, depth, latent_size and channels must be at least 1" in str(caught.value)

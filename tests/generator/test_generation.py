@@ -13,11 +13,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from helpers.generators import make_generator
 from helpers.models import TRAINING_TEXT, attach, with_template
 from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters.folder import load_adapter
+from lora_factory.adapters.truncation import truncate
 from lora_factory.arguments import TokenOptions
 from lora_factory.cli.commands import main
 from lora_factory.errors import LoraFactoryError, StorageError
@@ -50,10 +52,11 @@ def generator(pico_model_folder: Path, pico_encoder_folder: Path) -> CVAELoRAGen
     with torch.random.fork_rng():
         torch.manual_seed(0)
         generator = CVAELoRAGenerator(config)
-        generator.fit_statistics(
-            {name: 0.05 * torch.randn(4, layout.size) for name in "ab"},
-            {"text": {name: torch.randn(2, 32) for name in "ab"}},
-        )
+        generator.basis.factors.data.normal_(std=0.1)
+        generator.center.copy_(0.5 * generator.basis.identity())
+        generator.scale.fill_(0.3)
+        torch.nn.init.normal_(generator.network.prior_mean.weight)
+        generator.fit_conditions({"text": {name: torch.randn(2, 32) for name in "ab"}})
     return generator.eval()
 
 
@@ -269,3 +272,167 @@ def test_what_a_generator_does_not_listen_to_is_said_in_words_of_the_command_lin
 ) -> None:
     with pytest.raises(LoraFactoryError, match=r"train a generator with images= \(--images\) of every task$"):
         generator.encode_images(["x.png"])
+
+
+KNOWN = ("Continue a rhymed poem.", "Write Python code.", "State the law.")
+
+
+@pytest.fixture(params=["core", "conv1d"])
+def knowing(request: pytest.FixtureRequest, pico_model_folder: Path, pico_encoder_folder: Path) -> CVAELoRAGenerator:
+    """One whose three tasks have one description each; at full scale it listens to them alike."""
+    layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
+    generator = make_generator(layout, pico_encoder_folder, request.param)
+    generator.config.tasks = [{"name": text.split()[1], "descriptions": [text], "license": None} for text in KNOWN]
+    texts = {text: generator.text_encoder.encode([text]) for text in KNOWN}
+    generator.fit_conditions({"text": texts, "hidden": {text: torch.ones(1, 64) for text in KNOWN}})
+    return generator
+
+
+def deltas(generator: CVAELoRAGenerator, text: Any, **options: Any) -> torch.Tensor:
+    weights = generator.generate_state_dict(text, **options)
+    modules = generator.layout.modules
+    return torch.cat([(m.scaling * weights[m.key_b].double() @ weights[m.key_a].double()).flatten() for m in modules])
+
+
+def test_texts_add_up_by_their_weights(knowing: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path) -> None:
+    if knowing.basis is None:  # the paper's network makes weights, which are what adds up there
+
+        def change(text: Any) -> torch.Tensor:
+            return knowing.layout.flatten(knowing.generate_state_dict(text)) - knowing.center
+    else:
+
+        def change(text: Any) -> torch.Tensor:
+            return deltas(knowing, text) - deltas(knowing, {KNOWN[0]: 0})
+
+    first, second = (change(text) for text in KNOWN[:2])
+    assert first.norm() > 0.01 and (first - second).norm() > 0.01
+    for left, right in ((0.7, 0.3), (1, 1), (0.5, -2.0), (0, -1)):
+        found = change({KNOWN[0]: left, KNOWN[1]: right})
+        torch.testing.assert_close(found, left * first + right * second, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(change({KNOWN[0]: 1.0}), first, rtol=1e-4, atol=1e-6)
+    mixture = {KNOWN[0]: 0.5, KNOWN[1]: numpy.float32(-2)}
+    expected = knowing.generate_state_dict(mixture)
+    found = get_peft_model_state_dict(knowing.combine(mixture, pico_model_folder, temperature=0.0))
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    folder = knowing.save_adapter(mixture, tmp_path / "adapter")
+    saved = load_adapter(folder)[1]
+    assert all(torch.equal(value, expected[key]) for key, value in saved.items())
+    made = json.loads((folder / "generation.json").read_text())
+    assert made["text"] == "0.5 * 'Continue a rhymed poem.' + -2 * 'Write Python code.'"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({}, 'text is empty; give texts with their weights: {"legal notices": 0.7'),
+        ({TEXT: math.nan}, "the weight of 'Continue a tale.' is 'nan'; give a finite number"),
+        ({TEXT: -math.inf}, "is '-inf'"),
+        ({TEXT: "1"}, "is '1'"),
+        ({TEXT: None}, "is 'None'"),
+        ({TEXT: True}, "is 'True'"),
+        ({" ": 1.0}, "text is empty"),
+        ({3: 1.0}, "text is a int"),
+    ],
+)
+def test_mixtures_without_a_text_or_a_weight_are_refused(
+    generator: CVAELoRAGenerator, tmp_path: Path, texts: dict[Any, Any], message: str
+) -> None:
+    for make in (generator.generate_state_dict, generator.combine, generator.explain):
+        with pytest.raises(LoraFactoryError, match=message):
+            make(texts)
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.save_adapter(texts, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_no_condition_is_exactly_the_centre(knowing: CVAELoRAGenerator) -> None:
+    expected = knowing.center if knowing.basis is None else knowing.basis.adapters(knowing.center[None])[0]
+    found = knowing.layout.flatten(knowing.generate_state_dict({KNOWN[0]: 0}))
+    assert torch.equal(found, expected.detach())
+    if knowing.basis is not None:
+        with torch.no_grad():
+            assert torch.equal(knowing.assemble(knowing.made({}, 1))[0], expected)
+            assert torch.equal(knowing.cores({}, 2), knowing.center.expand(2, -1))
+            vectors, told = {"text": knowing.text_task_vectors[:2]}, torch.tensor([[True], [False]])
+            cores = knowing.cores(vectors, 2, told=told)
+        assert torch.equal(cores[1], knowing.center) and not torch.equal(cores[0], knowing.center)
+
+
+def test_explain_says_how_near_a_text_is_and_what_is_made_of_it(knowing: CVAELoRAGenerator) -> None:
+    uses = []
+    for text in KNOWN:
+        found = knowing.explain(text)
+        assert found["nearest"][0] == {"task": text.split()[1], "similarity": 1.0} and len(found["nearest"]) == 3
+        assert found["distance"] == 0 and found["farther_than"] == 0
+        uses.append(found["use"])
+    assert sorted(uses)[1] == pytest.approx(1, abs=0.02)
+    strange = knowing.explain("zq xx 0o0o ++ ##")
+    assert strange["distance"] > 0.01 and 0 <= strange["farther_than"] <= 1
+    assert strange["distance"] == pytest.approx(1 - strange["nearest"][0]["similarity"], abs=1e-4)
+    assert knowing.explain({KNOWN[0]: 0})["use"] == 0
+    doubled = knowing.explain({KNOWN[0]: 2})
+    assert doubled["use"] == pytest.approx(2 * uses[0], rel=1e-3) and doubled["nearest"][0]["task"] == "a"
+    vector = knowing.conditions(KNOWN[1])["text"]
+    assert knowing.explain(conditions={"text": vector}) == knowing.explain(KNOWN[1])
+    with pytest.raises(LoraFactoryError, match="nothing to condition on"):
+        knowing.explain()
+
+
+def test_a_condition_far_from_all_tasks_is_farther_than_all(knowing: CVAELoRAGenerator) -> None:
+    known = torch.nn.functional.normalize(knowing.text_task_vectors, dim=1)
+    away = knowing.explain(conditions={"text": -known.sum(0)})
+    assert away["farther_than"] == 1 and away["distance"] > 1
+
+
+def test_a_lower_rank_is_the_nearest_and_its_loss_is_recorded(
+    knowing: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    whole = knowing.generate_state_dict(KNOWN[0])
+    layout, expected, lost = truncate(knowing.layout, whole, 1)
+    found = knowing.generate_state_dict(KNOWN[0], rank=1)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    model = knowing.generate_adapter(KNOWN[0], pico_model_folder, rank=numpy.int64(1))
+    layout.check(get_peft_model_state_dict(model))
+    folder = knowing.save_adapter(KNOWN[0], tmp_path / "adapter", rank=1)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 1
+    made = json.loads((folder / "generation.json").read_text())
+    assert (made["rank"], made["rank_error"]) == (1, round(lost, 6)) and lost > 0.01
+    own = knowing.save_adapter(KNOWN[0], tmp_path / "own")
+    made = json.loads((own / "generation.json").read_text())
+    assert (made["rank"], made["rank_error"]) == (None, 0)
+    same = knowing.generate_state_dict(KNOWN[0], rank=2)
+    for module in knowing.layout.modules:
+        torch.testing.assert_close(
+            same[module.key_b] @ same[module.key_a], whole[module.key_b] @ whole[module.key_a], rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (3, "rank=3 is above the generator's, 2; give 2 or less"),
+        (0, "rank=0 leaves no adapter; give 1 or more, or None for the generator's own rank"),
+        (-1, "rank is '-1'"),
+        (1.5, "rank is '1.5'"),
+    ],
+)
+def test_ranks_that_the_generator_has_not_are_refused(
+    generator: CVAELoRAGenerator, tmp_path: Path, rank: Any, message: str
+) -> None:
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.generate_state_dict(TEXT, rank=rank)
+    with pytest.raises(LoraFactoryError, match=message):
+        generator.save_adapter(TEXT, tmp_path / "adapter", rank=rank)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_of_a_lower_rank_is_refined(
+    generator: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    options = {"examples": EXAMPLES, "base_model": pico_model_folder, "rank": 1, "refine_steps": 6}
+    folder = generator.save_adapter(TEXT, tmp_path / "adapter", **options)
+    layout, refined = load_adapter(folder)
+    start = generator.generate_state_dict(TEXT, rank=1)
+    layout.check(start)
+    base = FrozenBase(*load_base_model(pico_model_folder), layout)
+    assert loss(base, refined) < loss(base, start) - 1e-3

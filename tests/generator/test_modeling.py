@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -33,19 +34,19 @@ def layout(pico_model_folder: Path) -> AdapterLayout:
     return attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
 
 
-@pytest.fixture(scope="module", params=["token", "conv1d"])
+@pytest.fixture(scope="module", params=["core", "conv1d"])
 def generator(request: pytest.FixtureRequest, layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
     return make_generator(layout, pico_encoder_folder, request.param)
 
 
 @pytest.fixture(scope="module")
-def token_generator(layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
-    return make_generator(layout, pico_encoder_folder, "token")
+def core_generator(layout: AdapterLayout, pico_encoder_folder: Path) -> CVAELoRAGenerator:
+    return make_generator(layout, pico_encoder_folder, "core")
 
 
 @pytest.fixture
-def folder(token_generator: CVAELoRAGenerator, tmp_path: Path) -> Path:
-    token_generator.save_pretrained(tmp_path / "generator")
+def folder(core_generator: CVAELoRAGenerator, tmp_path: Path) -> Path:
+    core_generator.save_pretrained(tmp_path / "generator")
     return tmp_path / "generator"
 
 
@@ -73,22 +74,10 @@ def test_forward_and_backward(generator: CVAELoRAGenerator, layout: AdapterLayou
     for output in outputs:
         assert output.loss.isfinite() and output.reconstruction > 0 and output.kl > 0
         assert 0 <= output.active_latents <= 8
-    gradients = [parameter.grad for parameter in generator.parameters() if parameter.requires_grad]
-    assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert generator.bias.grad is None
+    gradients = {name: parameter.grad for name, parameter in generator.named_parameters()}
+    assert gradients.pop("basis.factors", None) is None, "adapters are only projected on the basis"
+    assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     generator.zero_grad()
-
-
-def test_kl_factor_weighs_the_divergence(generator: CVAELoRAGenerator, layout: AdapterLayout) -> None:
-    adapters = torch.stack([random_adapter(layout, seed) for seed in range(4)])
-    conditions = {"text": torch.randn(4, 32)}
-
-    def loss(kl_factor: float) -> float:
-        source = torch.Generator().manual_seed(0)
-        return generator(adapters, conditions, kl_factor=kl_factor, generator=source).loss.item()
-
-    assert loss(0.0) < loss(1.0) < loss(100.0)
-    assert loss(1.0) == loss(1.0)
 
 
 @pytest.mark.parametrize("loader", [CVAELoRAGenerator, AutoModel], ids=["class", "auto"])
@@ -117,9 +106,9 @@ def test_config_round_trip(generator: CVAELoRAGenerator, tmp_path: Path) -> None
     assert list(config.channels) == [3, 4]
 
 
-def test_half_precision_generates_too(folder: Path, token_generator: CVAELoRAGenerator) -> None:
+def test_half_precision_generates_too(folder: Path, core_generator: CVAELoRAGenerator) -> None:
     half = CVAELoRAGenerator.from_pretrained(folder, dtype=torch.bfloat16)
-    expected = weights(token_generator)
+    expected = weights(core_generator)
     assert (weights(half) - expected).norm() < 0.05 * expected.norm()
 
 
@@ -149,6 +138,18 @@ def test_generating_leaves_the_mode_as_it_was(layout: AdapterLayout, pico_encode
     assert torch.equal(weights(generator.eval()), trained)
 
 
+def test_samples_vary_as_prior_and_spread_say(core_generator: CVAELoRAGenerator) -> None:
+    generator, vectors = copy.deepcopy(core_generator), {"text": core_generator.text_encoder.encode([TEXT])}
+    with torch.no_grad():
+        generator.spread.copy_(torch.linspace(0.1, 0.5, len(generator.spread)))
+        cold = generator.made(vectors, 1)
+        drawn = torch.cat([generator.made(vectors, 1, seed=seed, temperature=0.5) for seed in range(400)]) - cold
+        decoder, variance = generator.network.decoder, generator.network.prior_log_variance.exp()
+        expected = (variance[:, None] * decoder.square()).sum(0) + generator.spread_over(generator.spread).square()
+    ratio = drawn.square().mean(0) / (0.25 * expected)
+    assert 0.9 < float(ratio.mean()) < 1.1 and 0.6 < float(ratio.min()) and float(ratio.max()) < 1.5
+
+
 def test_task_vectors_stand_in_for_the_text(generator: CVAELoRAGenerator) -> None:
     vector = generator.text_encoder.encode([TEXT])[0]
     by_vector = generator.layout.flatten(generator.generate_state_dict(conditions={"text": vector}))
@@ -169,39 +170,37 @@ def test_task_vectors_stand_in_for_the_text(generator: CVAELoRAGenerator) -> Non
     ],
 )
 def test_wrong_conditions_are_refused(
-    token_generator: CVAELoRAGenerator,
+    core_generator: CVAELoRAGenerator,
     tmp_path: Path,
     text: str | None,
     conditions: dict[str, torch.Tensor] | None,
     message: str,
 ) -> None:
     with pytest.raises(LoraFactoryError, match=message):
-        token_generator.generate_state_dict(text, conditions=conditions)
+        core_generator.generate_state_dict(text, conditions=conditions)
     with pytest.raises(LoraFactoryError, match=message):
-        token_generator.save_adapter(text, tmp_path / "adapter", conditions=conditions)
+        core_generator.save_adapter(text, tmp_path / "adapter", conditions=conditions)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_adapter_attaches_to_a_model(
-    token_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM
-) -> None:
+def test_generate_adapter_attaches_to_a_model(core_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM) -> None:
     with torch.no_grad():
         base = pico_model(TOKENS).logits
-        model = token_generator.generate_adapter(TEXT, pico_model.train())
+        model = core_generator.generate_adapter(TEXT, pico_model.train())
         assert isinstance(model, PeftModel)
         assert not any(module.training for module in model.modules())
-        written = token_generator.layout.flatten(get_peft_model_state_dict(model))
-        assert torch.equal(written, weights(token_generator))
+        written = core_generator.layout.flatten(get_peft_model_state_dict(model))
+        assert torch.equal(written, weights(core_generator))
         assert not torch.allclose(model(TOKENS).logits, base, atol=1e-2)
         with model.disable_adapter():
             assert torch.equal(model(TOKENS).logits, base)
 
 
 def test_generate_adapter_loads_a_folder(
-    token_generator: CVAELoRAGenerator, pico_model_folder: Path, pico_model: LlamaForCausalLM
+    core_generator: CVAELoRAGenerator, pico_model_folder: Path, pico_model: LlamaForCausalLM
 ) -> None:
-    model = token_generator.generate_adapter(TEXT, pico_model_folder, seed=3, temperature=0.5)
-    expected = token_generator.generate_adapter(TEXT, pico_model, seed=3, temperature=0.5)
+    model = core_generator.generate_adapter(TEXT, pico_model_folder, seed=3, temperature=0.5)
+    expected = core_generator.generate_adapter(TEXT, pico_model, seed=3, temperature=0.5)
     assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
 
 
@@ -209,38 +208,38 @@ def test_generate_adapter_takes_the_base_that_the_layout_names(
     layout: AdapterLayout, pico_model_folder: Path, pico_encoder_folder: Path
 ) -> None:
     here = AdapterLayout.from_dict({**layout.to_dict(), "base_model": str(pico_model_folder)})
-    generator = make_generator(here, pico_encoder_folder, "token")
+    generator = make_generator(here, pico_encoder_folder, "core")
     model = generator.generate_adapter(TEXT)
     assert torch.equal(layout.flatten(get_peft_model_state_dict(model)), weights(generator))
 
 
 @torch.no_grad()
-def test_generate_adapter_adds_a_second_one(token_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM) -> None:
-    model = token_generator.generate_adapter(TEXT, pico_model)
+def test_generate_adapter_adds_a_second_one(core_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM) -> None:
+    model = core_generator.generate_adapter(TEXT, pico_model)
     first = model(TOKENS).logits
-    second = token_generator.generate_adapter("Python source code", model, adapter_name="code")
+    second = core_generator.generate_adapter("Python source code", model, adapter_name="code")
     assert second is model
     assert set(model.peft_config) == {"default", "code"}
     assert model.active_adapters == ["code"]
     assert not torch.allclose(model(TOKENS).logits, first)
     model.set_adapter("default")
     assert torch.equal(model(TOKENS).logits, first)
-    token_generator.generate_adapter("Python source code", model)  # overwrites the slot of its name
+    core_generator.generate_adapter("Python source code", model)  # overwrites the slot of its name
     changed = model(TOKENS).logits
     model.set_adapter("code")
     assert torch.equal(model(TOKENS).logits, changed)
 
 
 def test_base_model_of_another_size_is_one_clear_error(
-    token_generator: CVAELoRAGenerator, layout: AdapterLayout
+    core_generator: CVAELoRAGenerator, layout: AdapterLayout
 ) -> None:
     sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
     wide = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, **sizes))
     with pytest.raises(LoraFactoryError, match=r"q_proj.*shape \(64, 64\).*pass base_model='pico/llama'"):
-        token_generator.generate_adapter(TEXT, wide)
+        core_generator.generate_adapter(TEXT, wide)
     shallow = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, **sizes))
     with pytest.raises(LoraFactoryError, match=r"no module 'model.layers.1\S+'.*pass base_model='pico/llama'"):
-        token_generator.generate_adapter(TEXT, shallow)
+        core_generator.generate_adapter(TEXT, shallow)
     for model in (wide, shallow):
         assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -252,7 +251,7 @@ def truncate(folder: Path) -> None:
 
 def drop_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    del tensors["network.latent.weight"]
+    del tensors["network.prior_mean.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -263,13 +262,13 @@ def add_weight(folder: Path) -> None:
 
 def cut_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors["bias"] = tensors["bias"][:-1].clone()
+    tensors["center"] = tensors["center"][:-1].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def poison_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors["token_scale"][0] = math.nan
+    tensors["basis.factors"][0] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -293,17 +292,18 @@ def cut_config(folder: Path) -> None:
     ("damage", "message"),
     [
         (truncate, "download it, or train it"),
-        (drop_weight, "network.latent.weight"),
+        (drop_weight, "network.prior_mean.weight"),
         (add_weight, "network.more"),
-        (cut_weight, "bias"),
-        (poison_weight, "token_scale.*NaN"),
+        (cut_weight, "center"),
+        (poison_weight, "basis.factors.*NaN"),
         (remove_weights, "model.safetensors"),
         (cut_config, "config"),
         (edit_config(layout=None), "needs layout and modalities"),
-        (edit_config(decoder="transformer"), "choose 'token' or 'conv1d'"),
+        (edit_config(decoder="transformer"), "choose 'core' or 'conv1d'"),
         (edit_config(width=0), "must be at least 1"),
         (edit_config(width="wide"), "cannot load a generator"),
-        (edit_config(format_version=2), "format_version=2.*pip install --upgrade lora-factory"),
+        (edit_config(format_version=1), "has format 1.*train it again with train_generator"),
+        (edit_config(format_version=3), "format_version=3.*pip install --upgrade lora-factory"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
@@ -335,9 +335,9 @@ with torch.no_grad():
 
 
 def test_saved_adapter_serves_plain_peft(
-    token_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM, pico_model_folder: Path, tmp_path: Path
+    core_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM, pico_model_folder: Path, tmp_path: Path
 ) -> None:
-    folder = token_generator.save_adapter(TEXT, tmp_path / "adapter", temperature=1.0, seed=5)
+    folder = core_generator.save_adapter(TEXT, tmp_path / "adapter", temperature=1.0, seed=5)
     generation = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
     assert (generation["text"], generation["seed"], generation["temperature"]) == (TEXT, 5, 1.0)
     assert generation["base_model"] == "pico/llama"
@@ -345,7 +345,7 @@ def test_saved_adapter_serves_plain_peft(
         (entry["similarity"] for entry in generation["nearest_tasks"]), reverse=True
     )
     with torch.no_grad():
-        expected = token_generator.generate_adapter(TEXT, pico_model, temperature=1.0, seed=5)(TOKENS).logits
+        expected = core_generator.generate_adapter(TEXT, pico_model, temperature=1.0, seed=5)(TOKENS).logits
     words = [sys.executable, "-c", PLAIN_PEFT, str(pico_model_folder), str(folder)]
     process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
@@ -365,28 +365,28 @@ def test_a_generator_without_tasks_saves_adapters(
 
 
 def test_a_failing_save_leaves_nothing(
-    token_generator: CVAELoRAGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    core_generator: CVAELoRAGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    kept = token_generator.save_adapter(TEXT, tmp_path / "kept")
+    kept = core_generator.save_adapter(TEXT, tmp_path / "kept")
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
     monkeypatch.setattr(generation, "save_file", full)
     for name, overwrite in (("new", False), ("kept", True)):
         with pytest.raises(StorageError, match="no space left"):
-            token_generator.save_adapter("Other text", tmp_path / name, overwrite=overwrite)
+            core_generator.save_adapter("Other text", tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
 
 
-def test_an_existing_folder_is_replaced_on_request_alone(token_generator: CVAELoRAGenerator, tmp_path: Path) -> None:
-    folder = token_generator.save_adapter(TEXT, tmp_path / "adapter")
+def test_an_existing_folder_is_replaced_on_request_alone(core_generator: CVAELoRAGenerator, tmp_path: Path) -> None:
+    folder = core_generator.save_adapter(TEXT, tmp_path / "adapter")
     before = load_file(folder / "adapter_model.safetensors")
     with pytest.raises(LoraFactoryError, match="already there"):
-        token_generator.save_adapter("Other text", folder)
-    assert torch.equal(token_generator.layout.flatten(before), weights(token_generator))
-    token_generator.save_adapter("Other text", folder, overwrite=True)
-    after = token_generator.layout.flatten(load_file(folder / "adapter_model.safetensors"))
-    assert torch.equal(after, weights(token_generator, "Other text"))
+        core_generator.save_adapter("Other text", folder)
+    assert torch.equal(core_generator.layout.flatten(before), weights(core_generator))
+    core_generator.save_adapter("Other text", folder, overwrite=True)
+    after = core_generator.layout.flatten(load_file(folder / "adapter_model.safetensors"))
+    assert torch.equal(after, weights(core_generator, "Other text"))
     shutil.rmtree(folder)

@@ -1,41 +1,34 @@
-"""The networks of the conditional VAE: Gaussians, conditions, and the two decoders alike."""
+"""The networks of the conditional VAE: Gaussians, conditions, the network over cores and the paper's."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import attach
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
 
-from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.generator.configuration import PAPER_CHANNELS, paper_channels
-from lora_factory.generator.networks import ConditionStandardiser, ConvCVAE, Gaussian, TokenCVAE
+from lora_factory.generator.conv1d import ConvCVAE
+from lora_factory.generator.networks import ConditionStandardiser, CoreCVAE, Gaussian
 
 WIDTHS = {"text": 5, "hidden": 3}
+SIZE = 61
 NUMBERS = st.floats(-8, 8, allow_nan=False, width=32)
 GAUSSIANS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=3, max_size=3).map(
     lambda rows: Gaussian(*torch.tensor(rows, dtype=torch.float64).T[:, None])
 )
 
 
-@pytest.fixture(scope="module")
-def layout(pico_model_folder: Path) -> AdapterLayout:
-    return attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
-
-
-@pytest.fixture(params=["token", "conv1d"])
-def network(request: pytest.FixtureRequest, layout: AdapterLayout) -> TokenCVAE | ConvCVAE:
+@pytest.fixture(params=["core", "conv1d"])
+def network(request: pytest.FixtureRequest) -> CoreCVAE | ConvCVAE:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if request.param == "token":
-            network: TokenCVAE | ConvCVAE = TokenCVAE(layout, WIDTHS, width=16, depth=2, latent_size=4)
+        if request.param == "core":
+            network: CoreCVAE | ConvCVAE = CoreCVAE(SIZE, WIDTHS, latents=4, width=16, depth=2)
         else:
-            network = ConvCVAE(layout, WIDTHS, channels=(2, 3, 2), latent_size=4)
+            network = ConvCVAE(SIZE, WIDTHS, channels=(2, 3, 2), latent_size=4)
         with torch.no_grad():
             for parameter in network.parameters():  # as if trained: no layer is left at zero
                 parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -120,19 +113,19 @@ def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
     torch.testing.assert_close(zero("hidden", tasks), plain("hidden", tasks))
 
 
-def test_shapes_and_gradients(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
+def test_shapes_and_gradients(network: CoreCVAE | ConvCVAE) -> None:
     network.train()
     loss = torch.zeros(())
-    for given_conditions in (conditions(4), {}):  # without a condition, learned stand-ins are used
-        weights = normal(4, layout.size).requires_grad_()
-        condition = network.embed_condition(given_conditions, 4)
-        posterior, prior = network.posterior(weights, condition), network.prior(condition)
-        mean, log_std = network.decode(posterior.sample(generator=torch.Generator().manual_seed(0)), condition)
+    for vectors in (conditions(4), {"text": normal(4, 5)}, {}):
+        targets = normal(4, SIZE).requires_grad_()
+        posterior, prior = network.posterior(targets, vectors), network.prior(vectors, 4)
+        made = network.decode(posterior.sample(generator=torch.Generator().manual_seed(0)), vectors)
         assert posterior.mean.shape == posterior.log_variance.shape == prior.mean.shape == (4, 4)
-        assert mean.shape == log_std.shape == (4, layout.size)
-        reconstructed = (mean - weights.detach()).square().mean() + torch.exp(log_std).mean()
-        loss = loss + reconstructed + posterior.kl(prior).mean()
-        assert torch.autograd.grad(mean.square().sum(), weights, retain_graph=True)[0].abs().sum() > 0
+        assert made.shape == (4, SIZE)
+        assert torch.autograd.grad(made.square().sum(), targets, retain_graph=True)[0].abs().sum() > 0
+        output = network.loss(targets.detach(), vectors, 1.0, torch.Generator().manual_seed(0))
+        assert output.kl > 0 and 0 <= output.active_latents <= 4
+        loss = loss + output.loss
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -140,66 +133,101 @@ def test_shapes_and_gradients(network: TokenCVAE | ConvCVAE, layout: AdapterLayo
     assert sum(bool(gradient.any()) for gradient in gradients.values()) > 0.8 * len(gradients)
 
 
-def test_every_condition_counts(network: TokenCVAE | ConvCVAE) -> None:
+def test_every_condition_counts(network: CoreCVAE | ConvCVAE) -> None:
     network.eval()
     both = conditions(2)
-    latent = normal(2, 4)
 
-    def decoded(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-        return network.decode(latent, network.embed_condition(vectors, 2))[0]
+    def made(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return network.decode(network.prior(vectors, 2).mean, vectors)
 
-    results = [decoded(both), decoded({"text": both["text"]}), decoded({"hidden": both["hidden"]}), decoded({})]
+    results = [made(both), made({"text": both["text"]}), made({"hidden": both["hidden"]}), made({})]
     for index, result in enumerate(results):
         assert result.isfinite().all()
         assert not any(torch.allclose(result, other) for other in results[:index])
 
 
-def test_rows_of_a_batch_do_not_mix(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
+def test_no_condition_is_the_centre_whatever_was_trained(network: CoreCVAE | ConvCVAE) -> None:
+    if isinstance(network, CoreCVAE):
+        assert not network.decode(network.prior({}, 3).mean).any()
+        fresh = CoreCVAE(SIZE, WIDTHS, latents=4, width=16, depth=2)
+        assert not fresh.decode(fresh.prior(conditions(3), 3).mean).any(), "at first no condition is listened to"
+    else:
+        assert network.prior({}, 3).mean.shape == (3, 4)
+
+
+def test_rows_of_a_batch_do_not_mix(network: CoreCVAE | ConvCVAE) -> None:
     network.eval()
-    weights, both = normal(3, layout.size), conditions(3)
-    condition = network.embed_condition(both, 3)
-    posterior = network.posterior(weights, condition)
-    mean, _ = network.decode(posterior.mean, condition)
+    targets, both = normal(3, SIZE), conditions(3)
+    posterior = network.posterior(targets, both)
+    made = network.decode(posterior.mean, both)
     for row in range(3):
-        alone = network.embed_condition({name: vectors[row : row + 1] for name, vectors in both.items()}, 1)
-        torch.testing.assert_close(network.posterior(weights[row : row + 1], alone).mean[0], posterior.mean[row])
-        torch.testing.assert_close(network.decode(posterior.mean[row : row + 1], alone)[0][0], mean[row])
+        alone = {name: vectors[row : row + 1] for name, vectors in both.items()}
+        torch.testing.assert_close(network.posterior(targets[row : row + 1], alone).mean[0], posterior.mean[row])
+        torch.testing.assert_close(network.decode(posterior.mean[row : row + 1], alone)[0], made[row])
 
 
-def test_absurd_weights_give_finite_divergences(network: TokenCVAE | ConvCVAE, layout: AdapterLayout) -> None:
+def test_absurd_targets_give_finite_divergences(network: CoreCVAE | ConvCVAE) -> None:
     network.eval()
-    condition = network.embed_condition(conditions(2), 2)
-    posterior = network.posterior(1e6 * normal(2, layout.size), condition)
+    posterior = network.posterior(1e6 * normal(2, SIZE), conditions(2))
     assert posterior.log_variance.abs().max() <= 10
-    assert posterior.kl(network.prior(condition)).isfinite().all()
+    assert posterior.kl(network.prior(conditions(2), 2)).isfinite().all()
 
 
-def test_prior_listens_to_the_condition_in_the_token_network_alone(network: TokenCVAE | ConvCVAE) -> None:
-    prior = network.prior(network.embed_condition(conditions(2), 2))
-    if isinstance(network, TokenCVAE):
+def test_prior_listens_to_the_condition_in_the_core_network_alone(network: CoreCVAE | ConvCVAE) -> None:
+    prior = network.prior(conditions(2), 2)
+    if isinstance(network, CoreCVAE):
         assert not torch.allclose(prior.mean[0], prior.mean[1])
     else:
         assert not prior.mean.any() and not prior.log_variance.any()
 
 
+def test_kl_weight_weighs_the_divergence(network: CoreCVAE | ConvCVAE) -> None:
+    targets, vectors = normal(4, SIZE), conditions(4)
+
+    def output(kl_weight: float) -> tuple[float, float]:
+        found = network.eval().loss(targets, vectors, kl_weight, torch.Generator().manual_seed(0))
+        return float(found.loss), float(found.kl)
+
+    (zero, kl), (one, _), (many, _) = output(0.0), output(1.0), output(100.0)
+    per_adapter = kl / SIZE if isinstance(network, CoreCVAE) else kl
+    assert one - zero == pytest.approx(per_adapter, rel=1e-3)
+    assert many - zero == pytest.approx(100 * per_adapter, rel=1e-3)
+
+
+def test_codes_are_the_nearest_and_their_loss_that_of_the_cores() -> None:
+    network = CoreCVAE(SIZE, WIDTHS, latents=4, width=16, depth=1)
+    targets, vectors = normal(6, SIZE), conditions(6)
+    with torch.no_grad():
+        network.prior_mean.weight.normal_()
+        codes = network.code(targets)
+        lost = (network.decode(codes) - targets).square().sum(1)
+        for seed in range(5):
+            other = network.decode(codes + 0.1 * normal(6, 4, seed=seed))
+            assert ((other - targets).square().sum(1) > lost).all()
+        exact = network.decode(normal(6, 4))
+        torch.testing.assert_close(network.decode(network.code(exact)), exact, rtol=1e-4, atol=1e-5)
+        output = network.loss(targets, vectors, 1.0, torch.Generator().manual_seed(0))
+        made = network.decode(network.prior(vectors, 6).mean)
+        assert float(output.reconstruction) == pytest.approx(float((made - targets)[::2].square().mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize("channels", [(2,), (2, 3), (1, 2, 3, 4, 2), (2,) * 9])
-def test_convolutions_fit_any_number_of_weights(layout: AdapterLayout, channels: tuple[int, ...]) -> None:
-    for widths in ({"text": 1}, {"text": 6}):
-        network = ConvCVAE(layout, widths, channels=channels, latent_size=2).eval()
-        condition = network.embed_condition({"text": normal(2, widths["text"])}, 2)
-        latent = network.posterior(normal(2, layout.size), condition).mean
-        assert network.decode(latent, condition)[0].shape == (2, layout.size)
+def test_convolutions_fit_any_number_of_weights(channels: tuple[int, ...]) -> None:
+    for width in (1, 6):
+        network = ConvCVAE(SIZE, {"text": width}, channels=channels, latent_size=2).eval()
+        vectors = {"text": normal(2, width)}
+        latent = network.posterior(normal(2, SIZE), vectors).mean
+        assert network.decode(latent, vectors).shape == (2, SIZE)
 
 
-def test_a_deep_convolutional_network_stays_as_long_as_its_input(layout: AdapterLayout) -> None:
-    network = ConvCVAE(layout, {"text": 3}, channels=paper_channels(20), latent_size=4).eval()
+def test_a_deep_convolutional_network_stays_as_long_as_its_input() -> None:
+    network = ConvCVAE(700, {"text": 3}, channels=paper_channels(20), latent_size=4).eval()
     lengths = []
     for layer in network.decoder:
         layer.register_forward_hook(lambda _module, _inputs, output: lengths.append(output.shape[-1]))
-    condition = network.embed_condition({"text": normal(1, 3)}, 1)
-    mean, _ = network.decode(normal(1, 4), condition)
-    assert mean.shape == (1, layout.size) and max(lengths) < 2 * (layout.size + 3)
-    assert network.posterior(normal(1, layout.size), condition).mean.shape == (1, 4)
+    vectors = {"text": normal(1, 3)}
+    assert network.decode(normal(1, 4), vectors).shape == (1, 700) and max(lengths) < 2 * 703
+    assert network.posterior(normal(1, 700), vectors).mean.shape == (1, 4)
     assert len(network.encoder) == len(network.decoder) == 20
 
 

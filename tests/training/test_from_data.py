@@ -1,41 +1,388 @@
-"""Stage 2: several adapters in one forward pass, and a generator trained on the tasks' own loss."""
+"""A generator trained on the tasks' own loss: without a zoo, or on from one."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.stage_2 import SETTINGS, CutOff, make_tasks, prepared
-from peft import get_peft_model_state_dict
-from torch import nn
-from transformers import LlamaForCausalLM
+from helpers.from_data import TEXTS, CutOff, cut_off_after, make_tasks
+from helpers.images import brightness_task, save_classifier
+from PIL import Image
+from tiny_models import tiny_florence, tiny_t5
 
 from lora_factory.adapters.attach import AdapterSlot, adapters_in_batch, wrap_base
-from lora_factory.arguments import TrainArguments
+from lora_factory.arguments import CollectArguments, LoRAOptions, TrainArguments, from_record
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import LoRATrainer
+from lora_factory.collection.trainer import LoRATrainer, TrainingTask, open_trainer
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import query_loss
+from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.task import Task
-from lora_factory.training import from_data as through_base
-from lora_factory.training.from_data import TaskData, train_through_base
+from lora_factory.training import train as training
 from lora_factory.training.train import train_generator
 from lora_factory.utils.checkpoint import TrainingCheckpoint
 from lora_factory.zoo.store import AdapterZoo
 
+SETTINGS = CollectArguments(steps=8, snapshots=2, batch_size=2, sequence_length=24, packing=False, learning_rate=3e-2)
+WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]
+
+
+@pytest.fixture(scope="module")
+def arguments(pico_encoder_folder: Path) -> TrainArguments:
+    return TrainArguments(
+        text_encoder=str(pico_encoder_folder),
+        width=32,
+        latent_size=8,
+        rank=4,
+        lora_alpha=8.0,
+        base_steps=120,
+        base_tasks=3,
+        base_learning_rate=1e-2,
+        basis_learning_rate=1e-2,
+        sequence_length=24,
+        packing=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CVAELoRAGenerator, Path]:
+    folder = tmp_path_factory.mktemp("from-data") / "generator"
+    return train_generator(None, folder, arguments, tasks=make_tasks(), base_model=pico_model_folder), folder
+
+
+def reader(generator: CVAELoRAGenerator, arguments: TrainArguments, base: Path, tasks: list) -> LoRATrainer:
+    """The base model as the generator was trained through it."""
+    given = {name: asdict(arguments)[name] for name in asdict(LoRAOptions())}
+    settings = from_record(CollectArguments, given | {"rank": generator.layout.modules[0].rank})
+    return open_trainer(base, settings, Accelerator(cpu=True), tasks, layout=generator.layout)
+
+
+def losses(generator: CVAELoRAGenerator, trainer: LoRATrainer, tasks: list) -> dict[tuple[str, str], float]:
+    """Validation loss of every task with the adapter of every task's first description, by (asked, task)."""
+    found = {}
+    for asked in tasks:
+        adapter = generator.layout.flatten(generator.generate_state_dict(asked.descriptions[0]))[None]
+        with torch.no_grad(), trainer.slot.disabled():
+            for task in tasks:
+                trainer.model.eval()
+                found[asked.name, task.name] = float(query_loss(trainer, adapter, [trainer.validation(task)]))
+    return found
+
+
+def base_losses(trainer: LoRATrainer, tasks: list) -> dict[str, float]:
+    nothing = torch.zeros(1, trainer.layout.size)
+    with torch.no_grad(), trainer.slot.disabled():
+        trainer.model.eval()
+        return {task.name: float(query_loss(trainer, nothing, [trainer.validation(task)])) for task in tasks}
+
+
+def test_the_loss_falls_and_the_text_steers(
+    trained: tuple[CVAELoRAGenerator, Path], arguments: TrainArguments, pico_model_folder: Path
+) -> None:
+    (generator, folder), tasks = trained, make_tasks()
+    assert not generator.training and {path.name for path in folder.parent.iterdir()} == {"generator"}
+    record = json.loads((folder / "training.json").read_text())
+    history = record["history"]
+    assert [row["step"] for row in history] == list(range(12, 121, 12))
+    assert history[-1]["loss"] < history[0]["loss"] - 0.5
+    assert 120 * 3 * 2 * 4 < history[-1]["tokens"] <= 120 * 3 * 2 * 24
+    assert (record["arguments"]["base_steps"], record["arguments"]["multitask_steps"]) == (120, 40)
+    trainer = reader(generator, arguments, pico_model_folder, tasks)
+    found, base = losses(generator, trainer, tasks), base_losses(trainer, tasks)
+    for task in tasks:
+        own = found[task.name, task.name]
+        assert own < base[task.name] - 1
+        assert own < min(found[other.name, task.name] for other in tasks if other is not task) - 0.03, found
+
+
+def test_examples_steer_too(
+    trained: tuple[CVAELoRAGenerator, Path], arguments: TrainArguments, pico_model_folder: Path
+) -> None:
+    (generator, _), tasks = trained, make_tasks()
+    assert generator.config.modalities == {"text": 32, "hidden": 96}
+    trainer = reader(generator, arguments, pico_model_folder, tasks)
+    found = {}
+    for asked in tasks:
+        condition = generator.encode_examples(list(asked.examples("train")), pico_model_folder)
+        adapter = generator.layout.flatten(generator.generate_state_dict(conditions=condition))[None]
+        with torch.no_grad(), trainer.slot.disabled():
+            for task in tasks:
+                found[asked.name, task.name] = float(query_loss(trainer, adapter, [trainer.validation(task)]))
+    for task in tasks:
+        assert found[task.name, task.name] == min(found[other.name, task.name] for other in tasks), found
+
+
+def test_what_is_saved_is_what_is_returned(trained: tuple[CVAELoRAGenerator, Path], pico_model_folder: Path) -> None:
+    generator, folder = trained
+    loaded = CVAELoRAGenerator.from_pretrained(folder)
+    ours, theirs = generator.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    config = loaded.config
+    assert (config.zoo_fingerprint, config.decoder, config.chat_template) == (None, "core", False)
+    assert [task["name"] for task in config.tasks] == ["prose", "code", "law"]
+    assert {module.rank for module in loaded.layout.modules} == {4} and loaded.layout.modules[0].scaling == 2
+    assert len(loaded.layout.modules) == 14 and loaded.layout.base_model == str(pico_model_folder.resolve())
+    assert torch.equal(loaded.center, loaded.basis.identity())
+    low = loaded.generate_state_dict("The quick brown fox jumps over the lazy dog", rank=2)
+    loaded.layout.with_rank(2).check(low)
+
+
+def test_samples_spread_as_the_wordings_do(trained: tuple[CVAELoRAGenerator, Path]) -> None:
+    generator, _ = trained
+    variance = generator.network.prior_log_variance.exp()
+    assert variance.min() < 0.9 and not torch.equal(variance, torch.ones_like(variance))
+    vectors = {"text": generator.text_encoder.encode(["The quick brown fox jumps over the lazy dog"])}
+    with torch.no_grad():
+        cold = generator.made(vectors, 1)
+        warm = torch.cat([generator.made(vectors, 1, seed=seed, temperature=1.0) for seed in range(8)])
+    apart = (warm - cold).norm(dim=1)
+    assert apart.min() > 0 and apart.mean() < cold.norm()
+    assert torch.equal(generator.made(vectors, 1, seed=1), generator.made(vectors, 1, seed=2))
+
+
+def test_the_same_seed_gives_the_same_generator(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    states = []
+    for seed in (0, 0, 1):
+        torch.rand(3)  # what others draw from the global generator is of no effect
+        short, state = replace(arguments, base_steps=6, seed=seed), torch.random.get_rng_state()
+        made = train_generator(
+            None, tmp_path / "generator", short, tasks=make_tasks(), base_model=pico_model_folder, overwrite=True
+        )
+        assert torch.equal(torch.random.get_rng_state(), state)
+        states.append(made.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not torch.equal(states[0]["basis.factors"], states[2]["basis.factors"])
+
+
+def test_the_network_waits_until_the_basis_has_begun(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    short = replace(arguments, base_steps=5, multitask_steps=5)
+    made = train_generator(None, tmp_path / "a", short, tasks=make_tasks(), base_model=pico_model_folder)
+    assert not made.network.prior_mean.weight.any()
+    one, other = (
+        made.generate_state_dict(text)
+        for text in ("The quick brown fox jumps over the lazy dog", "Permission is hereby granted, free of charge")
+    )
+    assert all(torch.equal(value, other[key]) for key, value in one.items()), "one adapter for all tasks"
+    later = replace(arguments, base_steps=8, multitask_steps=5)
+    made = train_generator(None, tmp_path / "b", later, tasks=make_tasks(), base_model=pico_model_folder)
+    assert made.network.prior_mean.weight.any()
+
+
+def test_diagonal_cores_learn(arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path) -> None:
+    tasks, settings = make_tasks(), replace(arguments, core="diagonal", base_steps=40)
+    made = train_generator(None, tmp_path / "generator", settings, tasks=tasks, base_model=pico_model_folder)
+    assert made.center.shape == (14 * 4,)
+    found = losses(made, (trainer := reader(made, settings, pico_model_folder, tasks)), tasks)
+    assert all(found[name, name] < loss - 0.5 for name, loss in base_losses(trainer, tasks).items())
+
+
+def echo_task(word: str) -> Task:
+    rows = [Example(f"Say it again: {number}", f"{word} {word}") for number in range(8)]
+    return Task.from_examples(word, TEXTS["prose" if word == "one" else "law"], rows, rows[:2], rows[2:4])
+
+
+def boxes_task(label: str) -> Task:
+    rows = []
+    for number in range(8):
+        image, box = Image.new("RGB", (40, 30), "black"), (number, 2, number + 20, 22)
+        image.paste((255, 255, 0), box)
+        rows.append(ImageExample.of_boxes(image, label, [box]))
+    return Task.from_examples(label, [f"Detect the {label}."], rows, rows[:2], rows[2:4])
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "images", "classifier", "bfloat16"])
+def test_every_kind_of_base_model_learns(
+    kind: str, arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"base_steps": 60, "sequence_length": 32}
+    tasks: list[TrainingTask]
+    if kind == "encoder-decoder":
+        base, tasks = tiny_t5(tmp_path / "base", WORDS), [echo_task("one"), echo_task("two")]
+    elif kind == "images":
+        base, tasks = tiny_florence(tmp_path / "base", WORDS), [boxes_task("dog"), boxes_task("cat")]
+        changes["base_steps"] = 20
+    elif kind == "classifier":
+        base = save_classifier(tmp_path / "base")
+        tasks = [brightness_task("bright", wanted=True), brightness_task("dark", wanted=False)]
+        changes["base_steps"] = 150
+    else:
+        base, tasks = pico_model_folder, list(make_tasks())
+        changes["dtype"] = "bfloat16"
+    settings = replace(arguments, **changes)
+    generator = train_generator(None, tmp_path / "generator", settings, tasks=tasks, base_model=base)
+    history = generator.training_record["history"]
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert generator.basis.factors.dtype == torch.float32
+    assert set(generator.config.modalities) == {"text", "image" if kind == "classifier" else "hidden"}
+    trainer = reader(generator, settings, base, tasks)
+    assert trainer.model.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    found, before = losses(generator, trainer, tasks), base_losses(trainer, tasks)
+    for task in tasks:
+        assert found[task.name, task.name] < before[task.name] - 0.1, (found, before)
+    if kind != "images":  # all answer the same questions otherwise
+        for task in tasks:
+            assert found[task.name, task.name] == min(found[other.name, task.name] for other in tasks), found
+
+
+def test_the_step_that_is_best_on_held_out_tasks_is_kept(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    settings = replace(arguments, base_steps=30, multitask_steps=0)
+    tasks, held_out = make_tasks("prose", "code"), make_tasks("law")
+    made = train_generator(
+        None, tmp_path / "a", settings, tasks=tasks, held_out=held_out, base_model=pico_model_folder
+    )
+    history = made.training_record["history"]
+    best = min(history, key=lambda row: row["validation"])
+    assert [task["name"] for task in made.config.tasks] == ["prose", "code"]
+    assert 0 < best["step"] < 30, "the tasks that are trained on say nothing about law, so that it gets worse"
+    found = losses(made, reader(made, settings, pico_model_folder, held_out), held_out)
+    assert found["law", "law"] == pytest.approx(best["validation"], abs=2e-3)
+    plain = train_generator(None, tmp_path / "b", settings, tasks=tasks, base_model=pico_model_folder)
+    assert "validation" not in plain.training_record["history"][-1]
+    assert plain.training_record["history"][-1]["loss"] == history[-1]["loss"], "scoring changes no draw"
+    assert not torch.equal(plain.basis.factors, made.basis.factors)
+
+
+def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(arguments, base_steps=12)
+    options = {"tasks": make_tasks("prose", "code"), "base_model": pico_model_folder, "held_out": make_tasks("law")}
+    whole = train_generator(None, tmp_path / "whole", settings, **options)
+    monkeypatch.setattr(training, "TrainingCheckpoint", partial(TrainingCheckpoint, every_seconds=0))
+    with monkeypatch.context() as patch:
+        cut_off_after(patch, 16)
+        with pytest.raises(CutOff):
+            train_generator(None, tmp_path / "generator", settings, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "generator.training"}
+    with monkeypatch.context() as patch:
+        calls = cut_off_after(patch, 0)
+        resumed = train_generator(None, tmp_path / "generator", settings, **options)
+        assert 0 < len(calls) < 14
+    assert resumed.training_record["history"] == whole.training_record["history"]
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "generator"}
+
+
+def test_the_state_of_another_training_is_not_taken_up(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, tasks = replace(arguments, base_steps=4), make_tasks()
+    monkeypatch.setattr(training, "TrainingCheckpoint", partial(TrainingCheckpoint, every_seconds=0))
+    parts = [{split: task.examples(split) for split in ("train", "validation", "test")} for task in tasks]
+    renamed = [
+        Task.from_examples(t.name, [f"{t.name}, reworded."], **part) for t, part in zip(tasks, parts, strict=True)
+    ]
+    assert [task.fingerprint() for task in renamed] == [task.fingerprint() for task in tasks]
+    for changed, others in ((replace(settings, seed=3), tasks), (settings, renamed)):
+        with monkeypatch.context() as patch:
+            cut_off_after(patch, 3)
+            with pytest.raises(CutOff):
+                train_generator(None, tmp_path / "generator", settings, tasks=tasks, base_model=pico_model_folder)
+            calls = cut_off_after(patch, 0)
+            train_generator(
+                None, tmp_path / "generator", changed, tasks=others, base_model=pico_model_folder, overwrite=True
+            )
+        assert len(calls) == 4
+        for path in (tmp_path / "generator").iterdir():
+            path.unlink()
+        (tmp_path / "generator").rmdir()
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_an_earlier_generator(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    options = {"tasks": make_tasks(), "base_model": pico_model_folder}
+    train_generator(None, tmp_path / "generator", replace(arguments, base_steps=1), **options)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()}
+    wild = replace(arguments, base_steps=9, basis_learning_rate=1e30)
+    with pytest.raises(
+        LoraFactoryError, match=r"the loss through the base is .* lower basis_learning_rate \(now 1e\+30"
+    ):
+        train_generator(None, tmp_path / "generator", wild, overwrite=True, **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder-decoder"])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    kind: str, arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "causal":
+        base, tasks, first = pico_model_folder, make_tasks(), "model.layers.0.mlp"
+    else:
+        base, tasks = tiny_t5(tmp_path / "base", WORDS), [echo_task("one"), echo_task("two")]
+        first = "decoder.block.0.layer.1"
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.3}))
+    made, passes = [], []
+    for checkpointing in (False, True):
+        count, opened = [0], training.open_trainer
+
+        def opening(*words: Any, count: list[int] = count, opened: Any = opened, **options: Any) -> LoRATrainer:
+            trainer = opened(*words, **options)
+            module = trainer.model.get_base_model().get_submodule(first)
+            module.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + torch.is_grad_enabled()))
+            return trainer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "open_trainer", opening)
+            settings = replace(arguments, base_steps=5, multitask_steps=2, gradient_checkpointing=checkpointing)
+            folder = tmp_path / str(checkpointing)
+            made.append(train_generator(None, folder, settings, tasks=tasks, base_model=base))
+        passes.append(count[0])
+    assert passes == [5, 10]
+    torch.testing.assert_close(made[0].basis.factors, made[1].basis.factors, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made[0].network.decoder, made[1].network.decoder, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"tasks": None}, r"without a zoo, a generator is trained on examples; pass tasks= and base_model="),
+        ({}, {"base_model": None}, r"pass tasks= and base_model="),
+        ({"decoder": "conv1d"}, {}, "decoder='conv1d' learns from a zoo's weights; collect a zoo"),
+        ({}, {"tasks": make_tasks("law")}, r"1 task\(s\): a generator needs at least two to tell apart"),
+        ({}, {"output_dir": None}, "output_dir is not given"),
+        ({}, {"held_out": make_tasks("law")}, "several tasks are named 'law'; give each a name of its own"),
+        ({}, {"tasks": make_tasks("law", "law")}, "several tasks are named 'law'"),
+    ],
+)
+def test_without_a_zoo_what_cannot_work_is_refused(
+    arguments: TrainArguments, tmp_path: Path, changes: dict, options: dict, message: str
+) -> None:
+    given: dict = {"output_dir": tmp_path / "generator", "tasks": make_tasks(), "base_model": tmp_path / "base"}
+    with pytest.raises(LoraFactoryError, match=message):
+        train_generator(None, arguments=replace(arguments, **changes), **given | options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_the_basis_alone_are_among_all_steps() -> None:
+    with pytest.raises(LoraFactoryError, match=r"multitask_steps=9 are the first of base_steps=8; give as many"):
+        TrainArguments(base_steps=8, multitask_steps=9)
+
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path) -> AdapterZoo:
-    return collect_adapters(make_tasks(), pico_model_folder, tmp_path_factory.mktemp("stage2") / "zoo", SETTINGS)
+    return collect_adapters(make_tasks(), pico_model_folder, tmp_path_factory.mktemp("zoo") / "zoo", SETTINGS)
 
 
 @pytest.fixture
@@ -45,27 +392,72 @@ def trainer(pico_model_folder: Path, zoo: AdapterZoo) -> LoRATrainer:
 
 
 @pytest.fixture
-def arguments(pico_encoder_folder: Path) -> TrainArguments:
-    return TrainArguments(
-        text_encoder=str(pico_encoder_folder),
-        width=32,
-        base_steps=60,
-        base_tasks=3,
-        base_learning_rate=5e-3,
-        base_bias_learning_rate=2e-2,
-    )
+def on_zoo(arguments: TrainArguments) -> TrainArguments:
+    """The options that a zoo leaves open."""
+    defaults = asdict(LoRAOptions())
+    own = {name: value for name, value in asdict(TrainArguments()).items() if name in defaults}
+    return replace(arguments, **own | {"rank": 0, "steps": 100})
 
 
-def test_a_start_that_no_step_improves_on_is_kept(
-    zoo: AdapterZoo, trainer: LoRATrainer, arguments: TrainArguments
+def test_training_goes_on_from_a_zoo(
+    zoo: AdapterZoo, on_zoo: TrainArguments, pico_model_folder: Path, tmp_path: Path
 ) -> None:
-    generator, data = prepared(zoo, trainer, arguments)
-    train_through_base(generator, trainer, data, arguments)
-    before = generator.bias.detach().clone()
-    rates = {"base_steps": 3, "base_learning_rate": 3.0, "base_bias_learning_rate": 3.0}
-    history = train_through_base(generator, trainer, data, replace(arguments, **rates))
-    assert torch.equal(generator.bias, before)
-    assert [row["step"] for row in history] == [1, 2, 3]
+    tasks, found, made = make_tasks(), [], []
+    for steps in (0, 60):
+        settings = replace(on_zoo, base_steps=steps)
+        folder = tmp_path / str(steps)
+        made.append(train_generator(zoo, folder, settings, tasks=tasks, base_model=pico_model_folder))
+        trainer = reader(made[-1], replace(settings, sequence_length=24, packing=False), pico_model_folder, tasks)
+        found.append(losses(made[-1], trainer, tasks))
+    assert {module.rank for module in made[0].layout.modules} == {6}
+    for task in tasks:
+        own = found[1][task.name, task.name]
+        assert own < found[0][task.name, task.name] - 0.3
+        assert own == min(found[1][other.name, task.name] for other in tasks), found
+    record = made[1].training_record
+    assert record["history"][-1]["step"] == 60 and set(record["errors"]) == {"prose", "code", "law"}
+    assert max(record["errors"].values()) < 1e-4
+    assert set(made[1].config.modalities) == {"text", "hidden"}
+    assert made[1].network.decoder.any(1).all(), "every latent takes part"
+    sampled = [
+        made[1].generate_state_dict("The quick brown fox jumps over the lazy dog", temperature=1.0, seed=seed)
+        for seed in (0, 1)
+    ]
+    assert any(not torch.equal(sampled[0][key], sampled[1][key]) for key in sampled[0])
+
+
+def test_what_a_zoo_decides_or_lacks_is_said(
+    zoo: AdapterZoo, on_zoo: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    for changes, message in (
+        ({"base_steps": 4}, "base_steps=4 needs the tasks' examples; pass tasks="),
+        ({"lora_alpha": 3.0}, "lora_alpha=3.0 is decided by the zoo .*; leave it out"),
+        ({"sequence_length": 7}, "sequence_length=7 is decided by the zoo"),
+        ({"target_modules": "q_proj"}, "target_modules='q_proj' is decided by the zoo"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' is decided by the zoo"),
+        ({"rank": 1}, "rank=1 is below that of the zoo's adapters, 2; give 2 or more, or 0"),
+    ):
+        with pytest.raises(LoraFactoryError, match=message):
+            train_generator(zoo, tmp_path / "generator", replace(on_zoo, **({"base_steps": 0} | changes)))
+    options = {"tasks": make_tasks(), "base_model": pico_model_folder}
+    with pytest.raises(LoraFactoryError, match="base_steps=4 trains a shared basis, which decoder='conv1d' has not"):
+        train_generator(zoo, tmp_path / "generator", replace(on_zoo, base_steps=4, decoder="conv1d"), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_tasks_choose_a_step_on_a_zoo_too_and_need_one(
+    zoo: AdapterZoo, on_zoo: TrainArguments, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    foreign = [Task.from_examples("sums", ["Add numbers."], [f"{n} + 1 = {n + 1}" for n in range(20)])]
+    options = {"tasks": make_tasks(), "held_out": foreign, "base_model": pico_model_folder}
+    short = replace(on_zoo, base_steps=6, steps=5)
+    made = train_generator(zoo, tmp_path / "generator", short, **options)
+    assert all("validation" in row for row in made.training_record["history"])
+    with pytest.raises(
+        LoraFactoryError,
+        match=r"held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out",
+    ):
+        train_generator(zoo, tmp_path / "other", replace(short, base_steps=0), **options)
 
 
 def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, trainer: LoRATrainer) -> None:
@@ -82,85 +474,6 @@ def test_adapters_in_a_batch_give_what_the_slot_gives(zoo: AdapterZoo, trainer: 
             assert not torch.allclose(trainer.model(ids).logits, together)  # and the hooks are gone
 
 
-def test_label_smoothing_is_that_of_the_cross_entropy(zoo: AdapterZoo, trainer: LoRATrainer) -> None:
-    adapters, rows = zoo.final("code", "seed-0")[None], trainer.encode(make_tasks()[1].examples("train"))[:3]
-    with torch.no_grad(), trainer.slot.disabled():
-        plain, smooth, all_smooth = (
-            query_loss(trainer, adapters, [rows], label_smoothing=share) for share in (0.0, 0.25, 1.0)
-        )
-    assert all_smooth > plain
-    torch.testing.assert_close(smooth, 0.75 * plain + 0.25 * all_smooth)
-    with pytest.raises(LoraFactoryError, match=r"base_label_smoothing=1\.5 must be at least 0 and below 1"):
-        TrainArguments(base_label_smoothing=1.5)
-
-
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(
-    zoo: AdapterZoo, arguments: TrainArguments, pico_model_folder: Path
-) -> None:
-    trained, passes = [], []
-    for checkpointing in (False, True):
-        model, tokenizer = load_base_model(pico_model_folder)
-        settings = replace(SETTINGS, gradient_checkpointing=checkpointing)
-        trainer = LoRATrainer.attach(model, tokenizer, settings, zoo.layout.base_model, Accelerator(cpu=True))
-        generator, data = prepared(zoo, trainer, arguments)
-        count = [0]
-        layer = trainer.model.get_base_model().model.layers[0].mlp
-        layer.register_forward_pre_hook(
-            lambda *_, count=count: count.__setitem__(0, count[0] + torch.is_grad_enabled())
-        )
-        train_through_base(generator, trainer, data, replace(arguments, base_steps=5))
-        trained.append(generator.bias.detach().clone())
-        passes.append(count[0])
-    assert passes == [5, 10]
-    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=1e-5)
-
-
-class Convolutional(nn.Module):
-    """Embedding, 2-D convolution and a linear layer: every kind of module that carries LoRA."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 9)
-        self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
-        self.head = nn.Linear(4, 5)
-        self.config = type("Config", (), {"model_type": "none", "to_dict": dict})()
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.conv(self.embed(ids)[:, None]).mean((2, 3)))
-
-
-def test_embeddings_and_convolutions_take_adapters_in_a_batch() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from lora_factory.adapters.layout import AdapterLayout
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["embed", "conv", "head"], init_lora_weights=False)
-    model = get_peft_model(Convolutional(), config)
-    state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
-    layout = AdapterLayout.from_state_dict(state_dict, config, base_model="none")
-    adapters = torch.randn(2, layout.size)
-    ids = torch.randint(20, (4, 7))
-    slot = AdapterSlot(model, layout)
-    with torch.no_grad():
-        with slot.disabled(), adapters_in_batch(model, layout, adapters):
-            together = model(ids)
-        for index in (0, 1):
-            slot.load(adapters[index])
-            part = slice(2 * index, 2 * index + 2)
-            torch.testing.assert_close(together[part], model(ids[part]), atol=1e-4, rtol=1e-4)
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(zoo: AdapterZoo, trainer: LoRATrainer) -> None:
-    adapters = torch.zeros(2, trainer.layout.size)
-    with adapters_in_batch(trainer.model, trainer.layout, adapters), pytest.raises(LoraFactoryError, match="3 rows"):
-        trainer.model(torch.ones(3, 4, dtype=torch.long))
-    other = LlamaForCausalLM(trainer.model.config.__class__(num_hidden_layers=1, hidden_size=32, vocab_size=300))
-    with pytest.raises(LoraFactoryError, match="has no module"), adapters_in_batch(other, trainer.layout, adapters):
-        pass
-    assert not any(module._forward_hooks for module in other.modules())
-
-
 def test_query_loss_is_the_models_own_and_reaches_the_adapter(zoo: AdapterZoo, trainer: LoRATrainer) -> None:
     sequences = trainer.validation(make_tasks()[0])
     adapter = zoo.final(zoo.tasks[0], "seed-0").requires_grad_(True)
@@ -171,80 +484,6 @@ def test_query_loss_is_the_models_own_and_reaches_the_adapter(zoo: AdapterZoo, t
     trainer.slot.load(adapter.detach())
     assert float(loss.detach()) == pytest.approx(trainer.loss(sequences), rel=1e-4)
     assert all(parameter.grad is None for parameter in trainer.model.get_base_model().parameters())
-
-
-def test_support_and_queries_share_no_example(zoo: AdapterZoo, trainer: LoRATrainer) -> None:
-    task = Task.from_examples("letters", ["Letters."], list("abcdefgh"), ["x"], ["y"])
-    hidden = torch.arange(8.0)[:, None]
-    data = TaskData.read(task, trainer, torch.zeros(1, 4), hidden)
-    texts = ["".join(trainer.tokenizer.decode(row.tokens) for row in half.sequences) for half in data.halves]
-    assert [half.hidden.flatten().tolist() for half in data.halves] == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert all(letter in texts[0] and letter not in texts[1] for letter in "aceg")
-    assert all(letter in texts[1] and letter not in texts[0] for letter in "bdfh")
-
-
-def test_a_stretch_is_of_the_sequences_of_its_examples(trainer: LoRATrainer) -> None:
-    letters = [letter * 40 for letter in "abcdefghijkl"]  # more than one sequence each
-    task = Task.from_examples("letters", ["Letters."], letters, ["x"], ["y"])
-    half = TaskData.read(task, trainer, torch.zeros(1, 4), torch.zeros(12, 1)).halves[1]
-    assert half.owners == sorted(half.owners) and set(half.owners) <= set(range(6))
-    for example, letter in enumerate("bdfhjl"):
-        begun = [half.sequences[index] for index in half.window(example, example + 1)]
-        assert all(letter in trainer.tokenizer.decode(sequence.tokens) for sequence in begun)
-    assert list(half.window(0, 6)) == list(range(len(half.sequences)))
-
-
-def test_training_through_the_base_learns_the_tasks_and_listens(
-    zoo: AdapterZoo, trainer: LoRATrainer, arguments: TrainArguments
-) -> None:
-    generator, data = prepared(zoo, trainer, arguments)
-    before = through_base.validate(generator, trainer, data)
-    history = train_through_base(generator, trainer, data, replace(arguments, base_steps=150, base_mixtures=0.2))
-    assert history[-1]["step"] == 150 and history[-1]["tokens"] > 150 * 3 * 2 * 10
-    after = through_base.validate(generator, trainer, data)
-    assert after < before - 0.5 and after == pytest.approx(min(row["validation"] for row in history), abs=1e-3)
-    assert not generator.bias.requires_grad
-    losses = {}
-    for asked in data:
-        vector = generator.generate_vector({"hidden": data[asked].halves[0].hidden.mean(0, keepdim=True)}).detach()
-        with torch.no_grad(), trainer.slot.disabled():
-            for task in data:
-                losses[asked, task] = float(query_loss(trainer, vector, [data[task].validation]))
-    for task in data:
-        assert losses[task, task] == min(losses[asked, task] for asked in data), losses
-
-
-def test_the_same_seed_gives_the_same_generator(
-    zoo: AdapterZoo, trainer: LoRATrainer, arguments: TrainArguments
-) -> None:
-    trained = []
-    for seed in (0, 0, 1):
-        generator, data = prepared(zoo, trainer, arguments)
-        train_through_base(generator, trainer, data, replace(arguments, base_steps=5, seed=seed))
-        trained.append(generator.bias.detach().clone())
-    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
-
-
-def test_a_loss_that_is_not_finite_stops(zoo: AdapterZoo, trainer: LoRATrainer, arguments: TrainArguments) -> None:
-    generator, data = prepared(zoo, trainer, arguments)
-    with torch.no_grad():
-        generator.bias.fill_(torch.inf)
-    with pytest.raises(LoraFactoryError, match="lower base_learning_rate"):
-        train_through_base(generator, trainer, data, arguments)
-
-
-def test_train_generator_runs_stage_2_and_says_what_it_lacks(
-    zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path, pico_model_folder: Path
-) -> None:
-    few = replace(arguments, base_steps=4)
-    with pytest.raises(LoraFactoryError, match="needs the tasks' examples"):
-        train_generator(zoo, tmp_path / "generator", few)
-    train_generator(zoo, tmp_path / "generator", few, tasks=make_tasks(), base_model=pico_model_folder)
-    generator = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
-    assert set(generator.config.modalities) == {"text", "hidden"}
-    zoo.layout.check(generator.generate_state_dict("Write prose."))
-    sampled = [generator.generate_state_dict("Write prose.", temperature=1.0, seed=seed) for seed in (0, 1)]
-    assert any(not torch.equal(sampled[0][key], sampled[1][key]) for key in sampled[0])
 
 
 def test_the_base_model_may_have_no_slot(zoo: AdapterZoo, pico_model_folder: Path) -> None:
@@ -259,98 +498,41 @@ def test_the_base_model_may_have_no_slot(zoo: AdapterZoo, pico_model_folder: Pat
         torch.testing.assert_close(plain, wrapped(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
-    zoo: AdapterZoo,
-    trainer: LoRATrainer,
-    arguments: TrainArguments,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    short = replace(arguments, base_steps=20)
-    generator, data = prepared(zoo, trainer, short)
-    whole = train_through_base(generator, trainer, data, short)
-    expected = {name: value.clone() for name, value in generator.state_dict().items()}
-
-    def checkpoint(key: str = "this") -> TrainingCheckpoint:
-        return TrainingCheckpoint(tmp_path / "state", key, every_seconds=0)
-
-    query, calls = through_base.query_loss, []
-
-    def cut_off(*words: Any, **options: Any) -> torch.Tensor:
-        calls.append(words)
-        if len(calls) == 40:
-            raise CutOff
-        return query(*words, **options)
-
-    generator, data = prepared(zoo, trainer, short)
-    monkeypatch.setattr(through_base, "query_loss", cut_off)
-    with pytest.raises(CutOff):
-        train_through_base(generator, trainer, data, short, checkpoint=checkpoint())
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
-    before = len(calls)
-    generator, data = prepared(zoo, trainer, short)
-    history = train_through_base(generator, trainer, data, short, checkpoint=checkpoint())
-    again = len(calls) - before
-    assert history == whole and 0 < again < 60
-    assert all(torch.equal(value, expected[name]) for name, value in generator.state_dict().items())
-    generator, data = prepared(zoo, trainer, short)  # the state of another training is left alone
-    train_through_base(generator, trainer, data, replace(short, base_steps=2), checkpoint=checkpoint("other"))
+def test_a_run_can_start_from_given_weights(zoo: AdapterZoo, pico_model_folder: Path) -> None:
+    trainer = training.zoo_factory(zoo, pico_model_folder, Accelerator(cpu=True), zoo.layout)
+    start = zoo.final("code", "seed-0")
+    trainer.arguments = replace(trainer.arguments, learning_rate=1e-9)
+    sequences = trainer.encode(make_tasks()[0].examples("train"))
+    snapshots, _, _ = trainer.fit(iter([sequences[:4]] * 2), [sequences[:4]], [2], "prose", start=start)
+    torch.testing.assert_close(snapshots[0], start, rtol=0, atol=1e-6)
 
 
 TWO_PROCESSES = """
-import sys, torch
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from accelerate import Accelerator
+import json, sys, torch
 from lora_factory.arguments import TrainArguments
-from lora_factory.models.loading import load_base_model
-from lora_factory.collection.trainer import LoRATrainer
-from lora_factory.training.specialists import specialise
-from lora_factory.utils.cache import TensorCache
-from lora_factory.training.from_data import train_through_base
-from lora_factory.zoo.store import AdapterZoo
-from helpers.stage_2 import SETTINGS, make_tasks, prepared
+from lora_factory.training.train import train_generator
+from helpers.from_data import make_tasks
 
-zoo, accelerator = AdapterZoo(sys.argv[1]), Accelerator(cpu=True)
-model, tokenizer = load_base_model(sys.argv[2])
-trainer = LoRATrainer.attach(model, tokenizer, SETTINGS, zoo.layout.base_model, accelerator)
-arguments = TrainArguments(text_encoder=sys.argv[3], width=16, steps=2, base_steps=3, specialist_steps=2)
-generator, data = prepared(zoo, trainer, arguments)
-history = train_through_base(generator, trainer, data, arguments)
-features = {"text": {name: rows.texts for name, rows in data.items()}}
-features["hidden"] = {name: rows.halves[0].hidden for name, rows in data.items()}
-last = specialise(generator, trainer, make_tasks(), data, features, arguments, TensorCache(sys.argv[4]))
-assert last["tokens"] > 3 * 24
-weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
-both = accelerator.gather(weights[None])
-assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
-if accelerator.is_main_process:
-    print("tokens", history[-1]["tokens"])
-accelerator.wait_for_everyone()
+arguments = TrainArguments(**json.loads(sys.argv[1]))
+made = train_generator(None, sys.argv[2], arguments, tasks=make_tasks(), base_model=sys.argv[3])
+weights = torch.cat([value.flatten() for value in made.state_dict().values()])
+both = [torch.empty_like(weights) for _ in range(2)]
+torch.distributed.all_gather(both, weights)
+assert torch.equal(both[0], both[1])
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_one_generator(
-    zoo: AdapterZoo, pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path, trainer: LoRATrainer
-) -> None:
-    script = tmp_path / "train.py"
+def test_two_processes_train_one_generator(arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path) -> None:
+    script, settings = tmp_path / "train.py", replace(arguments, base_steps=5, multitask_steps=2)
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        str(script),
-        str(zoo.folder),
-        str(pico_model_folder),
-        str(pico_encoder_folder),
-        str(tmp_path / "cache"),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command += [json.dumps(asdict(settings)), str(tmp_path / "generator"), str(pico_model_folder)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-9000:]
-    alone = TrainArguments(text_encoder=str(pico_encoder_folder), width=16, base_steps=3)
-    generator, data = prepared(zoo, trainer, alone)
-    tokens = train_through_base(generator, trainer, data, alone)[-1]["tokens"]
-    assert int(done.stdout.split("tokens")[1]) > 1.5 * tokens
+    alone = train_generator(None, tmp_path / "alone", settings, tasks=make_tasks(), base_model=pico_model_folder)
+    tokens = alone.training_record["history"][-1]["tokens"]
+    both = json.loads((tmp_path / "generator" / "training.json").read_text())["history"][-1]["tokens"]
+    assert both > 1.5 * tokens
