@@ -68,7 +68,7 @@ class ConditionalVAE(PreTrainedModel):
             self.sizes = self.basis.sizes
             width, depth = config.width, config.depth
             self.network = CoreCVAE(sum(self.sizes), coordinates, latents=latents, width=width, depth=depth)
-        self.center = nn.Parameter(torch.zeros(sum(self.sizes)))
+        self.center = nn.Parameter(torch.zeros(sum(self.sizes)), requires_grad=False)
         self.register_buffer("scale", torch.ones(len(self.sizes)))
         self.register_buffer("spread", torch.zeros(len(self.sizes)))
         for name, width in widths.items():

@@ -98,6 +98,7 @@ def train_through_base(
     generator.to(accelerator.device).train()
     for tensor in generator.state_dict().values():  # features of other batches differ in their last digits
         tensor.copy_(broadcast(tensor.clone()))
+    generator.center.requires_grad_(True)
     groups = [[basis.factors, generator.center], list(network.parameters())]
     optimizer = torch.optim.Adam([{"params": group} for group in groups], betas=BETAS)
     source = torch.Generator().manual_seed(arguments.seed + accelerator.process_index)
@@ -139,6 +140,7 @@ def train_through_base(
             if checkpoint is not None:
                 checkpoint.save_now_and_then(state, generator, optimizer, source, accelerator)
     bar.close()
+    generator.center.requires_grad_(False)
     if state.best_weights is not None:
         generator.load_state_dict(state.best_weights)
     return state.history

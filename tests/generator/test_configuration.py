@@ -22,7 +22,7 @@ def test_values_are_kept() -> None:
         ({"format_version": 3}, "reads versions up to 2; pip install --upgrade lora-factory"),
         ({"format_version": 3, "width": "what only a newer version knows"}, "reads versions up to 2"),
         ({"format_version": 0}, "format_version=0"),
-        ({}, "the generator has format 1, that of networks which lora-factory no longer has; train it again with"),
+        ({}, "the generator has format 1, that of networks which lora-factory no longer has"),
         ({"format_version": 1, "width": "of another kind then"}, "(lora-factory train)"),
         ({"core": "round"}, "core='round': choose 'full' or 'diagonal'"),
         ({"decoder": "token"}, "decoder='token': choose 'core' or 'conv1d'"),
