@@ -25,6 +25,10 @@ _LOGGER = logging.getLogger(__name__)
 WARMUP_RATIO = 0.05  # of the steps, in which the learning rate rises; then it falls in a cosine
 MAX_GRAD_NORM = 1.0
 MIN_LOG_VARIANCE = -10.0  # of a latent
+# Of a latent while the network trains: checkpoints of a task may differ so little that the divergence would outweigh
+# the error hundreds of times. Four tasks whose texts can be told apart, 1000 steps: relative errors in ΔW of 0.22 to
+# 0.51 without it, of 0.07 to 0.23 with it.
+MIN_TRAINED_LOG_VARIANCE = -4.0
 POOR_ERROR = 0.2  # share of an adapter's squared ΔW outside the basis from which on training says so
 
 
@@ -85,6 +89,8 @@ def fit(
         return _minimise(weights_loss, [*network.parameters()], arguments, accelerator), {}
 
     codes, errors = _fit_basis(generator, zoo, weights)
+    measured = network.get_buffer("prior_log_variance").clone()
+    network.get_buffer("prior_log_variance").clamp_(min=MIN_TRAINED_LOG_VARIANCE)
     generator.to(accelerator.device).train()
     gram = (network.decoder @ network.decoder.T).detach()
     trained = [parameter for parameter in network.parameters() if parameter is not network.decoder]
@@ -96,6 +102,7 @@ def fit(
         return network.loss_of(rows[:, 1:], rows[:, 0], gram, conditions, kl_weight, source)
 
     history = _minimise(codes_loss, trained, arguments, accelerator)
+    network.get_buffer("prior_log_variance").copy_(measured)
     _wake_spare(network, source)
     return history, errors
 
