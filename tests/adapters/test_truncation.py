@@ -28,8 +28,7 @@ ADAPTERS = {name: adapter(name) for name in CASES}
 
 def deltas(layout: AdapterLayout, weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [
-        m.scaling * weights[m.key_b].double().flatten(1) @ weights[m.key_a].double().flatten(1)
-        for m in layout.modules
+        m.scaling * weights[m.key_b].double().flatten(1) @ weights[m.key_a].double().flatten(1) for m in layout.modules
     ]
 
 

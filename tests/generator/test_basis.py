@@ -37,7 +37,9 @@ class Convolutional(nn.Module):
         return self.head(self.conv(self.embed(ids)[:, None]).mean((2, 3)))
 
 
-KINDS = CASES | {"every kind": (Convolutional, LoraConfig(r=2, lora_alpha=6, target_modules=["embed", "conv", "head"]))}
+KINDS = CASES | {
+    "every kind": (Convolutional, LoraConfig(r=2, lora_alpha=6, target_modules=["embed", "conv", "head"]))
+}
 READING = ["all-linear", "embeddings", "Conv1D", "mixed ranks", "rsLoRA", "every kind"]  # these have a forward pass
 
 
@@ -61,9 +63,7 @@ LAYOUTS = {name: make(name)[1] for name in KINDS}
 def deltas(layout: AdapterLayout, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
     """ΔW of every module, formed: ``(n, out, in)``."""
     weights = layout.unflatten(vectors.double())
-    return {
-        m.path: m.scaling * weights[m.key_b].flatten(2) @ weights[m.key_a].flatten(2) for m in layout.modules
-    }
+    return {m.path: m.scaling * weights[m.key_b].flatten(2) @ weights[m.key_a].flatten(2) for m in layout.modules}
 
 
 def squares(changes: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -296,11 +296,14 @@ def deltas(generator: CVAELoRAGenerator, text: Any, **options: Any) -> torch.Ten
 
 def test_texts_add_up_by_their_weights(knowing: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path) -> None:
     if knowing.basis is None:  # the paper's network makes weights, which are what adds up there
+
         def change(text: Any) -> torch.Tensor:
             return knowing.layout.flatten(knowing.generate_state_dict(text)) - knowing.center
     else:
+
         def change(text: Any) -> torch.Tensor:
             return deltas(knowing, text) - deltas(knowing, {KNOWN[0]: 0})
+
     first, second = (change(text) for text in KNOWN[:2])
     assert first.norm() > 0.01 and (first - second).norm() > 0.01
     for left, right in ((0.7, 0.3), (1, 1), (0.5, -2.0), (0, -1)):

@@ -183,9 +183,7 @@ def test_wrong_conditions_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_adapter_attaches_to_a_model(
-    core_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM
-) -> None:
+def test_generate_adapter_attaches_to_a_model(core_generator: CVAELoRAGenerator, pico_model: LlamaForCausalLM) -> None:
     with torch.no_grad():
         base = pico_model(TOKENS).logits
         model = core_generator.generate_adapter(TEXT, pico_model.train())

@@ -34,9 +34,7 @@ from lora_factory.training.train import train_generator
 from lora_factory.utils.checkpoint import TrainingCheckpoint
 from lora_factory.zoo.store import AdapterZoo
 
-SETTINGS = CollectArguments(
-    steps=8, snapshots=2, batch_size=2, sequence_length=24, packing=False, learning_rate=3e-2
-)
+SETTINGS = CollectArguments(steps=8, snapshots=2, batch_size=2, sequence_length=24, packing=False, learning_rate=3e-2)
 WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]
 
 
@@ -177,7 +175,10 @@ def test_the_network_waits_until_the_basis_has_begun(
     short = replace(arguments, base_steps=5, multitask_steps=5)
     made = train_generator(None, tmp_path / "a", short, tasks=make_tasks(), base_model=pico_model_folder)
     assert not made.network.prior_mean.weight.any()
-    one, other = (made.generate_state_dict(text) for text in ("The quick brown fox jumps over the lazy dog", "Permission is hereby granted, free of charge"))
+    one, other = (
+        made.generate_state_dict(text)
+        for text in ("The quick brown fox jumps over the lazy dog", "Permission is hereby granted, free of charge")
+    )
     assert all(torch.equal(value, other[key]) for key, value in one.items()), "one adapter for all tasks"
     later = replace(arguments, base_steps=8, multitask_steps=5)
     made = train_generator(None, tmp_path / "b", later, tasks=make_tasks(), base_model=pico_model_folder)
@@ -288,7 +289,9 @@ def test_the_state_of_another_training_is_not_taken_up(
     settings, tasks = replace(arguments, base_steps=4), make_tasks()
     monkeypatch.setattr(training, "TrainingCheckpoint", partial(TrainingCheckpoint, every_seconds=0))
     parts = [{split: task.examples(split) for split in ("train", "validation", "test")} for task in tasks]
-    renamed = [Task.from_examples(t.name, [f"{t.name}, reworded."], **part) for t, part in zip(tasks, parts, strict=True)]
+    renamed = [
+        Task.from_examples(t.name, [f"{t.name}, reworded."], **part) for t, part in zip(tasks, parts, strict=True)
+    ]
     assert [task.fingerprint() for task in renamed] == [task.fingerprint() for task in tasks]
     for changed, others in ((replace(settings, seed=3), tasks), (settings, renamed)):
         with monkeypatch.context() as patch:
@@ -312,7 +315,9 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_an_earlier_generator(
     train_generator(None, tmp_path / "generator", replace(arguments, base_steps=1), **options)
     before = {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()}
     wild = replace(arguments, base_steps=9, basis_learning_rate=1e30)
-    with pytest.raises(LoraFactoryError, match=r"the loss through the base is .* lower basis_learning_rate \(now 1e\+30"):
+    with pytest.raises(
+        LoraFactoryError, match=r"the loss through the base is .* lower basis_learning_rate \(now 1e\+30"
+    ):
         train_generator(None, tmp_path / "generator", wild, overwrite=True, **options)
     assert {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()} == before
 
@@ -414,7 +419,10 @@ def test_training_goes_on_from_a_zoo(
     assert max(record["errors"].values()) < 1e-4
     assert set(made[1].config.modalities) == {"text", "hidden"}
     assert made[1].network.decoder.any(1).all(), "every latent takes part"
-    sampled = [made[1].generate_state_dict("The quick brown fox jumps over the lazy dog", temperature=1.0, seed=seed) for seed in (0, 1)]
+    sampled = [
+        made[1].generate_state_dict("The quick brown fox jumps over the lazy dog", temperature=1.0, seed=seed)
+        for seed in (0, 1)
+    ]
     assert any(not torch.equal(sampled[0][key], sampled[1][key]) for key in sampled[0])
 
 
@@ -445,7 +453,10 @@ def test_held_out_tasks_choose_a_step_on_a_zoo_too_and_need_one(
     short = replace(on_zoo, base_steps=6, steps=5)
     made = train_generator(zoo, tmp_path / "generator", short, **options)
     assert all("validation" in row for row in made.training_record["history"])
-    with pytest.raises(LoraFactoryError, match=r"held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out"):
+    with pytest.raises(
+        LoraFactoryError,
+        match=r"held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out",
+    ):
         train_generator(zoo, tmp_path / "other", replace(short, base_steps=0), **options)
 
 
@@ -512,9 +523,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_one_generator(
-    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_one_generator(arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path) -> None:
     script, settings = tmp_path / "train.py", replace(arguments, base_steps=5, multitask_steps=2)
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
