@@ -23,7 +23,7 @@ def test_values_are_kept() -> None:
         ({"format_version": 3, "width": "what only a newer version knows"}, "reads versions up to 2"),
         ({"format_version": 0}, "format_version=0"),
         ({}, "the generator has format 1, that of networks which lora-factory no longer has"),
-        ({"format_version": 1, "width": "of another kind then"}, "(lora-factory train)"),
+        ({"format_version": 1, "width": "of another kind then"}, "generator has format"),
         ({"core": "round"}, "core='round': choose 'full' or 'diagonal'"),
         ({"decoder": "token"}, "decoder='token': choose 'core' or 'conv1d'"),
         ({"latent_size": 0}, "must be at least 1"),

@@ -1,16 +1,14 @@
-"""A zoo and a generator trained on it."""
+"""A zoo whose tasks can be told apart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from transformers import BertConfig, BertModel
 
+from helpers.models import VOCABULARY, make_tokenizer, save_model
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.arguments import TrainArguments
-from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.models.text_encoders import TextEncoder
-from lora_factory.training.train import build_generator
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
 
@@ -22,41 +20,53 @@ DESCRIPTIONS = {
 }
 
 
-def make_zoo(folder: Path, layout: AdapterLayout, names: tuple[str, ...] = tuple(DESCRIPTIONS)) -> AdapterZoo:
-    """Five snapshots a task around a random adapter of its own, with a spread of a tenth of the adapters' distance."""
+def make_zoo(
+    folder: Path, layout: AdapterLayout, names: tuple[str, ...] = tuple(DESCRIPTIONS), runs: int = 1
+) -> AdapterZoo:
+    """Five snapshots a run around a random adapter of its own, with a spread of a tenth of the adapters' distance."""
     zoo = AdapterZoo.create(folder, layout)
     source = torch.Generator().manual_seed(0)
     for name in names:
-        center = 0.1 * torch.randn(layout.size, generator=source)
-        record = RunRecord(
-            task=name,
-            run="seed-0",
-            descriptions=DESCRIPTIONS[name],
-            seed=0,
-            base_model=layout.base_model,
-            base_revision=None,
-            steps=5,
-            snapshot_steps=(1, 2, 3, 4, 5),
-            validation_losses=(),
-            train_tokens=10,
-            data_fingerprint="0" * 64,
-            versions={},
-            license="MIT" if name == "law" else None,
-        )
-        zoo.add_run(record, center + 0.01 * torch.randn(5, layout.size, generator=source))
+        for run in range(runs):
+            center = 0.1 * torch.randn(layout.size, generator=source)
+            record = RunRecord(
+                task=name,
+                run=f"seed-{run}",
+                descriptions=DESCRIPTIONS[name],
+                seed=run,
+                base_model=layout.base_model,
+                base_revision=None,
+                steps=5,
+                snapshot_steps=(1, 2, 3, 4, 5),
+                validation_losses=(),
+                train_tokens=10,
+                data_fingerprint="0" * 64,
+                versions={},
+                license="MIT" if name == "law" else None,
+            )
+            zoo.add_run(record, center + 0.01 * torch.randn(5, layout.size, generator=source))
     return zoo
 
 
-def features(zoo: AdapterZoo, encoder: str) -> dict[str, dict[str, torch.Tensor]]:
-    text_encoder = TextEncoder(encoder)
-    return {"text": {task: text_encoder.encode(zoo.descriptions(task)) for task in zoo.tasks}}
+def save_word_encoder(folder: Path) -> Path:
+    """A sentence encoder that adds up vectors of tokens, 128 wide: texts of other words are far apart."""
+    tokenizer = make_tokenizer(bos=False)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=8,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        max_position_embeddings=64,
+        initializer_range=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
+    def build() -> BertModel:
+        model = BertModel(config)
+        for part in (model.embeddings.position_embeddings, model.embeddings.token_type_embeddings):
+            torch.nn.init.zeros_(part.weight)
+        return model
 
-def prepared(
-    zoo: AdapterZoo, arguments: TrainArguments
-) -> tuple[CVAELoRAGenerator, dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """An untrained generator with fitted statistics, and what it is trained on."""
-    weights, rows = {task: zoo.snapshots(task) for task in zoo.tasks}, features(zoo, arguments.text_encoder)
-    generator = build_generator(zoo, arguments, {"text": 32})
-    generator.fit_statistics(weights, rows)
-    return generator, weights, rows
+    save_model(build, tokenizer, folder)
+    return folder
