@@ -353,8 +353,8 @@ def test_no_condition_is_exactly_the_centre(knowing: CVAELoRAGenerator) -> None:
         with torch.no_grad():
             assert torch.equal(knowing.assemble(knowing.made({}, 1))[0], expected)
             assert torch.equal(knowing.cores({}, 2), knowing.center.expand(2, -1))
-            vectors, told = {"text": knowing.text_task_vectors[:2]}, torch.tensor([[True], [False]])
-            cores = knowing.cores(vectors, 2, told=told)
+            vectors, present = {"text": knowing.text_task_vectors[:2]}, {"text": torch.tensor([[True], [False]])}
+            cores = knowing.cores(vectors, 2, present=present)
         assert torch.equal(cores[1], knowing.center) and not torch.equal(cores[0], knowing.center)
 
 

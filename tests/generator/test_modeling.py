@@ -76,6 +76,7 @@ def test_forward_and_backward(generator: CVAELoRAGenerator, layout: AdapterLayou
         assert 0 <= output.active_latents <= 8
     gradients = {name: parameter.grad for name, parameter in generator.named_parameters()}
     assert gradients.pop("basis.factors", None) is None, "adapters are only projected on the basis"
+    assert gradients.pop("center") is None, "the center is trained through the base alone"
     assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     generator.zero_grad()
 
@@ -302,7 +303,7 @@ def cut_config(folder: Path) -> None:
         (edit_config(decoder="transformer"), "choose 'core' or 'conv1d'"),
         (edit_config(width=0), "must be at least 1"),
         (edit_config(width="wide"), "cannot load a generator"),
-        (edit_config(format_version=1), "has format 1.*train it again with train_generator"),
+        (edit_config(format_version=1), "has format 1.*train it with train_generator, again"),
         (edit_config(format_version=3), "format_version=3.*pip install --upgrade lora-factory"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
