@@ -2,7 +2,8 @@
 
     LORA_FACTORY_SHARED=../shared python benchmarks/ablations.py --output ablations-output
 
-Seven domains on the 260 K Llama, 200 steps each, text conditions, stage 1 alone: all that the paper's recipe has.
+Seven domains on the 260 K Llama, 200 steps each, text conditions, on the zoo's weights alone: all that the paper's
+recipe has.
 Headroom is that of the generated adapters on held-out text: 0 is the base model, 1 the domain's own LoRA. Every run is
 kept in the output folder; the same command continues after an interruption.
 """
@@ -30,9 +31,9 @@ from lora_factory.reporting.summary import headroom
 from lora_factory.utils.cache import CellLog
 from lora_factory.utils.files import write_json
 
-RANKS, DEPTHS, STEPS = (1, 2, 4, 8), (10, 12, 14, 16, 18, 20), (1, 25, 50, 100, 200)
+RANKS, BASES, DEPTHS, STEPS = (1, 2, 4, 8), (4, 8, 16, 28), (10, 12, 14, 16, 18, 20), (25, 100, 250, 500, 1000)
 COLLECT = CollectArguments(steps=200, snapshots=20, learning_rate=1e-2, validation_sequences=16, dtype="float32")
-TOKEN, CONV = TrainArguments(steps=300, width=192), TrainArguments(decoder="conv1d", steps=200)
+CORE, CONV = TrainArguments(), TrainArguments(decoder="conv1d", steps=200)
 TOKENS = 3000
 METHODS = ("generated", "uniform soup")
 ENOUGH, ADVANTAGE = 0.99, 20  # the paper's recipe is given 20 times as long as ours takes to 0.99 of the headroom
@@ -51,12 +52,17 @@ def main() -> None:
         )
         for rank in RANKS
     }
-    runs = [("rank", rank, zoos[rank], TOKEN) for rank in RANKS]
-    runs += [("stage 1 steps", steps, zoos[4], replace(TOKEN, steps=steps)) for steps in STEPS]
+    runs = [("rank of the zoo", rank, zoos[rank], CORE) for rank in RANKS]
+    runs += [("rank of the basis, zoo of rank 4", rank, zoos[4], replace(CORE, rank=rank)) for rank in BASES]
+    runs += [
+        ("diagonal cores, rank of the basis", rank, zoos[4], replace(CORE, rank=rank, core="diagonal"))
+        for rank in BASES
+    ]
+    runs += [("steps", steps, zoos[4], replace(CORE, steps=steps)) for steps in STEPS]
     runs += [("conv depth", depth, zoos[4], replace(CONV, conv_depth=depth)) for depth in DEPTHS]
     score = partial(scored, log, tasks, base, options)
     cells = [score(*run) for run in runs]
-    quick = next((cell for cell in cells if cell["parameter"] == "stage 1 steps" and mean(cell) >= ENOUGH), None)
+    quick = next((cell for cell in cells if cell["parameter"] == "steps" and mean(cell) >= ENOUGH), None)
     if quick is not None:
         (paper,) = (cell for cell in cells if (cell["parameter"], cell["value"]) == ("conv depth", 12))
         steps = round(CONV.steps * ADVANTAGE * quick["seconds"] / paper["seconds"])
@@ -108,14 +114,15 @@ def measure(zoo: AdapterZoo, settings: TrainArguments, tasks: list, base: Path, 
     seconds = time.perf_counter() - start
     generator = CVAELoRAGenerator.from_pretrained(folder)
     model, tokenizer = load_base_model(base)
-    zeros = zoo.layout.unflatten(torch.zeros(zoo.layout.size))
-    slot = AdapterSlot(attach_adapter(model, zoo.layout, zeros), zoo.layout)
-    soup = uniform_soup({task.name: zoo.snapshots(task.name) for task in tasks})
+    layout = generator.layout  # the basis may have a higher rank than the zoo
+    zeros = layout.unflatten(torch.zeros(layout.size))
+    slot = AdapterSlot(attach_adapter(model, layout, zeros), layout)
+    soup = zoo.layout.widen(uniform_soup({task.name: zoo.snapshots(task.name) for task in tasks}), layout)
     shares: dict = {"generated": {}, "uniform soup": {}, "seconds": seconds}
     for task in tasks:
         adapters = {
             "base": zeros,
-            "original": zoo.final(task.name, zoo.runs(task.name)[0]),
+            "original": zoo.layout.widen(zoo.final(task.name, zoo.runs(task.name)[0]), layout),
             "generated": generator.generate_state_dict(task.descriptions[0]),
             "uniform soup": soup,
         }

@@ -58,7 +58,7 @@ COLLECT = CollectArguments(
     learning_rate=1e-2,
     dtype="float32",
 )
-TRAIN = TrainArguments(width=128, steps=600)
+TRAIN = TrainArguments()
 CANVASES = {"train": 128, "validation": 16, "test": 64}
 
 

@@ -53,7 +53,8 @@ COLLECT = CollectArguments(
     learning_rate=1e-3,
     validation_sequences=12,
 )
-TRAIN = TrainArguments(width=128, depth=1, steps=20, multitask_learning_rate=1e-3, specialist_learning_rate=5e-4)
+TRAIN = TrainArguments(rank=RANK, lora_alpha=16.0, basis_learning_rate=1e-3, validation_sequences=12)
+MULTITASK_RATE = 1e-3
 
 
 def main() -> None:
@@ -80,14 +81,14 @@ def main() -> None:
     trainer = zoo_factory(known, options.base, Accelerator(), zoo.layout)
     everyone = options.output / f"multi-task-{known.fingerprint()[:12]}.safetensors"
     if not everyone.is_file():
-        rate = TRAIN.multitask_learning_rate
-        weights = train_multitask(trainer, seen, seed=options.seed, learning_rate=rate)
+        weights = train_multitask(trainer, seen, seed=options.seed, learning_rate=MULTITASK_RATE)
         save_file({"weights": weights.contiguous()}, everyone)
     multitask, folder = load_file(everyone)["weights"], options.output / "generator"
     if not (folder / "config.json").is_file():
-        budget = {"multitask_steps": options.steps * len(seen), "specialist_steps": options.steps // 2}
-        arguments = replace(TRAIN, seed=options.seed, **budget)
-        train_generator(known, folder, arguments, tasks=seen, base_model=options.base, bias_adapter=multitask)
+        steps = max(3, options.steps * len(seen) * options.batch_size // 16)  # 16 sequences each
+        how = {"sequence_length": options.window, "dtype": options.dtype}
+        arguments = replace(TRAIN, seed=options.seed, base_steps=steps, **how)
+        train_generator(output_dir=folder, arguments=arguments, tasks=seen, base_model=options.base)
     generator = CVAELoRAGenerator.from_pretrained(folder)
     fingerprint = sha256_file(folder / "model.safetensors")
     refined = partial(from_examples, trainer, options.seed, options.refine_steps)

@@ -6,8 +6,8 @@ Synthetic zoos of 125, 250 and 500 tasks, 50 snapshots each, 1.97 million weight
 each of 30 layers of width 1024): 49, 98 and 197 GB of float32. Only a few different files are written; the tasks'
 files are hard links to them, so that the zoos take 2 GB of the disk, and after the first tasks all is read from the
 page cache. Every line is measured in a process of its own; its memory is the peak of the resident set (VmHWM), of
-which the libraries alone take what the line of 0 tasks says. "statistics" is the one pass over all snapshots, with
-the SHA-256 of every file; "fit" is five steps of stage 1 between two solutions of the heads, 37 batches in all.
+which the libraries alone take what the line of 0 tasks says. "fit" is the whole
+training on the zoo's weights: the joint factorisation, the cores of all snapshots, and a few steps of the network.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
 
 LAYERS, WIDTH, RANK, SNAPSHOTS = 30, 1024, 16, 50
-STEPS, BATCH = 5, 12
+STEPS = 5
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
     if options.measure is not None:
         print(json.dumps(measure(options.folder / str(options.measure), options.measure)))
         return
-    columns = ("tasks", "open ms", "snapshot ms", "statistics s", "batch ms", "fit s", "peak memory GB")
-    table = Table(title=f"{SNAPSHOTS} snapshots of {make_layout().size:,} weights per task, batches of {BATCH}")
+    columns = ("tasks", "open ms", "snapshot ms", "fit s", "peak memory GB")
+    table = Table(title=f"{SNAPSHOTS} snapshots of {make_layout().size:,} weights per task")
     for column in columns:
         table.add_column(column, justify="right")
     for count in (0, *map(int, options.tasks.split(","))):
@@ -118,7 +118,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     """Open a zoo and train on it for a few steps, with made-up task vectors."""
     from accelerate import Accelerator
 
-    from lora_factory.training.from_zoo import fit, sample_episode
+    from lora_factory.training.from_zoo import basis_rank, fit
     from lora_factory.training.train import build_generator
     from lora_factory.zoo.checkpoints import open_checkpoints
 
@@ -138,17 +138,15 @@ def measure(folder: Path, count: int) -> dict[str, float]:
             row = source.randrange(SNAPSHOTS)
             zoo.snapshots(source.choice(list(weights)), "seed-0", rows=slice(row, row + 1))
         note("snapshot ms", 1000 * timer.lap() / 50)
-        arguments = TrainArguments(steps=STEPS, batch_size=BATCH)
-        generator = build_generator(zoo, arguments, {"text": 384})
+        arguments = TrainArguments(steps=STEPS)
+        layout = zoo.layout.with_rank(basis_rank(zoo, arguments))
+        about = [{"name": task, "descriptions": [task]} for task in weights]
+        generator = build_generator(zoo, arguments, {"text": 384}, layout, about)
         numbers = torch.Generator().manual_seed(0)
         features = {"text": {task: torch.randn(2, 384, generator=numbers) for task in weights}}
+        generator.fit_conditions(features)
         timer.lap()
-        generator.fit_statistics(weights, features)
-        note("statistics s", timer.lap())
-        for _ in range(10):
-            sample_episode(generator, weights, features, BATCH, numbers)
-        note("batch ms", 1000 * timer.lap() / 10)
-        fit(generator, weights, features, arguments, Accelerator(cpu=True))
+        fit(generator, zoo, features, arguments, Accelerator(cpu=True))
         note("fit s", timer.lap())
     return figures | {"peak memory GB": peak_memory()}
 
