@@ -123,10 +123,11 @@ class CoreBasis(nn.Module):
                 continue
             a, b = factors[module.key_a].flatten(1), factors[module.key_b].flatten(1)
             own_a, own_b = thin[module.path]
-            core = (torch.linalg.pinv(b) @ own_b) @ (own_a @ torch.linalg.pinv(a))
+            left, right = b.mT @ b, a @ a.mT
+            core = _inverse(left) @ (b.mT @ own_b) @ (own_a @ a.mT) @ _inverse(right)
             part = core.diagonal(dim1=1, dim2=2) if self.diagonal else core.flatten(1)
             core = part.diag_embed() if self.diagonal else core
-            kept += ((b.mT @ b) @ core @ (a @ a.mT) * core).sum((1, 2))
+            kept += (left @ core @ right * core).sum((1, 2))
             total += ((own_a @ own_a.mT) * (own_b.mT @ own_b)).sum((1, 2))
             parts.append(part / module.scaling)
         return torch.cat(parts, 1), ((total - kept) / total.clamp_min(1e-30)).clamp(0, 1)
@@ -136,6 +137,11 @@ def _thin(layout: AdapterLayout, vectors: Tensor) -> dict[str, tuple[Tensor, Ten
     """``A`` (n, r, in) and ``scaling · B`` (n, out, r) of every module of adapters ``(n, D)``, in float32."""
     weights = layout.unflatten(vectors.float())
     return {m.path: (weights[m.key_a].flatten(2), m.scaling * weights[m.key_b].flatten(2)) for m in layout.modules}
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """The pseudo-inverse of a symmetric (R, R) matrix; so ``B⁺`` is that of ``BᵀB``, times ``Bᵀ``."""
+    return torch.linalg.pinv(gram.double(), hermitian=True).to(gram)
 
 
 def _directions(rows: Tensor, count: int) -> Tensor:

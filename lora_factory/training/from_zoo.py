@@ -223,7 +223,7 @@ def _minimise(
         optimizer.zero_grad()
         bar.update()
         if step % 50 == 0 or step == arguments.steps - 1:
-            history.append({"step": step, **{name: round(float(value), 6) for name, value in output.items()}})
+            history.append({"step": step, **{name: round(value.item(), 6) for name, value in output.items()}})
             bar.set_postfix(error=f"{history[-1]['reconstruction']:.4f}", kl=f"{history[-1]['kl']:.1f}")
     bar.close()
     return history
