@@ -46,7 +46,7 @@ def arguments(pico_encoder_folder: Path) -> TrainArguments:
         latent_size=8,
         rank=4,
         lora_alpha=8.0,
-        base_steps=120,
+        base_steps=300,
         base_tasks=3,
         base_learning_rate=1e-2,
         basis_learning_rate=1e-2,
@@ -96,10 +96,10 @@ def test_the_loss_falls_and_the_text_steers(
     assert not generator.training and {path.name for path in folder.parent.iterdir()} == {"generator"}
     record = json.loads((folder / "training.json").read_text())
     history = record["history"]
-    assert [row["step"] for row in history] == list(range(12, 121, 12))
+    assert [row["step"] for row in history] == list(range(30, 301, 30))
     assert history[-1]["loss"] < history[0]["loss"] - 0.5
-    assert 120 * 3 * 2 * 4 < history[-1]["tokens"] <= 120 * 3 * 2 * 24
-    assert (record["arguments"]["base_steps"], record["arguments"]["multitask_steps"]) == (120, 40)
+    assert 300 * 3 * 2 * 4 < history[-1]["tokens"] <= 300 * 3 * 2 * 24
+    assert (record["arguments"]["base_steps"], record["arguments"]["multitask_steps"]) == (300, 100)
     trainer = reader(generator, arguments, pico_model_folder, tasks)
     found, base = losses(generator, trainer, tasks), base_losses(trainer, tasks)
     for task in tasks:
@@ -135,7 +135,8 @@ def test_what_is_saved_is_what_is_returned(trained: tuple[CVAELoRAGenerator, Pat
     assert [task["name"] for task in config.tasks] == ["prose", "code", "law"]
     assert {module.rank for module in loaded.layout.modules} == {4} and loaded.layout.modules[0].scaling == 2
     assert len(loaded.layout.modules) == 14 and loaded.layout.base_model == str(pico_model_folder.resolve())
-    assert torch.equal(loaded.center, loaded.basis.identity())
+    moved = (loaded.center - loaded.basis.identity()).norm() / loaded.basis.identity().norm()
+    assert 0 < moved < 0.5, "the core that all tasks share is trained from the identity on"
     low = loaded.generate_state_dict("The quick brown fox jumps over the lazy dog", rank=2)
     loaded.layout.with_rank(2).check(low)
 
