@@ -4,8 +4,8 @@
     LORA_FACTORY_SHARED=../shared python benchmarks/instructions.py --functions 40 --steps 60 --test-rows 2 --scored 8
 
 The 200 functions of BIG-bench's list_functions on SmolLM2-135M-Instruct. A fold leaves a fifth of the descriptions
-out, with all functions that share them. A generator and two multi-task LoRAs, one of which reads the description in the
-prompt, take the same number of steps with the same number of examples, 16 a step. The table gives the mean over
+out, with all functions that share them. A generator and two multi-task LoRAs, one of which reads the description in
+the prompt, take the same number of steps with the same number of examples, 16 a step. The table gives the mean over
 functions of exact match and of the loss in nats per token of the answer. The second command is for two cores.
 """
 
