@@ -78,7 +78,7 @@ def main() -> None:
     generator = train_generator(zoo, options.output / "generator", replace(TRAIN, seed=options.seed), overwrite=True)
     model, tokenizer = load_base_model(base)
     inputs = model_inputs(model, load_processor(base))
-    trainer = LoRATrainer.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), inputs)
+    trainer = LoRATrainer.attach(model, tokenizer, collect, BASE_NAME, Accelerator(), inputs, generator.layout)
     methods = paper_methods(zoo, generator, tasks, torch.device("cpu"), False)
     settings = {"seeds": str(options.seed), "base steps": options.base_steps, "threads": torch.get_num_threads()}
     result = compare_detection(trainer, methods, tasks, options.output, max_new_tokens=32, settings=settings)

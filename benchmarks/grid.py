@@ -181,7 +181,7 @@ def own_lora(trainer: LoRATrainer, multitask: CVAELoRAGenerator, task: Task) -> 
     return own
 
 
-def main() -> None:
+def read_options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fold", choices=FOLDS, default="1")
     parser.add_argument("--steps", type=int, default=2250, help="training steps of each row, 16 sequences each")
@@ -191,7 +191,11 @@ def main() -> None:
     parser.add_argument("--core", choices=("full", "diagonal"), default="full")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--oracle", type=int, default=0, help="cells of each group left out to fit an oracle core on")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Train both, print the tables, and return the loss of every row on every group of cells."""
     if not (SHARED / "data" / "grid").is_dir():
         raise SystemExit(
             f"{SHARED / 'data' / 'grid'} is not there; set LORA_FACTORY_SHARED to the folder of shared data"
@@ -244,8 +248,10 @@ def main() -> None:
     }
     for name, by_cell in conditions.items():
         rows[name] = lambda cell, by_cell=by_cell: scorer.losses(made, cell, made.cores(by_cell[cell], 1))
+    losses = {}
     for name, score in rows.items():
         means = [torch.stack([score(cell) for cell in members]).mean(0).tolist() for members in groups.values()]
+        losses[name] = {group: m[0] for group, m in zip(groups, means, strict=True)}
         cells_shown = [f"{m[0]:.3f}" for m in means] + [f"{m[1]:.3f}" for m in means]
         print(f"| {name} | " + " | ".join(cells_shown) + " |", flush=True)
     if options.oracle:
@@ -271,6 +277,7 @@ def main() -> None:
             f"| {shares[1]:.2f} |",
             flush=True,
         )
+    return losses
 
 
 def zoo_less_trainer(base: str, rank: int) -> LoRATrainer:
@@ -282,4 +289,4 @@ def zoo_less_trainer(base: str, rank: int) -> LoRATrainer:
 
 
 if __name__ == "__main__":
-    main()
+    run(read_options())

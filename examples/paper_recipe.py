@@ -24,16 +24,20 @@ def paper_generator(zoo: AdapterZoo, epochs: int, text_encoder: str) -> TrainArg
 def paper_methods(
     zoo: AdapterZoo, generator: CVAELoRAGenerator, tasks: Sequence[Task], device: torch.device, smoke: bool
 ) -> dict[str, dict[str, torch.Tensor | None]]:
-    """For every method of the tables and every task the adapter's weights; None for the base model alone."""
+    """For every method of the tables and every task weights of the generator's layout; None for the base alone."""
     weights = {task.name: zoo.snapshots(task.name) for task in tasks}
     vectors = {task.name: generator.text_encoder.encode(list(task.descriptions)) for task in tasks}
     steps = {"autoencoder_steps": 3, "diffusion_steps": 3} if smoke else {}
     diffusion = train_cond_p_diff(weights, vectors, device=device, **steps)
     generated = {task.name: generator.generate_state_dict(task.descriptions[0]) for task in tasks}
-    return {
+    found = {
         "Original LoRA": {name: rows[-1] for name, rows in weights.items()},
-        "Original model": dict.fromkeys(weights),
         "Model Soup": dict.fromkeys(weights, uniform_soup(weights)),
         "COND P-DIFF": {name: diffusion.generate(rows.mean(0), 0) for name, rows in vectors.items()},
-        "ICM-LoRA": {name: zoo.layout.flatten(state_dict) for name, state_dict in generated.items()},
     }
+    widened = {
+        method: {name: zoo.layout.widen(row[None], generator.layout)[0] for name, row in rows.items()}
+        for method, rows in found.items()
+    }
+    written = {name: generator.layout.flatten(state_dict) for name, state_dict in generated.items()}
+    return {"Original model": dict.fromkeys(weights), **widened, "ICM-LoRA": written}
