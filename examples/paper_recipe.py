@@ -40,4 +40,5 @@ def paper_methods(
         for method, rows in found.items()
     }
     written = {name: generator.layout.flatten(state_dict) for name, state_dict in generated.items()}
-    return {"Original model": dict.fromkeys(weights), **widened, "ICM-LoRA": written}
+    original = {"Original LoRA": widened.pop("Original LoRA"), "Original model": dict.fromkeys(weights)}
+    return original | widened | {"ICM-LoRA": written}
