@@ -146,7 +146,8 @@ def _fit_basis(
     cores = torch.stack([rows.mean(0) for rows, _ in projected.values()])
     generator.center.copy_(cores.mean(0))
     deviation = _per_module(generator, (cores - generator.center).square().mean(0)).sqrt()
-    generator.scale.copy_(deviation.clamp_min(1e-3 * deviation.max().clamp_min(1e-12)))
+    rounding = 1e-6 * cores.square().mean().sqrt().clamp_min(1e-6)  # all that equal adapters differ by
+    generator.scale.copy_(deviation.clamp_min(torch.maximum(1e-3 * deviation.max(), rounding)))
     standard = (cores - generator.center) / generator.spread_over(generator.scale)
     _, values, directions = torch.linalg.svd(standard, full_matrices=False)
     kept = min(len(network.decoder), int((values > 1e-5 * values[0]).sum()))

@@ -372,3 +372,16 @@ def test_a_damaged_training_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "training.json").write_text(text)
     with pytest.raises(LoraFactoryError, match=r"training\.json"):
         training_history(tmp_path)
+
+
+def test_a_zoo_of_equal_adapters_makes_that_adapter(
+    layout: AdapterLayout, arguments: TrainArguments, tmp_path: Path
+) -> None:
+    zoo = make_zoo(tmp_path / "spread", layout, ("code", "law", "prose"))
+    row, equal = zoo.snapshots("code")[:1], AdapterZoo.create(tmp_path / "equal", layout)
+    for task in zoo.tasks:
+        equal.add_run(replace(zoo.record(task, "seed-0"), sha256={}), row.repeat(5, 1))
+    generator = train_generator(equal, tmp_path / "generator", replace(arguments, steps=20))
+    history = training_history(tmp_path / "generator")
+    assert all(row["reconstruction"] < 1 for row in history), history
+    assert error(generator, equal, "law", text=DESCRIPTIONS["law"][0]) < 1e-3
