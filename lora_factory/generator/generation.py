@@ -113,8 +113,6 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
     """
     if order.rank is not None and order.rank > (highest := max(m.rank for m in generator.layout.modules)):
         raise LoraFactoryError(f"rank={order.rank} is above the generator's, {highest}; give {highest} or less")
-    for text in order.texts:
-        warn_of_a_stranger(generator, text)
     given = dict(order.conditions or {})
     if order.images is not None:
         given |= generator.encode_images(order.images)
@@ -122,40 +120,53 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
         heard = "hidden" in (generator.config.modalities or {})
         if heard or not (order.text or given) or not order.refine_steps:
             given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
+    vectors = _task_vectors(generator, replace(order, conditions=given))
+    for text, vector in zip(order.texts, vectors.get("text", ()), strict=False):
+        warn_of_a_stranger(generator, text, vector)
     layout, lost = generator.layout, 0.0
-    state_dict, vectors = write_weights(generator, replace(order, conditions=given))
+    state_dict = _weights(generator, order, vectors)
     if order.rank is not None:
         layout, state_dict, lost = truncate(layout, state_dict, order.rank)
     if order.examples is not None and base is not None:
         in_chat = generator.config.chat_template
         base = replace(base, layout=layout)
         state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)
-    return Made(layout, state_dict, vectors, given, lost)
+    return Made(layout, state_dict, _summed(order, vectors), given, lost)
+
+
+def _task_vectors(generator: ConditionalVAE, order: Order) -> dict[str, Tensor]:
+    """The task vectors of an order by modality, ``(texts, width)``, one row where there is no text."""
+    rows = [generator.conditions(text, order.conditions) for text in order.texts or [None]]
+    return {name: torch.stack([row[name] for row in rows]).to(generator.center) for name in rows[0]}
+
+
+def _summed(order: Order, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows ``(texts, n)`` by name, added up with the weights of the order's texts; float32, on the CPU."""
+    shares = torch.tensor([*order.texts.values()] or [1.0])
+    return {name: shares @ values.detach().float().cpu() for name, values in rows.items()}
 
 
 @torch.no_grad()
-def write_weights(generator: ConditionalVAE, order: Order) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapter of an order's texts and task vectors, as the network writes it, and these vectors.
+def _targets(generator: ConditionalVAE, order: Order, vectors: Mapping[str, Tensor]) -> Tensor:
+    """The network's targets ``(1, targets)`` for task vectors, those of several texts added up with their weights.
 
-    Several texts make a weighted sum of what each would change: cores (weights, for ``conv1d``) add.
+    So cores (weights, for ``conv1d``) add.
     """
-    targets, vectors = _targets(generator, order)
-    state_dict = generator.layout.unflatten(generator.assemble(targets)[0].float().cpu())
-    generator.layout.check(state_dict)
-    return state_dict, vectors
-
-
-def _targets(generator: ConditionalVAE, order: Order) -> tuple[Tensor, dict[str, Tensor]]:
-    """The network's targets ``(1, targets)`` for an order, and the task vectors that it was made of."""
-    texts = order.texts
-    rows = [generator.conditions(text, order.conditions) for text in texts or [None]]
-    shares = torch.tensor([*texts.values()] or [1.0]).to(generator.center)
-    conditions = {name: torch.stack([row[name] for row in rows]).to(generator.center) for name in rows[0]}
+    shares = torch.tensor([*order.texts.values()] or [1.0]).to(generator.center)
     training = generator.training
     generator.eval()
-    targets = shares[None] @ generator.made(conditions, len(rows), seed=order.seed, temperature=order.temperature)
+    targets = generator.made(vectors, len(shares), seed=order.seed, temperature=order.temperature)
     generator.train(training)
-    return targets, {name: (shares @ values).float().cpu() for name, values in conditions.items()}
+    return shares[None] @ targets
+
+
+@torch.no_grad()
+def _weights(generator: ConditionalVAE, order: Order, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter of task vectors as the network writes it, checked against the layout."""
+    vector = generator.assemble(_targets(generator, order, vectors))[0]
+    state_dict = generator.layout.unflatten(vector.float().cpu())
+    generator.layout.check(state_dict)
+    return state_dict
 
 
 def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: FrozenBase | None = None) -> Generation:
@@ -219,9 +230,10 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
         - ``use``: Size of what the condition changes (the norm of the targets), in units of its median over the known
           tasks: 0 writes the adapter without a condition.
     """
-    targets, vectors = _targets(generator, order)
+    rows = _task_vectors(generator, order)
+    targets, vectors = _targets(generator, order, rows), _summed(order, rows)
     nearest = generator.nearest_tasks(vectors)
-    distance = round(1 - nearest[0]["similarity"], 4) if nearest else 0.0
+    distance = round(1 - nearest[0]["similarity"], 4) if nearest else None
     others = _neighbour_distances(generator, list(vectors))
     known = {name: generator.get_buffer(f"{name}_task_vectors") for name in vectors}
     sizes = generator.made(known, len(next(iter(known.values())))).norm(dim=1)
@@ -239,12 +251,11 @@ def zoo_distance(generator: ConditionalVAE, modalities: list[str]) -> float | No
     return round(median(distances), 4) if distances else None
 
 
-def warn_of_a_stranger(generator: ConditionalVAE, text: str | None) -> None:
+def warn_of_a_stranger(generator: ConditionalVAE, text: str, vector: Tensor) -> None:
     """Warn of a text that is farther from its nearest task than any task of the zoo is from its own nearest one."""
-    if text is None or len(generator.config.tasks or []) < 2:
+    if len(generator.config.tasks or []) < 2:
         return
-    vectors = generator.conditions(text)
-    nearest, farthest = generator.nearest_tasks(vectors, 1)[0], max(_neighbour_distances(generator, ["text"]))
+    nearest, farthest = generator.nearest_tasks({"text": vector}, 1)[0], max(_neighbour_distances(generator, ["text"]))
     if (distance := 1 - nearest["similarity"]) > farthest + 1e-4:  # similarities are rounded to four places
         warnings.warn(
             f"the text {text[:80]!r} is far from every task that the generator knows: {distance:.2f} (cosine "

@@ -31,10 +31,10 @@ class ConditionalVAE(PreTrainedModel):
     """Conditional VAE over LoRA weights: task vectors in, adapter weights out.
 
     With ``decoder="core"`` an adapter is ``ΔW = s · B (K + Z(c)) A`` per module: ``A`` and ``B`` are the ``basis``
-    that all adapters share, ``K`` is the ``center`` (the identity where the generator was trained on examples alone,
-    the zoo's mean core where it was trained on a zoo), and the network makes ``Z`` of a condition. Without a condition
-    ``Z = 0``: one adapter for all tasks. With ``decoder="conv1d"`` the network makes the weights themselves, as
-    differences from their mean.
+    that all adapters share, ``K`` is the ``center``, the core that all tasks share (it starts as the identity where
+    the generator is trained on examples alone, as the zoo's mean core on a zoo, and is trained through the base), and
+    the network makes ``Z`` of a condition. Without a condition ``Z = 0``: one adapter for all tasks. With
+    ``decoder="conv1d"`` the network makes the weights themselves, as differences from their mean.
 
     The network works on *targets*: cores or weights, less their center, in units of one standard deviation per module.
     """
