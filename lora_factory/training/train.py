@@ -84,14 +84,7 @@ def train_generator(
     if output_dir is None:
         raise LoraFactoryError("output_dir is not given; name the folder that the generator is to be written to")
     zoo = AdapterZoo(zoo) if isinstance(zoo, str | Path) else zoo
-    arguments = _checked(zoo, arguments, tasks, base_model)
-    if zoo is not None and base_model_name is not None:
-        raise LoraFactoryError(f"base_model_name={base_model_name!r} is decided by the zoo {zoo.folder}; leave it out")
-    _check_names(tasks or (), held_out)
-    if held_out and not arguments.base_steps:
-        raise LoraFactoryError(
-            "held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out"
-        )
+    arguments = _checked(zoo, arguments, tasks, held_out, base_model, base_model_name)
     if any(isinstance(task, ImageTask) for task in tasks or ()):
         given = [task for task in (*(tasks or ()), *held_out) if isinstance(task, ImageTask)]
         images = images or {task.name: task.images() for task in given}
@@ -110,18 +103,14 @@ def train_generator(
         if arguments.base_steps or images is None:
             everything = [*tasks, *held_out]
             trainer = _open_trainer(zoo, arguments, base_model, base_model_name, accelerator, everything)
+    if images is not None and not arguments.image_encoder:
+        base = base_model or (zoo.layout.base_model if zoo is not None else "")
+        arguments = replace(arguments, image_encoder=str(base))
     about = _about(zoo, tasks or ())
-    encoder = TextEncoder(arguments.text_encoder)
     described = {task["name"]: task["descriptions"] for task in about}
-    features = {"text": text_features(encoder, described, arguments.seed)}
-    if images is not None:
-        base = str(base_model or (zoo.layout.base_model if zoo is not None else ""))
-        arguments = replace(arguments, image_encoder=arguments.image_encoder or base)
-        known = {name: images.get(name, ()) for name in [*described, *(task.name for task in held_out)]}
-        features["image"] = image_vectors(ImageEncoder(arguments.image_encoder, device=accelerator.device), known)
-    elif trainer is not None and tasks is not None:
+    features = _features(arguments, described, held_out, images, accelerator)
+    if images is None and trainer is not None and tasks is not None:
         features["hidden"] = example_features(trainer, language_tasks([*tasks, *held_out]))
-    features["text"] |= {task.name: encoder.encode(list(task.descriptions)) for task in held_out}
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     layout = trainer.layout if trainer is not None and zoo is None else _layout(zoo, arguments)
     generator = build_generator(zoo, arguments, widths, layout, about)
@@ -249,13 +238,18 @@ def _checked(
     zoo: AdapterZoo | None,
     arguments: TrainArguments,
     tasks: Sequence[Task | ImageTask] | None,
+    held_out: Sequence[Task | ImageTask],
     base_model: str | Path | None,
+    base_model_name: str | None,
 ) -> TrainArguments:
-    """The arguments with the steps that they leave open.
+    """The arguments with the steps that they leave open, where all that is given fits together.
 
     Raises:
         LoraFactoryError: When there is too little to train on, or an option has no meaning here.
     """
+    names = [task.name for task in (*(tasks or ()), *held_out)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LoraFactoryError(f"several tasks are named {twice[0]!r}; give each a name of its own")
     if zoo is None:
         if tasks is None or base_model is None:
             raise LoraFactoryError("without a zoo, a generator is trained on examples; pass tasks= and base_model=")
@@ -273,11 +267,17 @@ def _checked(
             f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
             "collect more with collect_adapters"
         )
+    if base_model_name is not None:
+        raise LoraFactoryError(f"base_model_name={base_model_name!r} is decided by the zoo {zoo.folder}; leave it out")
     own = {one.name for one in fields(LoRAOptions)} - {"rank", "gradient_checkpointing"}
     given = [one for one in fields(arguments) if one.name in own and getattr(arguments, one.name) != one.default]
     if given:
         raise LoraFactoryError(
             f"{given[0].name}={getattr(arguments, given[0].name)!r} is decided by the zoo {zoo.folder}; leave it out"
+        )
+    if held_out and not arguments.base_steps:
+        raise LoraFactoryError(
+            "held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out"
         )
     if arguments.multitask_steps and not arguments.base_steps:
         raise LoraFactoryError(
@@ -295,11 +295,25 @@ def _checked(
     return arguments
 
 
-def _check_names(tasks: Sequence[Task | ImageTask], held_out: Sequence[Task | ImageTask]) -> None:
-    """Refuse two tasks of one name, of which one would stand for both."""
-    names = [task.name for task in (*tasks, *held_out)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise LoraFactoryError(f"several tasks are named {twice[0]!r}; give each a name of its own")
+def _features(
+    arguments: TrainArguments,
+    described: Mapping[str, Sequence[str]],
+    held_out: Sequence[Task | ImageTask],
+    images: Mapping[str, Sequence[ImageLike]] | None,
+    accelerator: Accelerator,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Vectors of texts and images by modality and task, ``(n, width)``; a held-out task has no damaged wordings.
+
+    Raises:
+        LoraFactoryError: When a text is empty, or a task has no image that can be read.
+    """
+    encoder = TextEncoder(arguments.text_encoder)
+    plain = {task.name: encoder.encode(list(task.descriptions)) for task in held_out}
+    features = {"text": text_features(encoder, described, arguments.seed) | plain}
+    if images is not None:
+        wanted = {name: images.get(name, ()) for name in features["text"]}
+        features["image"] = image_vectors(ImageEncoder(arguments.image_encoder, device=accelerator.device), wanted)
+    return features
 
 
 def _layout(zoo: AdapterZoo | None, arguments: TrainArguments) -> AdapterLayout:
