@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lora_factory.adapters.layout import AdapterLayout
     from lora_factory.zoo.store import AdapterZoo
 
 
@@ -26,26 +25,19 @@ class ZooStatistics:
     Attributes:
         mean: Mean over the tasks of their mean checkpoint.
         deviation: Mean square deviation of all checkpoints from ``mean``.
-        within: Mean over the tasks of the variance among their checkpoints.
     """
 
     mean: Tensor
     deviation: Tensor
-    within: Tensor
 
 
-def open_checkpoints(zoo: AdapterZoo, layout: AdapterLayout | None = None) -> dict[str, SnapshotRows]:
+def open_checkpoints(zoo: AdapterZoo) -> dict[str, SnapshotRows]:
     """The checkpoints of all tasks of a zoo, in memory if they take `HELD_BYTES` at most, else on disk.
 
     What is trained on them is the same either way.
-
-    Args:
-        zoo: The zoo.
-        layout: A layout that the zoo's can be widened to (``AdapterLayout.widen``); default: the zoo's own.
     """
-    layout = layout or zoo.layout
-    stored: dict[str, SnapshotRows] = {task: StoredRows(zoo, task, layout) for task in zoo.tasks}
-    if sum(map(len, stored.values())) * layout.size * 4 > HELD_BYTES:
+    stored: dict[str, SnapshotRows] = {task: StoredRows(zoo, task) for task in zoo.tasks}
+    if sum(map(len, stored.values())) * zoo.layout.size * 4 > HELD_BYTES:
         return stored
     return {task: rows[:] for task, rows in stored.items()}
 
@@ -58,12 +50,11 @@ class StoredRows:
     Args:
         zoo: The zoo.
         task: The task's name.
-        layout: The zoo's layout, or a wider one.
     """
 
-    def __init__(self, zoo: AdapterZoo, task: str, layout: AdapterLayout) -> None:
+    def __init__(self, zoo: AdapterZoo, task: str) -> None:
         """Read the records, but no weights."""
-        self.zoo, self.task, self.layout = zoo, task, layout
+        self.zoo, self.task = zoo, task
         self.runs = [(run, len(zoo.record(task, run).snapshot_steps)) for run in zoo.runs(task)]
 
     def __len__(self) -> int:
@@ -81,8 +72,7 @@ class StoredRows:
             if rows.start < rows.stop:
                 parts.append(self.zoo.snapshots(self.task, run, rows=rows, verify=True))
             start += count
-        rows_found = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows_found if self.layout is self.zoo.layout else self.zoo.layout.widen(rows_found, self.layout)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 # The checkpoints of one task, `(n, D)` in float32 on the CPU: in memory, or on disk and read when they are asked for.
@@ -113,16 +103,15 @@ def zoo_statistics(weights: Mapping[str, SnapshotRows]) -> ZooStatistics:
     """
     size = next(iter(weights.values()))[0].numel()
     everything = _Moments.of(torch.zeros(0, size))
-    mean, within = everything.squares.clone(), everything.squares.clone()
+    mean = everything.squares.clone()
     for rows in weights.values():
         task = _Moments.of(torch.zeros(0, size))
         for part in in_parts(rows):
             task.add(_Moments.of(part))
         everything.add(task)
         mean += task.mean / len(weights)
-        within += task.squares / (task.count * len(weights))
     deviation = everything.squares / everything.count + (everything.mean - mean).square_()
-    return ZooStatistics(mean=mean.float(), deviation=deviation.float(), within=within.float())
+    return ZooStatistics(mean=mean.float(), deviation=deviation.float())
 
 
 @dataclass

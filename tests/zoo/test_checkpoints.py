@@ -63,7 +63,7 @@ def spoil_last_byte(path: Path) -> None:
 
 
 def test_rows_on_disk_are_those_of_a_tensor(zoo: AdapterZoo) -> None:
-    everything, rows = zoo.snapshots("a"), StoredRows(zoo, "a", zoo.layout)
+    everything, rows = zoo.snapshots("a"), StoredRows(zoo, "a")
     assert len(rows) == 6
     for index in range(-6, 6):
         assert torch.equal(rows[index], everything[index])
@@ -72,15 +72,6 @@ def test_rows_on_disk_are_those_of_a_tensor(zoo: AdapterZoo) -> None:
             assert torch.equal(rows[start:stop], everything[start:stop])
     with pytest.raises(IndexError):
         rows[6]
-
-
-def test_a_wider_layout_pads_rows(zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    wider = zoo.layout.with_rank(3)
-    expected = zoo.layout.widen(zoo.snapshots("a"), wider)
-    held = open_checkpoints(zoo, wider)
-    assert torch.equal(held["a"][:], expected)
-    monkeypatch.setattr(snapshots_module, "HELD_BYTES", 0)
-    assert torch.equal(open_checkpoints(zoo, wider)["a"][2:5], expected[2:5])
 
 
 def test_only_zoos_beyond_the_budget_stay_on_disk(zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +85,11 @@ def test_only_zoos_beyond_the_budget_stay_on_disk(zoo: AdapterZoo, monkeypatch: 
 def test_statistics_do_not_depend_on_the_chunks(zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {task: zoo.snapshots(task).double() for task in zoo.tasks}
     mean = torch.stack([rows.mean(0) for rows in weights.values()]).mean(0)
-    within = torch.stack([rows.var(0, correction=0) for rows in weights.values()]).mean(0)
     deviation = (torch.cat(list(weights.values())) - mean).square().mean(0)
     for chunk in (1, 2 * 4 * zoo.layout.size, 1 << 30):
         monkeypatch.setattr(snapshots_module, "_CHUNK_BYTES", chunk)
-        found = zoo_statistics({task: StoredRows(zoo, task, zoo.layout) for task in zoo.tasks})
+        found = zoo_statistics({task: StoredRows(zoo, task) for task in zoo.tasks})
         torch.testing.assert_close(found.mean, mean.float())
-        torch.testing.assert_close(found.within, within.float())
         torch.testing.assert_close(found.deviation, deviation.float())
 
 
@@ -133,7 +122,7 @@ def test_a_row_is_read_without_the_rest(zoo: AdapterZoo, monkeypatch: pytest.Mon
         with pytest.raises(LoraFactoryError, match="cut short or altered"):
             call()
     with pytest.raises(LoraFactoryError, match="cut short or altered"):
-        StoredRows(opened, "b", zoo.layout)[0]
+        StoredRows(opened, "b")[0]
 
 
 def test_a_file_is_hashed_once_and_again_after_it_has_changed(
