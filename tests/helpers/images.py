@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from lora_factory.tasks.examples import ImageExample
 from lora_factory.tasks.images import ImageTask, LabelledImage
+from lora_factory.tasks.task import Task
 
 
 def save_classifier(folder: Path, *, channels: int = 3) -> Path:
@@ -94,3 +96,13 @@ def write_coco(folder: Path, boxes: dict[str, list[tuple[int, list[float]]]], im
 def animals(folder: Path) -> Path:
     pairs = [(number, [4, 2, 10, 5]) for number in range(6)]
     return write_coco(folder, {"dog": [*pairs, (0, [0, 0, 40, 20])], "traffic light": pairs[:4], "yeti": []}, images=6)
+
+
+def boxes_task(label: str) -> Task:
+    """Eight black images with a yellow box each, to be found by its label."""
+    rows = []
+    for number in range(8):
+        image, box = Image.new("RGB", (40, 30), "black"), (number, 2, number + 20, 22)
+        image.paste((255, 255, 0), box)
+        rows.append(ImageExample.of_boxes(image, label, [box]))
+    return Task.from_examples(label, [f"Detect the {label}."], rows, rows[:2], rows[2:4])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from helpers.images import boxes_task
 from tiny_models import tiny_florence, tiny_t5
 
 from lora_factory.arguments import CollectArguments, TrainArguments
@@ -16,7 +16,7 @@ from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.trainer import LoRATrainer, open_trainer
 from lora_factory.models.hidden_states import example_states
 from lora_factory.models.losses import query_loss
-from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.training.train import train_generator
 
@@ -38,15 +38,6 @@ TRAIN = TrainArguments(width=32, steps=20, base_steps=15)
 def echo_task(word: str) -> Task:
     rows = [Example(f"Say it again: {word} {number}", f"{word} {word}") for number in range(8)]
     return Task.from_examples(word, [f"Say {word}."], rows, rows[:2], rows[2:4])
-
-
-def boxes_task(label: str) -> Task:
-    rows = []
-    for number in range(8):
-        image, box = Image.new("RGB", (40, 30), "black"), (number, 2, number + 20, 22)
-        image.paste((255, 255, 0), box)
-        rows.append(ImageExample.of_boxes(image, label, [box]))
-    return Task.from_examples(label, [f"Detect the {label}."], rows, rows[:2], rows[2:4])
 
 
 @pytest.fixture(scope="module", params=["encoder-decoder", "images"])

@@ -15,8 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.from_data import TEXTS, CutOff, cut_off_after, make_tasks
-from helpers.images import brightness_task, save_classifier
-from PIL import Image
+from helpers.images import boxes_task, brightness_task, save_classifier
 from tiny_models import tiny_florence, tiny_t5
 
 from lora_factory.adapters.attach import AdapterSlot, adapters_in_batch, wrap_base
@@ -27,7 +26,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import query_loss
-from lora_factory.tasks.examples import Example, ImageExample
+from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.training import train as training
 from lora_factory.training.train import train_generator
@@ -197,15 +196,6 @@ def test_diagonal_cores_learn(arguments: TrainArguments, pico_model_folder: Path
 def echo_task(word: str) -> Task:
     rows = [Example(f"Say it again: {number}", f"{word} {word}") for number in range(8)]
     return Task.from_examples(word, TEXTS["prose" if word == "one" else "law"], rows, rows[:2], rows[2:4])
-
-
-def boxes_task(label: str) -> Task:
-    rows = []
-    for number in range(8):
-        image, box = Image.new("RGB", (40, 30), "black"), (number, 2, number + 20, 22)
-        image.paste((255, 255, 0), box)
-        rows.append(ImageExample.of_boxes(image, label, [box]))
-    return Task.from_examples(label, [f"Detect the {label}."], rows, rows[:2], rows[2:4])
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "images", "classifier", "bfloat16"])
