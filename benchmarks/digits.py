@@ -64,7 +64,7 @@ COLLECT = CollectArguments(
     validation_sequences=32,
     dtype="float32",
 )
-TRAIN = TrainArguments(steps=2000)
+TRAIN = TrainArguments()
 BASE_EPOCHS = 60
 TOGETHER = 32  # LoRAs that are trained in one batch
 

@@ -223,5 +223,5 @@ def next_commands(run: DemoRun, unseen: Task) -> list[str]:
     return [
         f"generate --generator {folder['generator']} --text {text} --output-dir my-adapter",
         f"evaluate --adapter my-adapter --base-model {base} --tasks {folder['tasks/unseen.yaml']} --max-tokens 2000",
-        f"train --zoo {folder['zoo']} --decoder conv1d --output-dir paper-generator",
+        f"train --zoo {folder['zoo']} --decoder conv1d --steps 200 --output-dir paper-generator",
     ]

@@ -13,9 +13,11 @@ from lora_factory.adapters.attach import add_shared_lora, hooked
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.live_models import plain_model
 
-EXACT_COLUMNS = 1024  # up to here directions are found by a full SVD, beyond by a randomised one
-SPARE = 8  # directions that the randomised SVD computes beyond those that are kept, and its power iterations
-POWER_ITERATIONS = 4
+# Up to so many rows or columns, directions are found by a full SVD: 0.7 s for 1024 x 2048 on one core, 4.7 s for
+# 2048 x 4096. Beyond, a randomised one computes some directions more than are kept, with power iterations: of what the
+# best 32 directions hold of singular values 1/k it loses 9e-6 in 0.1 s; with 2 iterations 1.4e-4.
+EXACT_COLUMNS = 1024
+SPARE, POWER_ITERATIONS = 8, 4
 
 
 class CoreBasis(nn.Module):

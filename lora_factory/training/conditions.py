@@ -14,10 +14,11 @@ from lora_factory.models.hidden_states import FEATURE_EXAMPLES
 from lora_factory.models.text_encoders import TextEncoder
 
 # Noise on a task vector, as a share of the typical length of one, in every dimension; 0.025 is half a standard
-# deviation of a 384-wide sentence vector, as in the measurements of the prototype (benchmarks/grid.py).
+# deviation of a 384-wide sentence vector. On 32 sets of benchmarks/digits.py that are kept from 192 others, 0.0125,
+# 0.025 and 0.05 have an accuracy of 0.942, 0.943 and 0.946 from texts, 0.943, 0.943 and 0.940 from images.
 CONDITION_NOISE = 0.025
 MAX_SUPPORT = 32  # examples in the largest support set
-VARIANTS = 32  # damaged wordings per task
+VARIANTS = 32  # damaged wordings per task; with 8, on the same sets, 0.945 from texts and 0.841 from new words
 FRAMES = ("{}", "{}, please", "I need an adapter for this: {}", "text like this: {}", "the task: {}", "adapt to {}")
 UNRELATED = (
     *("My grandmother bakes apple pies on Sundays.", "The train to the coast is late.", "Buy milk, eggs and bread."),
