@@ -247,8 +247,8 @@ class TrainArguments(LoRAOptions):
     lora_alpha: float = _option(
         float(DEFAULT_RANK), "without a zoo: each update is multiplied by lora_alpha / rank", group=LORA
     )
-    # After 1000 steps cores for the demo's tasks are up to 0.05 of their size off, after 3000 (9 s) up to 0.02; 32 sets
-    # of benchmarks/digits.py that are kept from 192 others gain 0.003 from texts and 0.002 from images.
+    # After 1000 steps cores for the demo's tasks are up to 0.05 of their size off, after 3000 (9 s) up to 0.02; 32
+    # sets of benchmarks/digits.py that are kept from 192 others gain 0.003 from texts and 0.002 from images.
     steps: int = _option(3000, "optimizer steps on the zoo's weights", group=OPTIMISER)
     batch_size: int = _option(
         12, "checkpoints per step (conv1d; a step on cores takes one of every task)", group=OPTIMISER
