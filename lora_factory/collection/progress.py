@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import is_torch_xla_available
-from tqdm.auto import tqdm
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.progress import progress_bar
 from lora_factory.zoo.run_record import RunRecord
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
@@ -47,7 +47,7 @@ class Progress:
         """Show the bar and start the trackers."""
         self.accelerator, self._done, self._steps = accelerator, done, 0
         hidden = not accelerator.is_main_process
-        self._bar = tqdm(total=total, initial=done, desc="collect", bar_format=_BAR, disable=hidden)
+        self._bar = progress_bar(total=total, initial=done, desc="collect", bar_format=_BAR, disable=hidden)
         if arguments.report_to:
             settings = asdict(arguments)
             settings |= {name: str(value) for name, value in settings.items() if isinstance(value, tuple)}

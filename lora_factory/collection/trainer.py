@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from lora_factory.adapters.attach import AdapterSlot, whole, wrap_base
@@ -36,6 +35,7 @@ from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.utils.checkpoint import RunCheckpoint, RunState
 from lora_factory.utils.paths import recorded_name
+from lora_factory.utils.progress import progress_bar
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
@@ -238,7 +238,7 @@ class LoRATrainer:
         optimizer.zero_grad()  # what an earlier run left that failed between two batches
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * WARMUP_RATIO), total)
         hidden = not self.accelerator.is_main_process
-        with self._seeded(seed), tqdm(total=total, desc=label, unit="step", leave=None, disable=hidden) as bar:
+        with self._seeded(seed), progress_bar(total=total, desc=label, leave=None, disable=hidden) as bar:
             if checkpoint:
                 state, weights = checkpoint.restore(optimizer, schedule, self.accelerator)
                 self.slot.load(start if weights is None else weights)

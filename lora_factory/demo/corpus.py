@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from lora_factory.demo.text_kinds import KINDS, UNSEEN_KIND, TextKind
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.images import language_tasks
@@ -18,6 +16,7 @@ from lora_factory.tasks.text import SPLITS, Split
 from lora_factory.utils.files import atomic_folder, write_text
 from lora_factory.utils.folders import FolderKind, check_folder
 from lora_factory.utils.paths import local_path, sha256_file, sha256_text
+from lora_factory.utils.progress import progress_bar
 
 _SUMS = "SHA256SUMS"
 _DOCUMENT_BYTES = 5_000
@@ -80,7 +79,7 @@ def find_documents(kind: TextKind) -> dict[Split, list[str]] | None:
 
 def _write_corpus(folder: Path) -> None:
     tasks = []
-    for kind in tqdm(KINDS, desc="looking for text", unit="kind", leave=False, delay=2):
+    for kind in progress_bar(KINDS, desc="looking for text", unit="kinds", leave=False):
         if documents := find_documents(kind):
             tasks.append(Task.from_examples(kind.name, kind.descriptions, *(documents[split] for split in SPLITS)))
     if len(tasks) < 3:

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from lora_factory.arguments import CompareArguments
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation.accuracy import task_accuracy
@@ -26,6 +24,7 @@ from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.cache import CellLog
 from lora_factory.utils.files import write_json
 from lora_factory.utils.folders import COMPARISON_FILES, check_reports
+from lora_factory.utils.progress import progress_bar
 from lora_factory.utils.versions import versions
 
 
@@ -111,7 +110,7 @@ def _cells(compared: ComparedMethods, names: Sequence[str], log: CellLog) -> Ite
     settings = {name: value for name, value in asdict(compared.arguments).items() if name != "seeds"}
     if compared.settings.chat_template:  # only then, so that other cells stay those of earlier comparisons
         settings["chat_template"] = True
-    for seed, task, method in tqdm(wanted, desc="compare", unit="cell"):
+    for seed, task, method in progress_bar(wanted, desc="compare", unit="cells"):
         facts = {
             "fold": fold.number,
             "seed": seed,

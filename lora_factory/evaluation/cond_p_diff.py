@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.errors import LoraFactoryError
@@ -26,6 +25,7 @@ from lora_factory.generator.networks import ConditionStandardiser
 from lora_factory.utils.files import atomic_folder, write_json
 from lora_factory.utils.folders import FolderKind
 from lora_factory.utils.paths import local_path
+from lora_factory.utils.progress import progress_bar
 from lora_factory.utils.safe_files import read_json
 from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint
 
@@ -133,7 +133,7 @@ class CondPDiff(nn.Module):
         source = torch.Generator().manual_seed(seed)
         condition = self.standard_condition(vector.float().to(self.mean.device))[None]
         latent = torch.randn(1, len(self.latent_mean), generator=source).to(self.mean.device)
-        for time in tqdm(scheduler.timesteps, desc="sample COND P-DIFF", delay=2, leave=False):
+        for time in progress_bar(scheduler.timesteps, desc="sample COND P-DIFF", leave=False):
             clean = self.denoiser(latent, time.expand(1), condition)
             latent = scheduler.step(clean, time, latent, generator=source).prev_sample
         chunks = self.decode(latent * self.latent_scale + self.latent_mean)
@@ -323,7 +323,7 @@ def _optimise(
     """Minimise with AdamW and a cosine schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * steps), steps)
-    for step in tqdm(range(steps), desc=f"COND P-DIFF {label}", unit="step", delay=2):
+    for step in progress_bar(range(steps), desc=f"COND P-DIFF {label}"):
         loss = objective()
         if not torch.isfinite(loss):
             raise LoraFactoryError(

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lora_factory.adapters.live_models import without_adapters
 from lora_factory.arguments import REFINE_STEPS, TokenOptions
@@ -17,6 +16,7 @@ from lora_factory.models.inputs import TokenSequence, positions
 from lora_factory.models.losses import Base, query_loss
 from lora_factory.tasks.examples import Example, ImageExample, as_example
 from lora_factory.tasks.given import as_examples
+from lora_factory.utils.progress import progress_bar
 
 LEARNING_RATE = 1e-3
 PARTS = 4  # copies of the adapter, each trained without its part of the examples
@@ -63,7 +63,7 @@ def refine(
     orders = [torch.randperm(len(rows), generator=source).tolist() for rows in train]
     best, chosen, looks = torch.inf, start, 0
     with without_adapters(base.model):
-        for step in tqdm(range(steps + 1), desc="refine on the examples", delay=2, leave=False):
+        for step in progress_bar(range(steps + 1), desc="refine on the examples", leave=False):
             if step % CHECK_EVERY == 0 or step == steps:
                 measured = _mean_loss(base, weights, held_out)
                 if measured < best:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import atomic_folder
 from lora_factory.utils.paths import cache_folder
+from lora_factory.utils.progress import progress_bar
 from lora_factory.utils.quiet import quiet_transformers
 
 EMBEDDED_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -46,11 +45,11 @@ def embedded_base_model() -> Path:
         )
     try:
         with (
-            tqdm(total=3, desc=f"preparing {folder.name}, once", unit="step", leave=False, file=sys.stderr) as bar,
+            progress_bar(total=3, desc=f"preparing {folder.name}, once", leave=False) as bar,
             redirect_stderr(io.StringIO()),  # the bar of transformers' GGUF reader has no switch
             quiet_transformers(),
         ):
-            _convert(gguf, folder, bar)
+            _convert(gguf, folder, bar.update)
     except (OSError, ValueError, RuntimeError, ImportError, struct.error) as error:
         # Another process may have finished the same work first.
         if not folder.is_dir():
@@ -68,7 +67,7 @@ def embedded_text_encoder() -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:
+def _convert(gguf: Path, folder: Path, step: Callable[[], object]) -> None:
     """Write a GGUF model as a bfloat16 safetensors folder."""
     packed = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -77,9 +76,9 @@ def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:
         quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
     )
-    bar.update()
+    step()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    bar.update()
+    step()
     # A model that was read from GGUF refuses save_pretrained; the same weights in a fresh model do not.
     values = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -89,7 +88,7 @@ def _convert(gguf: Path, folder: Path, bar: tqdm[NoReturn]) -> None:
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    bar.update()
+    step()
 
 
 def _embedded_folder() -> Path:

@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters.live_models import base_of, plain_model, without_adapters
@@ -23,6 +22,7 @@ from lora_factory.models.text_encoders import _refuse_empty, masked_mean
 from lora_factory.tasks.examples import Example, as_example
 from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import cache_folder
+from lora_factory.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from lora_factory.tasks.task import Task
@@ -192,7 +192,8 @@ def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
     Returns:
         Shape ``(examples, width)`` by the name of the task; a progress bar shows on the main process.
     """
-    states, bar = {}, tqdm(tasks, desc="hidden states", disable=not PartialState().is_local_main_process)
+    hidden = not PartialState().is_local_main_process
+    states, bar = {}, progress_bar(tasks, desc="hidden states", unit="tasks", disable=hidden)
     if not isinstance(base.inputs, CausalInputs):
         return {task.name: example_states(base, task.examples("train")[:FEATURE_EXAMPLES]) for task in bar}
     encoder, cache = HiddenStateEncoder(base.model, base.tokenizer), TensorCache(cache_folder() / "features")

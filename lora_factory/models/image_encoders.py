@@ -9,7 +9,6 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from lora_factory.errors import LoraFactoryError
@@ -19,6 +18,7 @@ from lora_factory.models.loading import load_pretrained, weights_identifier
 from lora_factory.tasks.image_files import ImageLike, image_fingerprint, read_image
 from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import cache_folder
+from lora_factory.utils.progress import progress_bar
 
 
 class _ImageModel:
@@ -93,7 +93,8 @@ def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike
         LoraFactoryError: When a task has no image, or one cannot be read.
     """
     cache, vectors = TensorCache(cache_folder() / "features"), {}
-    for task, given in tqdm(images.items(), desc="images", disable=not PartialState().is_local_main_process):
+    hidden = not PartialState().is_local_main_process
+    for task, given in progress_bar(images.items(), desc="images", unit="tasks", disable=hidden):
         if not len(given):
             raise LoraFactoryError(f"task {task!r} has no image; give at least one of every task")
         keys = [image_fingerprint(image) for image in given[:FEATURE_EXAMPLES]]

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_factory.arguments import TrainArguments
@@ -30,6 +29,7 @@ from lora_factory.models.losses import query_loss
 from lora_factory.training.conditions import draw_conditions, draw_present, index_of, unrelated_texts
 from lora_factory.training.from_zoo import set_spread
 from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
+from lora_factory.utils.progress import progress_bar
 
 RECORDS = 10  # how often the loss is recorded, and the held-out tasks are scored
 SEQUENCES = 2  # per task and step
@@ -109,7 +109,7 @@ def train_through_base(
         state = checkpoint.restore(generator, optimizer, source, accelerator) or state
     due = {math.ceil(total * part / RECORDS) for part in range(1, RECORDS + 1)}
     hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=total, initial=state.step, desc="train through the base", disable=hidden)
+    bar = progress_bar(total=total, initial=state.step, desc="train through the base", disable=hidden)
     with trainer.slot.disabled():
         while state.step < total:
             _set_rates(optimizer, state.step, arguments)

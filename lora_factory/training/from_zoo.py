@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.arguments import MAX_DEFAULT_RANK, TrainArguments
@@ -18,6 +17,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import CODE_SCALE, CoreCVAE, GeneratorOutput
 from lora_factory.training.conditions import draw_conditions, index_of
+from lora_factory.utils.progress import progress_bar
 from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint, open_checkpoints, zoo_statistics
 from lora_factory.zoo.store import AdapterZoo
 
@@ -212,7 +212,8 @@ def _minimise(
     optimizer, history = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01), []
     warmup = math.ceil(arguments.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
-    bar = tqdm(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
+    bar = progress_bar(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
+    errors = []
     for step in range(arguments.steps):
         output: Any = loss()
         accelerator.backward(output.loss)
@@ -223,8 +224,10 @@ def _minimise(
         schedule.step()
         optimizer.zero_grad()
         bar.update()
+        errors.append(output.reconstruction.item())
         if step % 50 == 0 or step == arguments.steps - 1:
             history.append({"step": step, **{name: round(value.item(), 6) for name, value in output.items()}})
-            bar.set_postfix(error=f"{history[-1]['reconstruction']:.4f}", kl=f"{history[-1]['kl']:.1f}")
+            bar.set_postfix(error=f"{sum(errors) / len(errors):.4f}")  # of one step it depends on what was drawn
+            errors.clear()
     bar.close()
     return history
