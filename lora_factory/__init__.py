@@ -15,9 +15,14 @@ from lora_factory._version import __version__ as __version__
 if TYPE_CHECKING:
     from lora_factory.adapters.layout import AdapterLayout as AdapterLayout
     from lora_factory.arguments import CollectArguments as CollectArguments
+    from lora_factory.arguments import CompareArguments as CompareArguments
     from lora_factory.arguments import TrainArguments as TrainArguments
+    from lora_factory.collection.check import check_collection as check_collection
     from lora_factory.collection.collect import collect_adapters as collect_adapters
     from lora_factory.errors import LoraFactoryError as LoraFactoryError
+    from lora_factory.evaluation.comparison import compare as compare
+    from lora_factory.evaluation.fold import Fold as Fold
+    from lora_factory.evaluation.perplexity import evaluate_adapters as evaluate_adapters
     from lora_factory.generator.configuration import CVAELoRAConfig as CVAELoRAConfig
     from lora_factory.generator.modeling import CVAELoRAGenerator as CVAELoRAGenerator
     from lora_factory.tasks.task import Task as Task
@@ -36,9 +41,13 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "adapters.layout": "AdapterLayout",
-        "arguments": "CollectArguments TrainArguments",
+        "arguments": "CollectArguments CompareArguments TrainArguments",
         "collection.collect": "collect_adapters",
+        "collection.check": "check_collection",
         "errors": "LoraFactoryError",
+        "evaluation.comparison": "compare",
+        "evaluation.fold": "Fold",
+        "evaluation.perplexity": "evaluate_adapters",
         "generator.configuration": "CVAELoRAConfig",
         "generator.modeling": "CVAELoRAGenerator",
         "tasks.task": "Task",

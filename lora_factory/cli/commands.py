@@ -19,9 +19,11 @@ from lora_factory.arguments import (
     TrainArguments,
 )
 from lora_factory.cli.config import apply_config
-from lora_factory.cli.options import add_options, add_required, command, in_flags, read_options
-from lora_factory.cli.output import console, say
+from lora_factory.cli.options import Commands, add_options, add_required, command, in_flags, read_options
+from lora_factory.cli.output import console, say, say_next
+from lora_factory.cli.parser import CommandParser
 from lora_factory.cli.publish import add_push_flags, publish
+from lora_factory.cli.tasks import add_check, add_init
 from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
 
@@ -42,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(run=None, continues=False)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        if options.quiet:
+            from lora_factory.utils.progress import hide_progress
+
+            hide_progress()
         return options.run(options) or 0
     except LoraFactoryError as error:
-        say(f"error: {' '.join(in_flags(str(error), options).split())}", stderr=True)
+        text, colon, example = in_flags(str(error), options).partition(":\n")  # an example is to be pasted as it is
+        say(f"error: {' '.join(text.split())}{colon}{example}", stderr=True)
         return 2
     except KeyboardInterrupt as error:
         rest = "; the same command continues where it stopped" if _continues(options) else ""
@@ -71,19 +78,21 @@ def _continues(options: argparse.Namespace) -> bool:
     return bool(options.continues or (options.run is _evaluate and options.generator))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Build the parser of all sub-commands, without importing any library that a command needs."""
     return _parsers()[0]
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]]:
+def _parsers() -> tuple[CommandParser, Commands]:
     """The parser of all sub-commands, and theirs by name."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lora-factory", description="Generate LoRA adapters from a description.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    add_init(commands)
+    add_check(commands)
     _add_collect(commands)
     add_import(commands)
     add_zoo(commands)
@@ -97,13 +106,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argp
     return parser, commands
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_demo(commands: Commands) -> None:
     demo = command(commands, "demo", _demo, "run the whole pipeline on an embedded real model and on local text")
     demo.set_defaults(continues=True)
     add_options(demo, DemoArguments)
 
 
-def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_collect(commands: Commands) -> None:
     collect = command(
         commands, "collect", _collect, "fine-tune one LoRA per task and seed and keep its last snapshots"
     )
@@ -115,7 +124,7 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_options(collect, CollectArguments)
 
 
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_train(commands: Commands) -> None:
     train = command(commands, "train", _train, "train a generator on a zoo, on the tasks' examples, or on both")
     train.add_argument(
         "--zoo",
@@ -150,7 +159,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_options(train, TrainArguments)
 
 
-def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_generate(commands: Commands) -> None:
     generate = command(commands, "generate", _generate, "write an adapter from a description")
     add_required(generate, "--generator", "folder or Hub id of a generator")
     generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
@@ -190,14 +199,14 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
 
 
-def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_explain(commands: Commands) -> None:
     explain = command(commands, "explain", _explain, "say how far a description is from what a generator knows")
     add_required(explain, "--generator", "folder or Hub id of a generator")
     add_required(explain, "--text", "description of a task, in a sentence")
     explain.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
 
 
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_evaluate(commands: Commands) -> None:
     evaluate = command(commands, "evaluate", _evaluate, "score the base model and adapters on the tasks' test splits")
     add_required(evaluate, "--tasks", "YAML or JSON task file, or a folder of them")
     what = evaluate.add_mutually_exclusive_group(required=True)
@@ -224,7 +233,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add_options(evaluate, CompareArguments)
 
 
-def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_push(commands: Commands) -> None:
     push = command(commands, "push", _push, "push a generator, or an adapter that it writes, to the Hub")
     add_required(push, "--generator", "folder or Hub id of a generator")
     push.add_argument("--text", help="push the adapter that the generator writes for this description (default: none)")
@@ -266,6 +275,7 @@ def _collect(options: argparse.Namespace) -> int:
     processes = PartialState()
     if processes.is_main_process:
         _print_collected(options.output_dir, len(tasks) * len(arguments.seeds), failed)
+        say_next(options, "train", "--zoo", options.output_dir, "--output-dir", "generator")
     processes.wait_for_everyone()  # a launcher stops the main process when another ends with an error before it
     processes.destroy_process_group()
     return 1 if failed else 0
@@ -297,7 +307,7 @@ def _train(options: argparse.Namespace) -> None:
     tasks = load_tasks(options.tasks) if options.tasks else None
     names = zoo.tasks if zoo else [task.name for task in tasks or ()]
     images = {task: images_in(local_path(options.images) / task) for task in names} if options.images else None
-    train_generator(
+    generator = train_generator(
         zoo,
         options.output_dir,
         arguments=arguments,
@@ -308,6 +318,15 @@ def _train(options: argparse.Namespace) -> None:
         base_model_name=options.base_model_name,
         overwrite=options.overwrite,
     )
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        size = generator.num_parameters() * 4 / 1e6
+        say(f"wrote {options.output_dir}, a generator of {size:.1f} MB for {len(generator.config.tasks or ())} tasks")
+        if "text" in (generator.config.modalities or ()):
+            text = generator.config.tasks[0]["descriptions"][0] if generator.config.tasks else "what it is for"
+            words = ("--generator", options.output_dir, "--text", text, "--output-dir", "my-adapter")
+            say_next(options, "generate", *words)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -342,6 +361,7 @@ def _generate(options: argparse.Namespace) -> None:
     if made["rank"] is not None:
         lines.append(f"rank {made['rank']} loses {100 * made['rank_error']:.2g} % of the squared norm of the update")
     say(*lines)
+    say_next(options, "evaluate", "--adapter", options.output_dir, "--tasks", "tasks.yaml")
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -7,13 +7,13 @@ required options may stand in the file too.
 from __future__ import annotations
 
 import argparse
-import difflib
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_factory.arguments import converted, expectation
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import meant
 
 _NO_OPTIONS = ("help", "config")
 
@@ -89,11 +89,9 @@ def _read(path: str, actions: Mapping[str, argparse.Action], command: str) -> di
         )
     for key in content:
         if key not in actions:
-            wanted = str(key).replace("-", "_").lower()
-            nearest = difflib.get_close_matches(wanted, actions, n=1, cutoff=0.0)[0]
+            near = meant(str(key).replace("-", "_").lower(), actions)
             raise LoraFactoryError(
-                f"{path} has the unknown key {reprlib.repr(key)}; the nearest option of `{command}` is {nearest}; "
-                f"`{command} --help` shows all"
+                f"{path} has the unknown key {reprlib.repr(key)}{near}; `{command} --help` shows all options"
             )
     return {key: _value(path, actions[key], value) for key, value in content.items()}
 

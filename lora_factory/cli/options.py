@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory.arguments import (
     GROUPS,
@@ -18,19 +18,22 @@ from lora_factory.arguments import (
     converted,
 )
 from lora_factory.cli.config import add_config
+from lora_factory.cli.parser import CommandParser
 
 Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 def command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], int | None],
     text: str,
 ) -> argparse.ArgumentParser:
     """Add a sub-command that runs a function."""
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only, no progress")
     parser.set_defaults(run=run, continues=False)
     return parser
 
@@ -83,7 +86,10 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
         message: What the error says.
         options: The command's parsed flags.
     """
-    internal, in_file = ("run", "continues", "config_options"), frozenset(getattr(options, "config_options", ()))
+    internal, in_file = (
+        ("run", "continues", "config_options", "quiet"),
+        frozenset(getattr(options, "config_options", ())),
+    )
     names = sorted((name for name in vars(options) if name not in internal), key=len, reverse=True)
     before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from lora_factory.arguments import ImportArguments
-from lora_factory.cli.options import add_options, add_required, command, read_options
-from lora_factory.cli.output import console, say
+from lora_factory.cli.options import Commands, add_options, add_required, command, read_options
+from lora_factory.cli.output import console, say, say_next
 from lora_factory.cli.publish import add_push_flags, publish
 from lora_factory.errors import LoraFactoryError
 
 
-def add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_import(commands: Commands) -> None:
     """Add ``lora-factory import``."""
     parser = command(commands, "import", _import, "take PEFT adapters from folders and the Hub into a zoo")
     parser.add_argument(
@@ -33,7 +33,7 @@ def add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_options(parser, ImportArguments)
 
 
-def add_zoo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_zoo(commands: Commands) -> None:
     """Add the sub-commands of ``lora-factory zoo``."""
     parser = commands.add_parser("zoo", help="verify, list, prune, merge, push or pull zoos")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -90,6 +90,7 @@ def _import(options: argparse.Namespace) -> None:
     if report.refused:
         total = len(report.refused) + len(report.imported)
         raise LoraFactoryError(f"{len(report.refused)} of {total} adapters were refused, the others are in the zoo")
+    say_next(options, "train", "--zoo", options.output_dir, "--output-dir", "generator")
 
 
 def _verify(options: argparse.Namespace) -> None:

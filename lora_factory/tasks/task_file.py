@@ -19,6 +19,7 @@ from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import LOCAL_FORMATS, SPLITS, DataSource
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.folders import check_task_file
+from lora_factory.utils.printable import meant
 from lora_factory.utils.yaml_files import read_values
 
 SOURCES: dict[str, type[DataSource | CocoSource | ImageRows | ImageClasses]] = {
@@ -197,7 +198,7 @@ def _checked(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise LoraFactoryError(f"{where} is {value!r}; it must be a mapping with the keys {', '.join(known)}")
     if unknown := sorted(str(key) for key in value if key not in known):
-        raise LoraFactoryError(f"{where} has the unknown key {unknown[0]!r}; the known ones are {', '.join(known)}")
+        raise LoraFactoryError(f"{where} has the unknown key {unknown[0]!r}{meant(unknown[0], known)}")
     return dict(value)
 
 

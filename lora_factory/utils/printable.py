@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from difflib import get_close_matches
 
 
 def printable(text: object) -> str:
@@ -19,3 +20,10 @@ def natural_key(text: str) -> list[str | int]:
 def few(names: Collection[str]) -> str:
     """The first three names in natural order, for a message; "none" where there is none."""
     return ("; ".join(sorted(names, key=natural_key)[:3]) + ("; ..." if len(names) > 3 else "")) or "none"
+
+
+def meant(word: str, known: Collection[str]) -> str:
+    """``"; did you mean ...?"`` with known words that are near a word; all of them where none is and they are few."""
+    if near := get_close_matches(word, known, n=2):
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; choose one of {', '.join(known)}" if len(known) <= 12 else ""

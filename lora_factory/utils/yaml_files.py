@@ -36,7 +36,9 @@ def read_values(path: str | Path, what: str) -> Any:  # noqa: ANN401
             content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _PlainLoader)
             _check_length(content, f"{what} {path}")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise LoraFactoryError(f"{what} {path} is not valid YAML or JSON: {error}") from error
+            raise LoraFactoryError(
+                f"{what} {path} is not valid YAML or JSON: {' '.join(str(error).split())}"
+            ) from error
     return content
 
 

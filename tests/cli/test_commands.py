@@ -22,8 +22,22 @@ from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import CollectArguments, DemoArguments, ImportArguments, TrainArguments
 from lora_factory.cli import commands as cli
 from lora_factory.cli import options as cli_options
+from lora_factory.tasks.task_file import load_tasks
 
-COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "explain", "evaluate", "push", "search")
+COMMANDS = (
+    "demo",
+    "init",
+    "check",
+    "collect",
+    "import",
+    "zoo",
+    "train",
+    "generate",
+    "explain",
+    "evaluate",
+    "push",
+    "search",
+)
 OVERVIEW = """\
 usage: lora-factory [-h] [--version] COMMAND ...
 
@@ -36,6 +50,8 @@ options:
 commands:
   COMMAND
     demo      run the whole pipeline on an embedded real model and on local text
+    init      write a commented tasks.yaml to start from, and small data for it
+    check     read all data of a collection, and measure the time, memory and disk it needs
     collect   fine-tune one LoRA per task and seed and keep its last snapshots
     import    take PEFT adapters from folders and the Hub into a zoo
     zoo       verify, list, prune, merge, push or pull zoos
@@ -154,15 +170,31 @@ def test_wrong_values_end_with_one_line(
     ("words", "message"),
     [
         (["collect", "--tasks", "t"], "the following arguments are required: --base-model, --output-dir"),
-        (["demo", "--fastt"], "unrecognized arguments: --fastt"),
+        (["demo", "--fastt"], "there is no option --fastt; did you mean --fast or --no-fast?"),
+        (["collect", "--tasks", "t", "--ouput-dir=z"], "there is no option --ouput-dir; did you mean --output-dir?"),
+        (["colect"], "there is no command 'colect'; did you mean collect?"),
+        (["zoo", "lst"], "there is no command 'lst'; did you mean list?"),
+        (["zoo", "x"], "there is no command 'x'; choose one of verify, list, prune, push, merge, pull"),
         (["collect", "--tasks", "t", "--base-model", "b", "--output-dir", "z", "--seeds", "0,a"], "'0,a'"),
     ],
 )
-def test_wrong_flags_end_with_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_end_with_three_lines(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error, usage, more = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert usage.startswith("usage: lora-factory ") and "[OPTIONS]" in usage
+    assert more.startswith("`lora-factory ") and more.endswith("--help` shows all options")
+
+
+def test_an_example_in_a_message_can_be_pasted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["collect", "--tasks", str(tmp_path), "--base-model", "b", "--output-dir", "z"]) == 2
+    first, example = capsys.readouterr().err.split(":\n", 1)
+    assert first == f"error: folder {tmp_path} has no task file (.yaml, .yml or .json); write one"
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(example)
+    assert [task.name for task in load_tasks(tasks)] == ["poems"]
 
 
 def test_errors_of_a_stage_are_one_line_without_markup(

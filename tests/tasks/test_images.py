@@ -113,7 +113,7 @@ def test_a_data_set_in_a_task_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "more", "message"),
     [
-        ("{kind: classes, path: pets, category: cat}", {}, "unknown key 'category'; the known ones are kind, path"),
+        ("{kind: classes, path: pets, category: cat}", {}, "unknown key 'category'; choose one of kind, path"),
         ("{kind: classes, path: pets}", {"metric": "exact_match"}, "unknown key 'metric'"),
         ("{kind: classes, path: pets, positives: [yes]}", {}, "put each in quotes, since YAML reads yes"),
         (

@@ -139,7 +139,10 @@ def test_a_folder_of_task_files(tmp_path):
         ("tasks:\n- {name: a, descriptions: [' '], data: b.jsonl}", "texts that are not empty"),
         ("tasks:\n- {name: 7, descriptions: [a], data: b.jsonl}", "put it in quotes"),
         ("tasks:\n- {name: ../a, descriptions: [a], data: b.jsonl}", "cannot be a file name"),
-        ("tasks:\n- {name: a, description: [a], data: b.jsonl}", "unknown key 'description'; the known ones are name"),
+        (
+            "tasks:\n- {name: a, description: [a], data: b.jsonl}",
+            "'description'; did you mean descriptions?",
+        ),
         ("tasks:\n- {name: a, descriptions: [a], data: {path: b, revision: 7}}", "put it in quotes"),
         ("tasks:\n- {name: a, descriptions: [a], data: {path: json}}", "needs data_files"),
         ("tasks:\n- {name: a, descriptions: [a], data: {path: json, data_files: [7]}}", "must name files"),

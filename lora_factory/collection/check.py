@@ -1,0 +1,107 @@
+"""Read all data of a collection before it starts, and measure what it will take."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_factory.arguments import CollectArguments
+from lora_factory.collection.progress import make_accelerator
+from lora_factory.collection.trainer import LoRATrainer, TrainingTask, open_trainer
+from lora_factory.models.inputs import shuffled_batches
+from lora_factory.tasks.task_file import check_tasks
+
+MEASURED_STEPS = 4  # of which the first warms up
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """What one task gives a collection.
+
+    Attributes:
+        examples: Rows by split.
+        sequences: Training sequences, as the model reads them.
+        tokens: Tokens of these.
+        steps: Optimizer steps of one run.
+    """
+
+    examples: dict[str, int]
+    sequences: int
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class CollectionSize:
+    """What a collection will take on this machine, by one process.
+
+    Attributes:
+        tasks: Sizes by the name of the task.
+        runs: Runs in all: tasks times seeds.
+        weights: D, the weights of one adapter.
+        seconds: Of all runs: the measured seconds per step times the steps.
+        memory: Bytes that the process, or its accelerator, held at most while it was measured.
+        disk: Bytes of the finished zoo's weights.
+    """
+
+    tasks: dict[str, TaskSize]
+    runs: int
+    weights: int
+    seconds: float
+    memory: int
+    disk: int
+
+
+def check_collection(
+    tasks: Sequence[TrainingTask],
+    base_model: str | Path,
+    arguments: CollectArguments | None = None,
+) -> CollectionSize:
+    """Read and encode the data of all tasks, train a few steps, and say what `collect_adapters` would take.
+
+    Nothing is written.
+
+    Args:
+        tasks: As in `collect_adapters`.
+        base_model: As there.
+        arguments: As there.
+
+    Raises:
+        LoraFactoryError: As `collect_adapters` raises it before the first run.
+    """
+    arguments = arguments or CollectArguments()
+    trainer = open_trainer(base_model, arguments, make_accelerator(arguments, Path()), tasks)
+    sizes: dict[str, TaskSize] = {}
+
+    def read(task: TrainingTask) -> None:
+        rows = trainer.encode(task.examples("train"))
+        trainer.validation(task)
+        examples = {split: len(task.examples(split)) for split in ("train", "validation", "test")}
+        sizes[task.name] = TaskSize(
+            examples, len(rows), sum(len(row.tokens) for row in rows), trainer.schedule(len(rows))[0]
+        )
+
+    check_tasks(tasks)
+    check_tasks(tasks, read)
+    largest = max(tasks, key=lambda task: sizes[task.name].tokens / sizes[task.name].sequences)
+    seconds = _seconds_per_step(trainer, largest) * sum(size.steps for size in sizes.values()) * len(arguments.seeds)
+    runs, weights = len(tasks) * len(arguments.seeds), len(trainer.initial)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    rows = arguments.snapshots + 1  # the checkpoints, and the last one again as an adapter of its own
+    return CollectionSize(sizes, runs, weights, seconds, memory, 4 * weights * rows * runs)
+
+
+def _seconds_per_step(trainer: LoRATrainer, task: TrainingTask) -> float:
+    """The mean time of a step after the first, on one task's data."""
+    batches = shuffled_batches(trainer.encode(task.examples("train")), trainer.arguments.batch_size, seed=0)
+    times: list[float] = []
+    validation = [trainer.validation(task)[:1]]
+    trainer.fit(batches, validation, [MEASURED_STEPS], "measure", on_step=lambda *_: times.append(time.perf_counter()))
+    return (times[-1] - times[0]) / (len(times) - 1)
