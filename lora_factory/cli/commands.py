@@ -411,7 +411,7 @@ def _compare(options: argparse.Namespace) -> None:
     )
     base_model = options.base_model or fold.zoo.layout.base_model
     comparison = compare(fold, base_model, options.output, arguments)
-    for table in terminal_tables(comparison):
+    for table in terminal_tables(comparison, console().width):
         console().print(table)
     say(f"wrote {write_report(comparison, options.output)}")
 
@@ -446,15 +446,18 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
 
 def _print_scores(scores: dict[str, dict[str, TextScore]]) -> None:
     """Print one row per model and one column per task: perplexity and bits per character."""
-    from rich.table import Table
+    from lora_factory.reporting.report import rich_tables
+    from lora_factory.reporting.tables import Column, Table
+    from lora_factory.utils.printable import printable
 
-    table = Table()
-    table.add_column("model", overflow="fold")
-    for task in next(iter(scores.values())):
-        table.add_column(task, justify="right", overflow="fold")
-    for model, row in scores.items():
-        table.add_row(model, *(f"{score.perplexity:.2f} / {score.bits_per_character:.3f}" for score in row.values()))
-    console().print(table)
+    columns = ("model", *next(iter(scores.values())))
+    rows = [
+        (model, *(f"{score.perplexity:.2f} / {score.bits_per_character:.3f}" for score in row.values()))
+        for model, row in scores.items()
+    ]
+    table = Table("", "", tuple(Column(printable(name)) for name in columns), tuple(rows))
+    for part in rich_tables(table, console().width):
+        console().print(part)
     say("perplexity / bits per character on the test split; lower is better")
 
 

@@ -150,7 +150,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
     }
     write_json(folder / "results.json", results)
-    for table in terminal_tables(comparison):
+    for table in terminal_tables(comparison, console.width):
         console.print(table)
     _show(console, results, run, unseen)
     return results

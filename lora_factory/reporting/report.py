@@ -22,7 +22,8 @@ from lora_factory.utils.files import write_text
 from lora_factory.utils.folders import check_reports
 from lora_factory.utils.printable import printable
 
-_TERMINAL_COLUMNS = 6  # beside a row's name: wider tables are cut into several
+_GAP = 3  # characters between two columns of a table in the terminal, at most
+_WORDY = 24  # characters at which a column of words may be wrapped
 
 
 def markdown_tables(comparison: Mapping[str, Any]) -> str:
@@ -43,15 +44,22 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join(block.strip() for block in blocks if block) + "\n"
 
 
-def terminal_tables(comparison: Mapping[str, Any]) -> list[RichTable]:
+def terminal_tables(comparison: Mapping[str, Any], width: int) -> list[RichTable]:
     """Make rich tables of every table of a comparison; the caption of the first one holds the findings.
 
     Args:
         comparison: What ``comparison.compare`` returns.
+        width: Of the terminal, in characters; a wider table is cut into several.
     """
     words = "\n".join(f"{'! ' if finding.warning else ''}{finding.text}" for finding in findings(comparison))
-    tables = [part for table in comparison_tables(comparison) for part in _narrow(table)]
-    return [_rich_table(table, words if index == 0 else "") for index, table in enumerate(tables)]
+    tables = [part for table in comparison_tables(comparison) for part in rich_tables(table, width)]
+    tables[0].caption = Text(words)
+    return tables
+
+
+def rich_tables(table: Table, width: int) -> list[RichTable]:
+    """A table for a terminal of so many characters: cut into several where it is wider, without its empty columns."""
+    return [_rich_table(part) for part in _narrow(table, width)]
 
 
 def html_page(comparison: Mapping[str, Any]) -> str:
@@ -124,29 +132,38 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
 
 
-def _narrow(table: Table) -> list[Table]:
-    """Cut a table into parts of at most seven columns; every part repeats the first column."""
-    parts = []
-    for start in range(1, len(table.columns), _TERMINAL_COLUMNS):
-        kept = [0, *range(start, min(start + _TERMINAL_COLUMNS, len(table.columns)))]
-        parts.append(
-            replace(
-                table,
-                columns=tuple(table.columns[index] for index in kept),
-                rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
-                best=frozenset((row, kept.index(column)) for row, column in table.best if column in kept),
-            )
+def _narrow(table: Table, width: int) -> list[Table]:
+    """Cut a table into parts that are narrow enough, without its empty columns; each repeats the first column."""
+    widths = []
+    for index, column in enumerate(table.columns):
+        longest = max(len(row[index]) for row in table.rows)
+        widths.append(max(len(column.group), len(column.name), min(longest, _WORDY) if column.wordy else longest))
+    parts: list[list[int]] = [[0]]
+    for index in range(1, len(table.columns)):
+        if not any(row[index] for row in table.rows):
+            continue
+        needed = sum(widths[column] + _GAP for column in (*parts[-1], index)) + _GAP
+        if needed > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(index)
+    return [
+        replace(
+            table,
+            columns=tuple(table.columns[index] for index in kept),
+            rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+            best=frozenset((row, kept.index(column)) for row, column in table.best if column in kept),
         )
-    return parts
+        for kept in parts
+    ]
 
 
-def _rich_table(table: Table, caption: str) -> RichTable:
+def _rich_table(table: Table) -> RichTable:
     """Convert a table for rich; `Text` keeps rich from interpreting markup in names."""
-    shown = RichTable(title=Text(table.title), caption=Text(caption), caption_justify="left", box=SIMPLE)
+    shown = RichTable(title=Text(table.title), caption_justify="left", box=SIMPLE)
     for index, column in enumerate(table.columns):
         wordy = index == 0 or column.wordy
         heading = Text("\n".join(filter(None, (column.group, column.name))))
-        shown.add_column(heading, justify="left" if wordy else "right", no_wrap=index == 0, overflow="fold")
+        shown.add_column(heading, justify="left" if wordy else "right", overflow="fold")
     for index, row in enumerate(table.rows):
         texts = [Text(text, style="bold" if (index, column) in table.best else "") for column, text in enumerate(row)]
         shown.add_row(*texts, style="yellow" if index in table.marked else None)

@@ -74,11 +74,21 @@ def words(comparison: dict[str, Any]) -> str:
     return " ".join(finding.text for finding in findings(comparison))
 
 
-def terminal(comparison: dict[str, Any]) -> str:
-    console = Console(width=200, record=True, force_terminal=False, file=open("/dev/null", "w"))
-    for table in terminal_tables(comparison):
+def terminal(comparison: dict[str, Any], width: int = 200) -> str:
+    console = Console(width=width, record=True, force_terminal=False, file=open("/dev/null", "w"))
+    for table in terminal_tables(comparison, width):
         console.print(table)
     return console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_of_the_terminal_are_cut_between_columns(width: int) -> None:
+    wide, narrow = terminal(make_comparison(), 400).splitlines(), terminal(make_comparison(), width).splitlines()
+    assert max(map(len, narrow)) <= width < max(map(len, wide))
+    cells = {cell for line in wide if line.startswith("  ") for cell in re.split(r"\s{2,}", line.strip())}
+    for line in narrow:
+        if line.startswith("  gener"):  # a row of methods: every entry is whole
+            assert set(re.split(r"\s{2,}", line.strip())) <= cells
 
 
 def test_headrooms_are_those_of_hand_computation() -> None:
