@@ -34,7 +34,6 @@ def folder(hub: LocalHub, pico_model_folder: Path, pico_encoder_folder: Path, tm
 
 
 def test_vectors_plots_and_what_is_out_of_date(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     (tmp_path / "comparison.json").write_text(json.dumps(make_comparison(base_model="alice/base")))
     result = ask(
@@ -64,7 +63,7 @@ result = {{"first": first, "race": race}}
     )
     card = result["first"]["README.md"]
     assert "![Headroom per method on seen and unseen tasks](headroom.svg)" in card
-    assert result["first"]["headroom.svg"].lstrip().startswith("<?xml") and "</svg>" in result["first"]["headroom.svg"]
+    assert result["first"]["headroom.svg"].startswith("<svg") and "</svg>" in result["first"]["headroom.svg"]
     assert ModelCard(card).data.eval_results
     assert hub.repos["model", "alice/generator"].find().title == "Two"
     now = hub.files("alice/generator")
