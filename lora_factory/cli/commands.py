@@ -22,6 +22,7 @@ from lora_factory.cli.config import apply_config
 from lora_factory.cli.options import add_options, add_required, command, in_flags, read_options
 from lora_factory.cli.output import console, say
 from lora_factory.cli.publish import add_push_flags, publish
+from lora_factory.cli.serve import add_serve, add_try
 from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
 
@@ -90,7 +91,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argp
     _add_train(commands)
     _add_generate(commands)
     _add_explain(commands)
+    add_try(commands)
     _add_evaluate(commands)
+    add_serve(commands)
     _add_push(commands)
     search = command(commands, "search", _search, "list the generators on the Hub for a base model")
     add_required(search, "--base-model", "Hub id of the base model")

@@ -14,12 +14,15 @@ from lora_factory.arguments import (
     CompareArguments,
     DemoArguments,
     ImportArguments,
+    ServeArguments,
     TrainArguments,
     converted,
 )
 from lora_factory.cli.config import add_config
 
-Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
+Options = TypeVar(
+    "Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, ServeArguments, TrainArguments
+)
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 

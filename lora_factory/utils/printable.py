@@ -19,3 +19,11 @@ def natural_key(text: str) -> list[str | int]:
 def few(names: Collection[str]) -> str:
     """The first three names in natural order, for a message; "none" where there is none."""
     return ("; ".join(sorted(names, key=natural_key)[:3]) + ("; ..." if len(names) > 3 else "")) or "none"
+
+
+def printable_lines(text: str) -> str:
+    """Text with its lines and tabs; every other control character, such as those that steer a terminal, is a blank."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else " "
+        for character in text.replace("\r\n", "\n")
+    )
