@@ -163,17 +163,27 @@ class Engine:
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()
-            jobs: list[Job] = []
-            adapters: set[str] = set()
-            while self._waiting and len(jobs) < self._batch_size:
-                work = self._waiting[0].work
-                if isinstance(work, Make):
-                    return jobs or [self._waiting.popleft()]
-                if work.adapter is not None and len(adapters | {work.adapter}) > self.adapters.capacity:
-                    break  # one of them would take another's place
-                adapters |= {work.adapter} - {None}  # type: ignore[arg-type]
-                jobs.append(self._waiting.popleft())
-            return jobs
+            return self._taken()
+
+    def _taken(self) -> list[Job]:
+        """The job that waits longest, and those that can be answered with it; the others keep their places."""
+        jobs: list[Job] = []
+        left: deque[Job] = deque()
+        adapters: set[str | None] = {None}
+        while self._waiting and len(jobs) < self._batch_size:
+            job = self._waiting.popleft()
+            work = job.work
+            if isinstance(work, Make):
+                if not jobs:
+                    return [job]
+                left.append(job)
+            elif len(adapters | {work.adapter}) - 1 > self.adapters.capacity:
+                left.append(job)  # one adapter of the batch would take another's place
+            else:
+                adapters.add(work.adapter)
+                jobs.append(job)
+        self._waiting.extendleft(reversed(left))
+        return jobs
 
     def _make(self, job: Job, work: Make) -> None:
         with _told(job):

@@ -70,15 +70,16 @@ class KeptAdapters:
         self.model: PreTrainedModel | PeftModel = model
         highest = max(module.rank for module in generator.layout.modules)
         self._layout = generator.layout.with_rank(highest)
-        self._slots: OrderedDict[str, str] = OrderedDict()  # the one unused for longest first
+        self._names: OrderedDict[str, str] = OrderedDict()  # by identifier, the one unused for longest first
+        self._slots: dict[str, AdapterSlot] = {}  # by name
 
     def __len__(self) -> int:
         """The number of adapters in the model."""
-        return len(self._slots)
+        return len(self._names)
 
     def __contains__(self, identifier: str) -> bool:
         """Return whether an adapter is in the model."""
-        return identifier in self._slots
+        return identifier in self._names
 
     def slot(self, identifier: str, order: Order | None) -> str | None:
         """The name of an adapter in the model; it is generated unless it is there.
@@ -93,15 +94,15 @@ class KeptAdapters:
         Raises:
             LoraFactoryError: When the generator refuses the order.
         """
-        if identifier not in self._slots:
+        if identifier not in self._names:
             if order is None:
                 return None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the text is far from every task: POST /adapters says so
                 made = fulfil(self.generator, order)
             self._put(identifier, made.layout, made.state_dict)
-        self._slots.move_to_end(identifier)
-        return self._slots[identifier]
+        self._names.move_to_end(identifier)
+        return self._names[identifier]
 
     def write(self, identifier: str, order: Order) -> WrittenAdapter:
         """Generate an adapter as a PEFT folder, and put it into the model.
@@ -130,19 +131,19 @@ class KeptAdapters:
         self._metrics.count("adapters_generated_total")
         wide = self._layout
         vector = layout.widen(layout.flatten(state_dict), wide)  # zeros fill up a lower rank
-        if identifier in self._slots:
-            name = self._slots[identifier]
-        elif len(self._slots) < self.capacity:
-            name = f"slot{len(self._slots)}"
-        else:
-            name = self._slots.pop(next(iter(self._slots)))
-            self._metrics.count("adapters_evicted_total")
-        if isinstance(self.model, PeftModel) and name in self.model.peft_config:
-            AdapterSlot(self.model, wide, name).load(vector)
+        full = identifier not in self._names and len(self._names) == self.capacity
+        eldest = next(iter(self._names)) if full else None
+        name = self._names.get(eldest or identifier) or f"slot{len(self._names)}"
+        if name in self._slots:
+            self._slots[name].load(vector)
         else:
             self.model = attach_adapter(self.model, wide, wide.unflatten(vector), name)
-        self._slots[identifier] = name
-        self._slots.move_to_end(identifier)
+            self._slots[name] = AdapterSlot(self.model, wide, name)
+        if eldest is not None:  # not before its slot has been overwritten: a load that fails leaves all as it was
+            del self._names[eldest]
+            self._metrics.count("adapters_evicted_total")
+        self._names[identifier] = name
+        self._names.move_to_end(identifier)
 
 
 def identifier_of(order: Order) -> str:
