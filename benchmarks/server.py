@@ -5,8 +5,9 @@
 
 `lora-factory serve` runs as a process of its own; 64 clients ask it in OpenAI's form. First every question is asked
 alone, with every adapter and without one; then the requests go to the base model, and then to twelve adapters of which
-eight have room. Every answer is compared with those that were given alone: equal, another adapter's, or none of them.
-The base model is in 32-bit numbers for that: a batch of 16-bit numbers is rounded in another way than one row. Memory is the resident set of the server's process.
+eight have room. Every answer is compared with those that were given alone: equal, another adapter's, or neither. The
+base model is in 32-bit numbers for that: a batch of 16-bit numbers is rounded in another way than one row. Memory is
+the resident set of the server's process.
 """
 
 import argparse

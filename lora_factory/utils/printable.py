@@ -1,9 +1,10 @@
-"""Text as people read it: on one line, without anything that moves, hides or reorders other text; and short lists."""
+"""Text as people read it: on one line, without anything that moves, hides or reorders other text; short lists, facts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from html import escape
 
 
 def printable(text: object) -> str:
@@ -27,3 +28,16 @@ def printable_lines(text: str) -> str:
         character if character.isprintable() or character in "\n\t" else " "
         for character in text.replace("\r\n", "\n")
     )
+
+
+def facts_line(title: str, facts: Mapping[str, object]) -> str:
+    """What an object is, on one line: ``Title(name: value, name: value)``."""
+    return f"{title}({', '.join(f'{name}: {printable(value)}' for name, value in facts.items())})"
+
+
+def facts_html(title: str, facts: Mapping[str, object]) -> str:
+    """What an object is, as an HTML table; values are escaped."""
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(printable(value))}</td></tr>" for name, value in facts.items()
+    )
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"
