@@ -1,4 +1,4 @@
-"""Text as people read it: on one line, without anything that moves, hides or reorders other text; short lists, facts."""
+"""Text as people read it: on one line, without what moves, hides or reorders other text; short lists and facts."""
 
 from __future__ import annotations
 
