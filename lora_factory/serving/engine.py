@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
@@ -214,7 +214,7 @@ class Engine:
             if answer.finish is not None:
                 job.tell(answer)
             elif job.late:
-                job.tell(_too_late())
+                job.tell(too_late())
                 return False
             return job.wanted
 
@@ -257,7 +257,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _told(job: Job) -> Any:  # noqa: ANN401
+def _told(job: Job) -> Iterator[None]:
     """Tell a job the error that it meets; others go on."""
     try:
         yield
@@ -269,10 +269,11 @@ def _told(job: Job) -> Any:  # noqa: ANN401
 
 def _check(job: Job) -> None:
     if job.late:
-        raise _too_late()
+        raise too_late()
     if not job.wanted:
         raise Refused("nobody waits for the answer", 499, "cancelled")
 
 
-def _too_late() -> Refused:
+def too_late() -> Refused:
+    """What a job is told whose time is over."""
     return Refused("the request took too long; ask for fewer tokens, or try again later", 504, "timeout")

@@ -13,6 +13,7 @@ from lora_factory.arguments import ServeArguments
 from lora_factory.errors import LoraFactoryError
 
 TOKEN_VARIABLE = "LORA_FACTORY_TOKEN"
+CONNECTIONS = 512  # at most; more are answered with status 503
 
 
 def serve(generator: str | Path, arguments: ServeArguments | None = None, *, revision: str | None = None) -> None:
@@ -52,6 +53,7 @@ def server_config(app: Any, arguments: ServeArguments) -> Any:  # noqa: ANN401
         host=arguments.host,
         port=arguments.port,
         timeout_graceful_shutdown=int(arguments.timeout) + 5,
+        limit_concurrency=CONNECTIONS,
         server_header=False,
         log_level="info",
     )

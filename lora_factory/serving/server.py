@@ -24,7 +24,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.generation import Order
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.decoding import Answer
-from lora_factory.serving.engine import Ask, Engine, Job, Make, Refused
+from lora_factory.serving.engine import Ask, Engine, Job, Make, Refused, too_late
 from lora_factory.serving.forms import (
     MAX_TEXT,
     AdapterRequest,
@@ -222,9 +222,10 @@ async def _event(job: Job, request: Request) -> Any:  # noqa: ANN401
     event = asyncio.ensure_future(job.events.get())
     gone = asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+        left = job.deadline - time.monotonic()
+        await asyncio.wait({event, gone}, timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED)
         if not event.done():
-            raise Refused("the client has gone", 499, "cancelled")
+            raise Refused("the client has gone", 499, "cancelled") if gone.done() else too_late()
         if isinstance(result := event.result(), Exception):
             raise result
         return result

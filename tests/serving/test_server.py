@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from helpers.serving import Running, running
 
 from lora_factory import CVAELoRAGenerator
 from lora_factory.arguments import ServeArguments
-from lora_factory.cli.commands import main
+from lora_factory.cli.commands import main, parse
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.decoding import Prompt, chat_tokens, decode
 from lora_factory.models.inputs import text_tokens
@@ -348,6 +350,8 @@ def test_time_is_bounded(generator_folder: Path) -> None:
         for stream in (False, True):
             response = complete(server, **LONG, stream=stream)
             assert (response.status_code, "took too long" in error_of(response)) == (504, True)
+        examples = ["The quick brown fox jumps over the lazy dog"] * 8
+        assert server.client.post("/adapters", json={"text": "a", "examples": examples}).status_code == 504
         assert server.client.get("/healthz").status_code == 200
 
 
@@ -372,3 +376,13 @@ def test_memory_does_not_grow_with_descriptions(generator_folder: Path) -> None:
     assert metrics["lora_factory_adapters"] == 2
     assert metrics["lora_factory_adapters_generated_total"] == 12
     assert metrics["lora_factory_adapters_evicted_total"] == 10
+
+
+def test_the_page_shows_commands_that_parse_and_names_what_is_served(server: Running) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("lora-factory ")]
+    assert len(lines) == 3
+    for line in lines:
+        parse(shlex.split(line)[1:])
+    served = set(server.client.get("/openapi.json").json()["paths"])
+    assert set(re.findall(r"`(?:GET|POST) (/[\w/]+)`", page)) == served
