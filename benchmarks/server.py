@@ -1,7 +1,7 @@
 """The HTTP server under load: nothing lost, nothing mixed up, how fast, and how much memory.
 
     lora-factory demo
-    python benchmarks/server.py --generator demo-output/generator --requests 5000
+    python benchmarks/server.py --generator demo-output/full/generator --requests 5000
 
 `lora-factory serve` runs as a process of its own; 64 clients ask it in OpenAI's form. First every question is asked
 alone, with every adapter and without one; then the requests go to the base model, and then to twelve adapters of which
