@@ -41,6 +41,7 @@ from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import atomic_folder, share_file, write_json, write_text
 from lora_factory.utils.folders import ADAPTER, check_folder, check_saving, storage_errors
 from lora_factory.utils.paths import local_path, safe_name
+from lora_factory.utils.printable import facts_html, facts_line, few
 from lora_factory.utils.quiet import quiet_transformers
 
 
@@ -93,6 +94,22 @@ class CVAELoRAGenerator(ConditionalVAE):
         model.config.name_or_path, model.config._commit_hash = source.name, source.commit
         model.training_record = read_training_record(source)
         return (model, info) if wants_info else model
+
+    def __repr__(self) -> str:
+        """Say on one line what the generator writes, and from what."""
+        return facts_line("CVAELoRAGenerator", self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_html("CVAELoRAGenerator", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        tasks = [task["name"] for task in self.config.tasks or ()]
+        return {
+            **self.layout.facts(),
+            "listens to": ", ".join(self.config.modalities),
+            "known tasks": f"{len(tasks)} ({few(tasks)})",
+            "weights of the generator": f"{self.num_parameters():,}",
+        }
 
     @torch.no_grad()
     def generate_state_dict(
