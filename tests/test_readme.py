@@ -13,7 +13,7 @@ from helpers.images import picture, save_classifier
 from peft import PeftModel
 
 from lora_factory.cli.commands import main, parse
-from lora_factory.models.embedded import embedded_text_encoder
+from lora_factory.models.embedded import embedded_base_model, embedded_text_encoder
 from lora_factory.tasks.task_file import load_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -25,11 +25,25 @@ def blocks(language: str, text: str = GUIDE) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's cache, as it is when plain PEFT has downloaded the base model."""
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(embedded_base_model())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("downloaded")
 @pytest.mark.skipif(embedded_text_encoder() is None, reason="the embedded models are not installed")
 def test_the_readme_from_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     section = README.split("\n## From tasks to an adapter\n")[1].split("\n## ")[0]
     names: dict[str, object] = {}
     for language, text in re.findall(r"```(\w+)\n(.*?)```", section, flags=re.DOTALL):
@@ -40,11 +54,11 @@ def test_the_readme_from_an_empty_folder(
             exec(text, names)
         else:
             (shown,) = yaml.safe_load(text)["tasks"]
-            written = {task["name"]: task for task in yaml.safe_load((tmp_path / "tasks.yaml").read_text())["tasks"]}
+            written = {task["name"]: task for task in yaml.safe_load(Path("tasks.yaml").read_text())["tasks"]}
             assert set(shown["descriptions"]) <= set(written["licences"]["descriptions"])
             assert shown["data"]["data_files"].items() <= written["licences"]["data"]["data_files"].items()
     assert isinstance(names["model"], PeftModel)
-    scores = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    scores = json.loads(Path("evaluation/evaluation.json").read_text())
     loss = {model: tasks["licences"]["perplexity"] for model, tasks in scores.items()}
     assert loss["my-adapter"] < loss["base model"]
     assert len(README.splitlines()) <= 150

@@ -262,13 +262,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _collect(options: argparse.Namespace) -> int:
     arguments = read_options(options, CollectArguments)
+    from lora_factory.tasks.task_file import load_tasks
+
+    tasks, failed = load_tasks(options.tasks), {}
     from accelerate import PartialState
 
     from lora_factory.collection.collect import collect_adapters
     from lora_factory.collection.scheduler import CollectionError
-    from lora_factory.tasks.task_file import load_tasks
 
-    tasks, failed = load_tasks(options.tasks), {}
     try:
         collect_adapters(
             tasks, options.base_model, options.output_dir, arguments=arguments, base_model_name=options.base_model_name
@@ -303,7 +304,6 @@ def _train(options: argparse.Namespace) -> None:
     arguments = read_options(options, TrainArguments)
     from lora_factory.tasks.image_files import images_in
     from lora_factory.tasks.task_file import load_tasks
-    from lora_factory.training.train import train_generator
     from lora_factory.utils.paths import local_path
     from lora_factory.zoo.store import AdapterZoo
 
@@ -311,6 +311,8 @@ def _train(options: argparse.Namespace) -> None:
     tasks = load_tasks(options.tasks) if options.tasks else None
     names = zoo.tasks if zoo else [task.name for task in tasks or ()]
     images = {task: images_in(local_path(options.images) / task) for task in names} if options.images else None
+    from lora_factory.training.train import train_generator
+
     generator = train_generator(
         zoo,
         options.output_dir,
@@ -421,7 +423,6 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate_adapters(options: argparse.Namespace) -> None:
-    from lora_factory.evaluation.perplexity import evaluate_adapters
     from lora_factory.tasks.images import language_tasks
     from lora_factory.tasks.task_file import load_tasks
     from lora_factory.utils.files import write_json
@@ -430,6 +431,8 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
 
     tasks = language_tasks(load_tasks(options.tasks))
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
+    from lora_factory.evaluation.perplexity import evaluate_adapters
+
     with console().status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
