@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lora_factory._version import __version__
 from lora_factory.arguments import (
-    REFINE_STEPS,
     CollectArguments,
     CompareArguments,
     DemoArguments,
@@ -177,9 +176,9 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument(
         "--refine-steps",
         type=int,
-        default=REFINE_STEPS,
-        help="with --examples: optimizer steps at most that refine the adapter on them; 0: none "
-        f"(default: {REFINE_STEPS})",
+        default=0,
+        help="with --examples: optimizer steps at most that refine the adapter on them, as far as that helps on those "
+        "left out; minutes without a GPU (default: 0)",
     )
     generate.add_argument(
         "--base-model",

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters.attach import attach_adapter
-from lora_factory.arguments import REFINE_STEPS
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.files import (
@@ -152,7 +151,7 @@ class CVAELoRAGenerator(ConditionalVAE):
         adapter_name: str = "default",
         is_trainable: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = REFINE_STEPS,
+        refine_steps: int = 0,
         rank: int | None = None,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
@@ -164,7 +163,7 @@ class CVAELoRAGenerator(ConditionalVAE):
                 changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
                 the model which was returned first stays as it is.
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
-                :meth:`encode_examples` makes it, and what the written adapter is refined on.
+                :meth:`encode_examples` makes it, and what ``refine_steps`` refine the written adapter on.
             images: A few images of the task, likewise; see :meth:`encode_images`.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
@@ -173,7 +172,9 @@ class CVAELoRAGenerator(ConditionalVAE):
             is_trainable: Whether the adapter is left open to training, as a start for fine-tuning.
             tokenizer: With ``examples`` and a live model: its tokenizer.
             refine_steps: With ``examples``: steps that the written adapter is trained on them at most, as far as that
-                helps on those left out (`lora_factory.generator.refine.refine`); 0 leaves it as it is.
+                helps on those left out (`lora_factory.generator.refine.refine`); 0 (default) leaves it as it is. On
+                two CPU cores and 16 examples of an unseen task, 15 steps took four minutes on a 135M base model, and
+                the loss on test text fell from 2.286 to 2.238 nats per token.
             rank: A lower rank than the generator's, to which every module's ΔW is brought by a singular value
                 decomposition; `save_adapter` records what share of its squared norm is lost.
 
@@ -249,7 +250,7 @@ class CVAELoRAGenerator(ConditionalVAE):
         temperature: float = 0.0,
         overwrite: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = REFINE_STEPS,
+        refine_steps: int = 0,
         rank: int | None = None,
     ) -> Path:
         """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.
