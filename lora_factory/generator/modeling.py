@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from lora_factory.adapters.attach import attach_adapter
+from lora_factory.adapters.attach import attach_adapter, overwrite_adapter
 from lora_factory.arguments import REFINE_STEPS
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
@@ -174,6 +174,50 @@ class CVAELoRAGenerator(ConditionalVAE):
         attached = attach_adapter(model, made.layout, made.state_dict, adapter_name)
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
+
+    def apply(
+        self,
+        model: PeftModel,
+        text: str | Mapping[str, float] | None = None,
+        *,
+        examples: Sequence[Example | ImageExample | str] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        adapter_name: str = "default",
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        refine_steps: int = REFINE_STEPS,
+        rank: int | None = None,
+    ) -> None:
+        """Write an adapter over one that a model has already, in place (hot swap).
+
+        The model neither grows nor slows down, however often this is called; its other adapters, its mode and which
+        adapters are active stay as they are. A compiled model is not compiled again: prepare it with
+        ``peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=…)`` before ``torch.compile``.
+
+        Args:
+            model: What :meth:`generate_adapter` returned, or another ``PeftModel`` with such a slot; it may be
+                compiled.
+            text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
+            examples: As in :meth:`generate_adapter`, like all that is not listed here.
+            images: As there.
+            conditions: As there.
+            seed: As there.
+            temperature: As there.
+            adapter_name: The adapter to overwrite.
+            tokenizer: With ``examples``: the model's tokenizer.
+            refine_steps: As there.
+            rank: As there. The slot may have any rank from this one on; the rest of it becomes zero.
+
+        Raises:
+            LoraFactoryError: As :meth:`generate_adapter`, and when the model has no adapter of this name, or one with
+                other modules or scaling, or of a lower rank. The model is left as it was.
+        """
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
+        base = None if order.examples is None else open_reader(self.layout, order.examples, model, tokenizer)
+        made = fulfil(self, order, base)
+        overwrite_adapter(model, made.layout, made.state_dict, adapter_name)
 
     def combine(
         self,
