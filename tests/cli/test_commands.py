@@ -23,7 +23,7 @@ from lora_factory.arguments import CollectArguments, DemoArguments, ImportArgume
 from lora_factory.cli import commands as cli
 from lora_factory.cli import options as cli_options
 
-COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "explain", "evaluate", "push", "search")
+COMMANDS = ("demo", "collect", "import", "zoo", "train", "generate", "explain", "evaluate", "export", "push", "search")
 OVERVIEW = """\
 usage: lora-factory [-h] [--version] COMMAND ...
 
@@ -43,6 +43,7 @@ commands:
     generate  write an adapter from a description
     explain   say how far a description is from what a generator knows
     evaluate  score the base model and adapters on the tasks' test splits
+    export    write an adapter for llama.cpp and Ollama, or merged into its base
     push      push a generator, or an adapter that it writes, to the Hub
     search    list the generators on the Hub for a base model
 """
