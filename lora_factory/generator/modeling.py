@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters.attach import attach_adapter, overwrite_adapter
@@ -175,9 +175,9 @@ class CVAELoRAGenerator(ConditionalVAE):
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
 
-    def apply(
+    def apply(  # type: ignore[override]  # takes what nn.Module.apply takes, and more
         self,
-        model: PeftModel,
+        model: PeftModel | Callable[[nn.Module], None],
         text: str | Mapping[str, float] | None = None,
         *,
         examples: Sequence[Example | ImageExample | str] | None = None,
@@ -189,7 +189,7 @@ class CVAELoRAGenerator(ConditionalVAE):
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         refine_steps: int = REFINE_STEPS,
         rank: int | None = None,
-    ) -> None:
+    ) -> Self | None:
         """Write an adapter over one that a model has already, in place (hot swap).
 
         The model neither grows nor slows down, however often this is called; its other adapters, its mode and which
@@ -198,7 +198,7 @@ class CVAELoRAGenerator(ConditionalVAE):
 
         Args:
             model: What :meth:`generate_adapter` returned, or another ``PeftModel`` with such a slot; it may be
-                compiled.
+                compiled. A function is applied to the generator's own modules instead, as in ``nn.Module``.
             text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
             examples: As in :meth:`generate_adapter`, like all that is not listed here.
             images: As there.
@@ -214,10 +214,14 @@ class CVAELoRAGenerator(ConditionalVAE):
             LoraFactoryError: As :meth:`generate_adapter`, and when the model has no adapter of this name, or one with
                 other modules or scaling, or of a lower rank. The model is left as it was.
         """
+        if not isinstance(model, nn.Module) and callable(model):
+            return super().apply(model)
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
-        base = None if order.examples is None else open_reader(self.layout, order.examples, model, tokenizer)
+        live: Any = model
+        base = None if order.examples is None else open_reader(self.layout, order.examples, live, tokenizer)
         made = fulfil(self, order, base)
-        overwrite_adapter(model, made.layout, made.state_dict, adapter_name)
+        overwrite_adapter(live, made.layout, made.state_dict, adapter_name)
+        return None
 
     def combine(
         self,

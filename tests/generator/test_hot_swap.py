@@ -225,3 +225,9 @@ def test_a_missing_slot_is_named(generator: CVAELoRAGenerator, model: PeftModel,
         generator.apply(bare, CODE)
     with pytest.raises(LoraFactoryError, match=r"the base model is a str"):
         generator.apply("pico/llama", CODE)  # type: ignore[arg-type]
+
+
+def test_a_function_is_applied_to_the_modules_as_in_pytorch(generator: CVAELoRAGenerator) -> None:
+    seen: list[torch.nn.Module] = []
+    assert generator.apply(seen.append) is generator
+    assert set(map(id, seen)) == set(map(id, generator.modules()))
