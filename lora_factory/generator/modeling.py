@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from lora_factory.adapters.attach import attach_adapter
+from lora_factory.adapters.attach import attach_adapter, overwrite_adapter
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.files import (
@@ -192,6 +192,54 @@ class CVAELoRAGenerator(ConditionalVAE):
         attached = attach_adapter(model, made.layout, made.state_dict, adapter_name)
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
+
+    def apply(  # type: ignore[override]  # takes what nn.Module.apply takes, and more
+        self,
+        model: PeftModel | Callable[[nn.Module], None],
+        text: str | Mapping[str, float] | None = None,
+        *,
+        examples: Sequence[Example | ImageExample | str] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        adapter_name: str = "default",
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        refine_steps: int = 0,
+        rank: int | None = None,
+    ) -> Self | None:
+        """Write an adapter over one that a model has already, in place (hot swap).
+
+        The model neither grows nor slows down, however often this is called; its other adapters, its mode and which
+        adapters are active stay as they are. A compiled model is not compiled again: prepare it with
+        ``peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=…)`` before ``torch.compile``.
+
+        Args:
+            model: What :meth:`generate_adapter` returned, or another ``PeftModel`` with such a slot; it may be
+                compiled. A function is applied to the generator's own modules instead, as in ``nn.Module``.
+            text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
+            examples: As in :meth:`generate_adapter`, like all that is not listed here.
+            images: As there.
+            conditions: As there.
+            seed: As there.
+            temperature: As there.
+            adapter_name: The adapter to overwrite.
+            tokenizer: With ``examples``: the model's tokenizer.
+            refine_steps: As there.
+            rank: As there. The slot may have any rank from this one on; the rest of it becomes zero.
+
+        Raises:
+            LoraFactoryError: As :meth:`generate_adapter`, and when the model has no adapter of this name, or one with
+                other modules or scaling, or of a lower rank. The model is left as it was.
+        """
+        if not isinstance(model, nn.Module) and callable(model):
+            return super().apply(model)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
+        live: Any = model
+        base = None if order.examples is None else open_reader(self.layout, order.examples, live, tokenizer)
+        made = fulfil(self, order, base)
+        overwrite_adapter(live, made.layout, made.state_dict, adapter_name)
+        return None
 
     def combine(
         self,

@@ -72,7 +72,7 @@ def test_an_adapter_is_refined_on_the_users_examples(
     tokenizer = AutoTokenizer.from_pretrained(pico_model_folder)
     base = FrozenBase(LlamaForCausalLM.from_pretrained(pico_model_folder), tokenizer, generator.layout)
     written = loss(base, generator.generate_state_dict(TEXT))
-    with pytest.raises(LoraFactoryError, match="not to examples; .* a text and refine_steps=60"):
+    with pytest.raises(LoraFactoryError, match=r"not to examples; .* a text and refine_steps=60"):
         generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES)  # not unless it is asked for
     model = generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES, refine_steps=60)
     refined = loss(base, get_peft_model_state_dict(model))
