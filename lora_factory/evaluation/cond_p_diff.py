@@ -41,7 +41,7 @@ _FOLDER = FolderKind(
 
 
 class CondPDiff(nn.Module):
-    """An auto-encoder of LoRA weight vectors and a denoiser of its latents; train with :func:`train_cond_p_diff`.
+    """An auto-encoder of LoRA weight vectors and a denoiser of its latents; train with `train_cond_p_diff`.
 
     Args:
         size: Number of weights D.
@@ -102,7 +102,7 @@ class CondPDiff(nn.Module):
         return torch.einsum("bnr,nrc->bnc", reduced, self.expand)
 
     def weights(self, chunks: Tensor) -> Tensor:
-        """Weights ``(batch, D)`` of standardised chunks; undoes :meth:`standardise`."""
+        """Weights ``(batch, D)`` of standardised chunks; undoes `standardise`."""
         return (chunks * self.scale[:, None]).flatten(1)[:, : self.sizes["size"]] + self.mean
 
     def standard_condition(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ class CondPDiff(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             LoraFactoryError: When a file is missing or damaged, or comes from a later version.

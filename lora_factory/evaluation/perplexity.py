@@ -128,7 +128,7 @@ def score_task(
     max_tokens: int | None = None,
     chat_template: bool = False,
 ) -> TextScore:
-    """Score a task's test split in windows that overlap by a quarter; see :func:`score_examples`."""
+    """Score a task's test split in windows that overlap by a quarter; see `score_examples`."""
     options: Any = {"window": window, "stride": window * 3 // 4, "max_tokens": max_tokens}
     return score_examples(model, tokenizer, task.examples("test"), chat_template=chat_template, **options)
 

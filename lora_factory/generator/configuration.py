@@ -26,9 +26,9 @@ def paper_channels(depth: int) -> tuple[int, ...]:
 
 @strict
 class CVAELoRAConfig(PreTrainedConfig):
-    """Configuration of a :class:`~lora_factory.CVAELoRAGenerator`.
+    """Configuration of a `CVAELoRAGenerator`.
 
-    Args:
+    Attributes:
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
         modalities: Width of the task vectors of every modality of conditions, for example ``{"text": 384}``.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.

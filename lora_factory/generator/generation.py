@@ -173,7 +173,7 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
     """Generate an adapter into an existing folder: what PEFT writes, and ``generation.json``; the card is not written.
 
     Raises:
-        LoraFactoryError: As :func:`fulfil`.
+        LoraFactoryError: As `fulfil`.
     """
     made = fulfil(generator, order, base)
     vectors, given = made.vectors, made.given

@@ -47,7 +47,7 @@ from lora_factory.utils.quiet import quiet_transformers
 class CVAELoRAGenerator(ConditionalVAE):
     """Writes LoRA adapters: from a sentence to a ``peft.PeftModel``.
 
-    Train one with :func:`lora_factory.train_generator`; load a published one with
+    Train one with `lora_factory.train_generator`; load a published one with
     ``CVAELoRAGenerator.from_pretrained("user/generator")``.
 
     Every push writes a folder first and uploads it in one commit, so that it arrives whole or not at all; what people
@@ -127,7 +127,7 @@ class CVAELoRAGenerator(ConditionalVAE):
             conditions: Task vectors of shape ``(width,)`` by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
             temperature: 0 (default) writes the most likely adapter; 1 samples with the spread of real checkpoints.
-            rank: A lower rank than the generator's; see :meth:`generate_adapter`.
+            rank: A lower rank than the generator's; see `generate_adapter`.
 
         Returns:
             Float32 tensors on the CPU under PEFT's names.
@@ -157,14 +157,14 @@ class CVAELoRAGenerator(ConditionalVAE):
         """Write an adapter and attach it to the base model.
 
         Args:
-            text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
+            text: What the adapter is for; or several texts with a weight each, see `combine`.
             base_model: Model, folder or Hub id to attach it to; by default the one that the generator's layout names.
                 A ``PeftModel`` gets one more adapter (or has the one of this name overwritten). A live base model is
                 changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
                 the model which was returned first stays as it is.
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
-                :meth:`encode_examples` makes it, and what ``refine_steps`` refine the written adapter on.
-            images: A few images of the task, likewise; see :meth:`encode_images`.
+                `encode_examples` makes it, and what ``refine_steps`` refine the written adapter on.
+            images: A few images of the task, likewise; see `encode_images`.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
             temperature: 0 writes the most likely adapter; 1 samples with the spread of real checkpoints.
@@ -254,14 +254,14 @@ class CVAELoRAGenerator(ConditionalVAE):
 
         Args:
             texts: A weight for every text: ``{"legal notices": 0.7, "poems": 0.3}``.
-            base_model: As in :meth:`generate_adapter`.
+            base_model: As in `generate_adapter`.
             **options: Its other arguments.
 
         Returns:
-            A ``peft.PeftModel``, as :meth:`generate_adapter` returns it.
+            A ``peft.PeftModel``, as `generate_adapter` returns it.
 
         Raises:
-            LoraFactoryError: As :meth:`generate_adapter`, and when there is no text or a weight is not finite.
+            LoraFactoryError: As `generate_adapter`, and when there is no text or a weight is not finite.
         """
         return self.generate_adapter(texts, base_model, **options)
 
@@ -309,7 +309,7 @@ class CVAELoRAGenerator(ConditionalVAE):
         Args:
             text: What the adapter is for.
             save_directory: The folder to make.
-            examples: As in :meth:`generate_adapter`, like all that is not listed here.
+            examples: As in `generate_adapter`, like all that is not listed here.
             images: As there.
             conditions: As there.
             base_model: As there.
@@ -325,7 +325,7 @@ class CVAELoRAGenerator(ConditionalVAE):
             The folder.
 
         Raises:
-            LoraFactoryError: As :meth:`generate_adapter`, and when the folder is not to be replaced.
+            LoraFactoryError: As `generate_adapter`, and when the folder is not to be replaced.
             StorageError: When it cannot be written; it is a LoraFactoryError.
         """
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps, rank=rank)

@@ -94,7 +94,7 @@ def refine_state_dict(
     *,
     chat_template: bool = False,
 ) -> dict[str, Tensor]:
-    """:func:`refine` for an adapter as PEFT names it and examples as a user has them."""
+    """`refine` for an adapter as PEFT names it and examples as a user has them."""
     settings = TokenOptions(chat_template=chat_template)
     if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
         settings = replace(settings, sequence_length=limit)

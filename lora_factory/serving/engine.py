@@ -70,7 +70,7 @@ class Job:
     Attributes:
         work: What is wanted.
         deadline: When it is given up, by ``time.monotonic``.
-        events: What happens, for the event loop: texts as they come, and at the end an :class:`Answer`, a
+        events: What happens, for the event loop: texts as they come, and at the end an `Answer`, a
             ``WrittenAdapter`` or an exception.
         wanted: Set to False by whoever no longer waits.
     """

@@ -85,7 +85,7 @@ class KeptAdapters:
         """The name of an adapter in the model; it is generated unless it is there.
 
         Args:
-            identifier: The order's, see :func:`identifier_of`.
+            identifier: The order's, see `identifier_of`.
             order: What to generate; None: nothing.
 
         Returns:

@@ -20,7 +20,7 @@ _EXAMPLES = 'a text, a pair (prompt, completion), {"prompt": ..., "completion": 
 
 
 def as_examples(examples: Any) -> list[Example | ImageExample | str]:  # noqa: ANN401
-    """A user's examples, whatever they come in: texts, pairs, dictionaries, :class:`Example` or :class:`ImageExample`.
+    """A user's examples, whatever they come in: texts, pairs, dictionaries, `Example` or `ImageExample`.
 
     Raises:
         LoraFactoryError: When there is none, one is of another kind, or a single one stands for a list of them.

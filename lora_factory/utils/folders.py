@@ -1,7 +1,7 @@
 """Decide which folders and files may be replaced: those that this package wrote, and nothing else.
 
-Every replacement of a folder goes through :func:`check_folder`, once before any work starts and once more when the new
-folder is put in its place; every replacement of a report goes through :func:`check_report`.
+Every replacement of a folder goes through `check_folder`, once before any work starts and once more when the new
+folder is put in its place; every replacement of a report goes through `check_report`.
 """
 
 from __future__ import annotations
