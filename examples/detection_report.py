@@ -74,7 +74,7 @@ def write_detection_report(result: Mapping[str, Any], folder: str | Path) -> Pat
         base_model=result["base_model"],
         title=f"Detection with {Path(result['base_model']).name}",
         verdict="",
-        bars={},
+        bars={"methods": []},
         findings=[],
         tables=[detection_table(result)],
         plots=draw_detections(result["methods"], result["pictures"]),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lora_factory._version import __version__
 from lora_factory.arguments import (
-    REFINE_STEPS,
     CollectArguments,
     CompareArguments,
     DemoArguments,
@@ -103,6 +102,7 @@ def _parsers() -> tuple[CommandParser, Commands]:
     add_try(commands)
     _add_evaluate(commands)
     add_serve(commands)
+    _add_export(commands)
     _add_push(commands)
     search = command(commands, "search", _search, "list the generators on the Hub for a base model")
     add_required(search, "--base-model", "Hub id of the base model")
@@ -177,9 +177,9 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument(
         "--refine-steps",
         type=int,
-        default=REFINE_STEPS,
-        help="with --examples: optimizer steps at most that refine the adapter on them; 0: none "
-        f"(default: {REFINE_STEPS})",
+        default=0,
+        help="with --examples: optimizer steps at most that refine the adapter on them, as far as that helps on those "
+        "left out; minutes without a GPU (default: 0)",
     )
     generate.add_argument(
         "--base-model",
@@ -234,6 +234,25 @@ def _add_evaluate(commands: Commands) -> None:
         "--unseen-zoo", help="with --generator: folder of a zoo with LoRAs of the unseen tasks (default: none)"
     )
     add_options(evaluate, CompareArguments)
+
+
+def _add_export(commands: Commands) -> None:
+    export = command(commands, "export", _export, "write an adapter for llama.cpp and Ollama, or merged into its base")
+    add_required(export, "--adapter", "folder of the adapter, as generate or PEFT wrote it")
+    export.add_argument(
+        "--format",
+        choices=("gguf", "merged"),
+        default="gguf",
+        help="gguf: a file of the adapter alone, which llama.cpp and Ollama load beside the base model; merged: a "
+        "folder of the base model with the adapter in its weights, and its tokenizer (default: gguf)",
+    )
+    export.add_argument(
+        "--merged", action="store_const", const="merged", dest="format", help="the same as --format merged"
+    )
+    add_required(export, "--output", "the file or folder to make; nothing is replaced")
+    export.add_argument(
+        "--base-model", help="Hub id or folder of the base model (default: the one that the adapter names)"
+    )
 
 
 def _add_push(commands: Commands) -> None:
@@ -466,6 +485,13 @@ def _print_scores(scores: dict[str, dict[str, TextScore]]) -> None:
     for part in rich_tables(table, console().width):
         console().print(part)
     say("perplexity / bits per character on the test split; lower is better")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lora_factory.serving.export import export_gguf, export_merged
+
+    export = export_gguf if options.format == "gguf" else export_merged
+    say(f"wrote {export(options.adapter, options.output, base_model=options.base_model)}")
 
 
 def _push(options: argparse.Namespace) -> None:

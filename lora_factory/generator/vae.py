@@ -203,7 +203,8 @@ class ConditionalVAE(PreTrainedModel):
             LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
                 without its tokenizer.
         """
-        self._refuse_unheard("hidden", "examples", "tasks= (--tasks) of the zoo")
+        remedy = "train a generator with tasks= (--tasks) of the zoo, or pass a text and refine_steps=60 beside them"
+        self._refuse_unheard("hidden", "examples", remedy)
         examples = as_examples(examples)
         base = open_reader(self.layout, examples, base_model, tokenizer)
         return {"hidden": task_vector(example_states(base, examples))}
@@ -220,7 +221,7 @@ class ConditionalVAE(PreTrainedModel):
         Raises:
             LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
         """
-        self._refuse_unheard("image", "images", "images= (--images) of every task")
+        self._refuse_unheard("image", "images", "or train a generator with images= (--images) of every task")
         images = as_images(images)
         return {"image": task_vector(self.image_encoder.encode(images))}
 
@@ -251,6 +252,5 @@ class ConditionalVAE(PreTrainedModel):
         modalities = self.config.modalities or {}
         if modality not in modalities:
             raise LoraFactoryError(
-                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, or train "
-                f"a generator with {remedy}"
+                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, {remedy}"
             )

@@ -1,4 +1,4 @@
-"""Programs that serve adapters as they are asked for: an HTTP server, vLLM, llama.cpp.
+"""Generated adapters in the programs that people run: an HTTP server, inference engines, and files for them.
 
-In: a generator, and requests for adapters and answers. Out: answers of a model with the adapter that was asked for.
+In: a generator, or an adapter's folder. Out: adapters that an engine loads, files that it reads, answers over HTTP.
 """

@@ -24,7 +24,7 @@ from lora_factory import CVAELoRAGenerator
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.zoo.store import AdapterZoo
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_the_readme_publishes_and_uses(
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m lora_factory.cli "$@"\n')
     command.chmod(0o755)
-    section = README.split("\n## Publish and use\n")[1].split("\n## ")[0]
+    section = GUIDE.split("\n## Publish and use\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```(python|bash)\n(.*?)```", section, flags=re.DOTALL)
     assert [language for language, _ in blocks] == ["python", "python", "bash"]
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"

@@ -181,7 +181,7 @@ def test_an_adapter_from_examples_is_that_of_the_generator(
 ) -> None:
     examples: list[Any] = [*TRAINING_TEXT, {"prompt": "Line 1: ", "completion": "fox"}]
     made = server.client.post("/adapters", json={"text": TEXTS[1], "examples": examples})
-    assert made.status_code == 200 and made.json()["refined_on"] == 4
+    assert made.status_code == 200 and made.json()["refined_on"] == 0
     saved = CVAELoRAGenerator.from_pretrained(generator_folder).save_adapter(
         TEXTS[1], tmp_path / "saved", examples=examples
     )
