@@ -215,10 +215,10 @@ class CVAELoRAGenerator(ConditionalVAE):
         ``peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=…)`` before ``torch.compile``.
 
         Args:
-            model: What :meth:`generate_adapter` returned, or another ``PeftModel`` with such a slot; it may be
+            model: What `generate_adapter` returned, or another ``PeftModel`` with such a slot; it may be
                 compiled. A function is applied to the generator's own modules instead, as in ``nn.Module``.
-            text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
-            examples: As in :meth:`generate_adapter`, like all that is not listed here.
+            text: What the adapter is for; or several texts with a weight each, see `combine`.
+            examples: As in `generate_adapter`, like all that is not listed here.
             images: As there.
             conditions: As there.
             seed: As there.
@@ -229,7 +229,7 @@ class CVAELoRAGenerator(ConditionalVAE):
             rank: As there. The slot may have any rank from this one on; the rest of it becomes zero.
 
         Raises:
-            LoraFactoryError: As :meth:`generate_adapter`, and when the model has no adapter of this name, or one with
+            LoraFactoryError: As `generate_adapter`, and when the model has no adapter of this name, or one with
                 other modules or scaling, or of a lower rank. The model is left as it was.
         """
         if not isinstance(model, nn.Module) and callable(model):
