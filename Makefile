@@ -1,10 +1,10 @@
-# make demo [ARGS=--fast] | make test [ARGS="-k cli"] | make lint
+# make demo [ARGS=--fast] | make test [ARGS="-k cli"] | make lint | make browser
 # The environment is made once in .venv; `make PYTHON=python3.12 …` picks the interpreter it is made with.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint browser clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -15,6 +15,7 @@ help:
 	@echo "make demo   the whole pipeline on an embedded real model; ARGS=--fast for a two-minute tour"
 	@echo "make test   all tests, offline; ARGS is handed to pytest"
 	@echo "make lint   ruff, mypy and the contract of imports"
+	@echo "make browser  what the app's tests need: gradio, Playwright and Debian's Chromium (needs root)"
 	@echo "make clean  remove the environment and the caches"
 
 demo: $(STAMP)
@@ -28,6 +29,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+browser: $(STAMP)
+	command -v chromium >/dev/null || apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pip install --editable '.[app]' 'playwright>=1.65'
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

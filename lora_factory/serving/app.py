@@ -8,9 +8,10 @@ import html
 import logging
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from lora_factory.errors import LoraFactoryError
@@ -26,11 +27,12 @@ DEFAULT_PORT = 7860
 _FILES_KEPT = (600, 3600)  # seconds between two looks for old files; seconds that a file is kept
 _SESSIONS = 16  # whose last adapter stays in memory
 _LOGGER = logging.getLogger(__name__)
+_AS_WRITTEN = "Written for the task."
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 _CSS = """
 footer, .built-with { display: none !important }
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important }
-.gradio-container > main { width: 100% }
+.gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important }
+.html-container { padding: 0 !important }
 #head h1 { font-size: 1.5rem; font-weight: 650; margin: 0 0 .25rem; letter-spacing: -.01em }
 #head p { margin: 0; color: var(--body-text-color-subdued); line-height: 1.5; overflow-wrap: anywhere }
 .lf-note { padding: .75rem 1rem; border-radius: 8px; border: 1px solid var(--border-color-primary);
@@ -41,13 +43,18 @@ footer, .built-with { display: none !important }
 .lf-note p { margin: 0 }
 .lf-note p.small { font-size: .85rem; color: var(--body-text-color-subdued); margin-top: .5rem }
 .lf-note .verdict { font-weight: 600 }
-.lf-tasks { display: grid; grid-template-columns: minmax(0, 10rem) minmax(3rem, 1fr) auto; gap: .4rem .75rem;
+.lf-tasks { display: grid; grid-template-columns: fit-content(50%) minmax(3rem, 1fr) auto; gap: .4rem .75rem;
   align-items: center; margin-top: .6rem; font-size: .9rem }
+.lf-tasks span { overflow-wrap: anywhere }
 .lf-tasks .track { position: relative; height: 2px; background: var(--border-color-primary) }
 .lf-tasks .track i { position: absolute; top: -4px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
   background: var(--color-accent) }
 .lf-tasks .number { font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued) }
 .lf-note code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
+@media (max-width: 640px) {
+  .gradio-container .main { padding: 12px 14px !important }
+  #base textarea, #adapted textarea { height: 13rem !important }
+}
 """
 
 
@@ -124,6 +131,7 @@ def _launch(page: Any, port: int) -> str:  # noqa: ANN401
         input_border_color="*neutral_300",
         input_border_color_dark="*neutral_600",
         input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
@@ -275,6 +283,7 @@ class _Form:
             self.base, self.adapted = (
                 gradio.Textbox(
                     label=label,
+                    info=info,
                     placeholder="The answer comes here.",
                     lines=16,
                     max_lines=16,
@@ -283,7 +292,10 @@ class _Form:
                     min_width=280,
                     elem_id=name,
                 )
-                for label, name in (("Base model", "base"), ("With the adapter", "adapted"))
+                for label, info, name in (
+                    ("Base model", "As it is.", "base"),
+                    ("With the adapter", _AS_WRITTEN, "adapted"),
+                )
             )
         self.made = gradio.State(None, time_to_live=_FILES_KEPT[1])
         self.download = gradio.DownloadButton(
@@ -347,7 +359,7 @@ class _Form:
         yield {
             self.notice: _shown(note_html("The adapter is being written …")),
             self.base: "",
-            self.adapted: "",
+            self.adapted: gradio.Textbox("", info=_AS_WRITTEN),
             self.made: None,
             self.download: gradio.DownloadButton(interactive=False, value=None),
             self.push: gradio.Button(interactive=False),
@@ -366,6 +378,7 @@ class _Form:
                 yield {
                     self.closeness: _shown(closeness_html(closeness)),
                     self.notice: _shown(note_html("The models answer …") if prompt.strip() else ""),
+                    self.adapted: gradio.Textbox(info=_written_for(order.text)),
                     self.made: made,
                     self.download: gradio.DownloadButton(interactive=True, value=str(archive)),
                     self.push: gradio.Button(interactive=True),
@@ -421,8 +434,8 @@ def closeness_html(closeness: Closeness) -> str:
     )
     return (
         f'<div class="lf-note {closeness.verdict}" role="status"><p class="verdict">{_text(closeness.sentence)}</p>'
-        f'<div class="lf-tasks">{rows}</div><p class="small">Cosine distance from the nearest known tasks; 0 is the '
-        f"same. It changes the adapter {closeness.use:.1f} times as much as a known task does.</p></div>"
+        f'<div class="lf-tasks">{rows}</div><p class="small">Cosine distance from the nearest known tasks; 0 is '
+        f"the same. The adapter is changed {closeness.use:.1f} times as much as for a known task.</p></div>"
     )
 
 
@@ -435,6 +448,15 @@ def error_html(error: object) -> str:
     """An error, as a sentence."""
     text = printable(error).rstrip(".")
     return f'<div class="lf-note error" role="alert"><p>{_text(text[:1].upper() + text[1:])}.</p></div>'
+
+
+def _written_for(text: str | Mapping[str, float] | None) -> str:
+    """What an adapter is for, on one line: the fields may have been changed since."""
+    if text is None:
+        return "Written for the examples."
+    parts = {text: 1.0} if isinstance(text, str) else text
+    quoted = (f"“{shorten(printable(one), 60, placeholder=' …')}”" for one in parts)
+    return f"Written for {' and '.join(quoted)}."
 
 
 def _text(text: str) -> str:
