@@ -37,6 +37,7 @@ COMMANDS = (
     "try",
     "evaluate",
     "serve",
+    "app",
     "push",
     "search",
 )
@@ -63,6 +64,7 @@ commands:
     try       answer a prompt with the base model and with a generated adapter
     evaluate  score the base model and adapters on the tasks' test splits
     serve     serve adapters and their answers over HTTP, in OpenAI's form
+    app       open a page in the browser that writes adapters and compares their answers
     push      push a generator, or an adapter that it writes, to the Hub
     search    list the generators on the Hub for a base model
 """
