@@ -200,7 +200,8 @@ class _Form:
         from lora_factory.serving.side_by_side import MAX_TEXT
 
         hears = self.work.hears
-        text, images = "text" in hears, "image" in hears
+        text, images, shown = "text" in hears, "image" in hears, "hidden" in hears
+        title = " and ".join(name for name, heard in (("Examples", shown), ("Images", images)) if heard)
         self.text = gradio.Textbox(
             "",
             label="Task",
@@ -214,11 +215,12 @@ class _Form:
         with gradio.Accordion("Mix with a second task", open=False, visible=text):
             self.second = gradio.Textbox("", label="Second task", lines=2, max_length=MAX_TEXT, elem_id="second")
             self.share = gradio.Slider(0, 1, 0.5, step=0.05, label="Share of the second task", elem_id="share")
-        with gradio.Accordion("Examples and images" if images else "Examples", open=False):
+        with gradio.Accordion(title.capitalize(), open=False, visible=bool(title)):
             examples = gradio.Textbox(
                 "",
                 label="Examples of the task",
-                info="One a line, or separated by blank lines. The adapter is trained on them for a moment.",
+                info="One a line, or separated by blank lines.",
+                visible=shown,
                 lines=5,
                 max_lines=12,
                 elem_id="examples",

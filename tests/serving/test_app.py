@@ -66,7 +66,7 @@ def test_the_archive_is_a_peft_folder(work: SideBySide, tmp_path: Path) -> None:
     zipfile.ZipFile(io.BytesIO(made.archive())).extractall(tmp_path)
     generation = json.loads((tmp_path / "adapter" / "generation.json").read_text())
     assert generation["text"] == f"0.75 * {LAW!r} + 0.25 * 'poems'"
-    assert generation["refined_on"] == len(TRAINING_TEXT)
+    assert generation["conditions"] == ["hidden"]
     model, _ = load_base_model(work.generator.layout.base_model)
     PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert work.closeness({LAW: 0.75, "poems": 0.25}, made) != work.closeness({LAW: 0.75, "poems": 0.25})
@@ -234,6 +234,7 @@ def test_a_click_through(generator_folder: Path, tmp_path: Path) -> None:
         page.fill("#repository input, #repository textarea", "alice/law")
         page.click("#push")
         playwright.expect(page.locator("#pushed .error")).to_contain_text("others cannot load")
+        assert page.get_by_role("button", name="Examples").is_visible()
         assert not page.locator("#images").is_visible()  # the generator hears none
         assert not page.locator("footer").is_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
