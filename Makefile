@@ -1,10 +1,10 @@
-# make demo [ARGS=--fast] | make test [ARGS="-k cli"] | make lint
+# make demo [ARGS=--fast] | make test [ARGS="-k cli"] | make lint | make browser
 # The environment is made once in .venv; `make PYTHON=python3.12 …` picks the interpreter it is made with.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs browser clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -17,6 +17,7 @@ help:
 	@echo "make test   all tests, offline; ARGS is handed to pytest"
 	@echo "make lint   ruff, mypy and the contract of imports"
 	@echo "make docs   the documentation site, in the folder site"
+	@echo "make browser  what the app's tests need: gradio, Playwright and Debian's Chromium (needs root)"
 	@echo "make clean  remove the environment and the caches"
 
 demo: $(STAMP)
@@ -33,6 +34,10 @@ lint: $(STAMP)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+browser: $(STAMP)
+	command -v chromium >/dev/null || apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pip install --editable '.[app]' 'playwright>=1.65'
 
 clean:
 	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

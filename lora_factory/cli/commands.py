@@ -22,7 +22,7 @@ from lora_factory.cli.options import Commands, add_options, add_required, comman
 from lora_factory.cli.output import console, say, say_next
 from lora_factory.cli.parser import CommandParser
 from lora_factory.cli.publish import add_push_flags, publish
-from lora_factory.cli.serve import add_serve, add_try
+from lora_factory.cli.serve import add_app, add_serve, add_try
 from lora_factory.cli.tasks import add_check, add_init
 from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
@@ -103,6 +103,7 @@ def _parsers() -> tuple[CommandParser, Commands]:
     _add_evaluate(commands)
     add_serve(commands)
     _add_export(commands)
+    add_app(commands)
     _add_push(commands)
     search = command(commands, "search", _search, "list the generators on the Hub for a base model")
     add_required(search, "--base-model", "Hub id of the base model")

@@ -1,12 +1,15 @@
-"""``lora-factory try`` and ``serve``: answers of the base model with generated adapters."""
+"""``lora-factory try``, ``serve`` and ``app``: answers of the base model with generated adapters."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import threading
 
 from lora_factory.arguments import ServeArguments
 from lora_factory.cli.options import Commands, add_options, add_required, command, read_options
-from lora_factory.cli.output import console
+from lora_factory.cli.output import console, say
 from lora_factory.errors import LoraFactoryError
 
 _TWO_COLUMNS = 100  # characters of the terminal from which answers stand side by side
@@ -46,6 +49,17 @@ def add_serve(commands: Commands) -> None:
     add_required(serve, "--generator", "folder or Hub id of a generator")
     serve.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
     add_options(serve, ServeArguments)
+
+
+def add_app(commands: Commands) -> None:
+    """Add ``app``."""
+    app = command(commands, "app", _app, "open a page in the browser that writes adapters and compares their answers")
+    app.add_argument("--generator", help="folder or Hub id of a generator (default: the page says how to get one)")
+    app.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
+    app.add_argument(
+        "--base-model", help="Hub id or folder of the base model (default: the one that the generator names)"
+    )
+    app.add_argument("--port", type=int, default=7860, help="TCP port on this machine (default: 7860)")
 
 
 def _try(options: argparse.Namespace) -> None:
@@ -99,3 +113,17 @@ def _serve(options: argparse.Namespace) -> None:
     from lora_factory.serving.launch import serve
 
     serve(options.generator, arguments, revision=options.revision)
+
+
+def _app(options: argparse.Namespace) -> None:
+    from lora_factory.serving.app import open_app
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as with Ctrl-C: temporary files are removed
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        open_app(
+            options.generator, base_model=options.base_model, revision=options.revision, port=options.port
+        ) as address,
+    ):
+        say(f"the app is at {address} and ends with Ctrl-C")
+        threading.Event().wait()

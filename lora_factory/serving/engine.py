@@ -116,8 +116,8 @@ class Engine:
         self._thread = Thread(target=self._run, name="lora-factory-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Let a job wait for its turn.
+    def submit(self, *jobs: Job) -> None:
+        """Let jobs wait for their turn; those given together are answered together where that is possible.
 
         Raises:
             Refused: When as many wait as may, or the engine is closing.
@@ -125,9 +125,9 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Refused("the server is stopping; try again later", 503, "stopping")
-            if len(self._waiting) >= self._room:
-                raise Refused(f"{self._room} requests wait already; try again later", 429, "queue_full")
-            self._waiting.append(job)
+            if len(self._waiting) + len(jobs) > self._room:
+                raise Refused(f"{len(self._waiting)} requests wait already; try again later", 429, "queue_full")
+            self._waiting.extend(jobs)
             self._changed.notify()
 
     def __len__(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tempfile
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.generator.generation import Order, fulfil
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.serving.metrics import Metrics
+from lora_factory.tasks.image_files import image_fingerprint
 from lora_factory.utils.safe_files import read_json
 
 
@@ -41,6 +44,14 @@ class WrittenAdapter:
     def weights(self) -> bytes:
         """The safetensors file."""
         return self.files[ADAPTER_FILE]
+
+    def archive(self) -> bytes:
+        """A ZIP archive with the files in a folder named ``adapter``."""
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
+            for name, content in self.files.items():
+                file.writestr(zipfile.ZipInfo(f"adapter/{name}"), content)
+        return archive.getvalue()
 
 
 class KeptAdapters:
@@ -116,6 +127,7 @@ class KeptAdapters:
                 order.text,
                 Path(parent, "adapter"),
                 examples=order.examples,
+                images=order.images,
                 base_model=self.model if order.examples else None,
                 tokenizer=self.tokenizer,
                 seed=order.seed,
@@ -148,5 +160,6 @@ class KeptAdapters:
 
 def identifier_of(order: Order) -> str:
     """A name for an order's adapter, the same for equal orders: a hash of all that the adapter depends on."""
-    facts = [order.text, order.examples, order.rank, order.seed, order.temperature]
+    images = [image_fingerprint(image) for image in order.images or ()]
+    facts = [order.text, order.examples, images, order.rank, order.seed, order.temperature]
     return "adapter-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

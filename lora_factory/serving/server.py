@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import time
-import zipfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +117,7 @@ class _Service:
         headers = {"X-Adapter-Id": identifier}
         if kind in _ARCHIVES:
             headers["Content-Disposition"] = f'attachment; filename="{identifier}.zip"'
-            return Response(_zipped(written.files), media_type="application/zip", headers=headers)
+            return Response(written.archive(), media_type="application/zip", headers=headers)
         if kind in _WEIGHTS:
             return Response(written.weights, media_type=kind, headers=headers)
         made = written.generation
@@ -277,15 +275,6 @@ def _accepted(header: str) -> str:
             return kind
     known = ", ".join(("application/json", *_ARCHIVES, *_WEIGHTS))
     raise Refused(f"Accept is {header[:100]!r}; choose one of {known}", 406, "not_acceptable")
-
-
-def _zipped(files: dict[str, bytes]) -> bytes:
-    """A ZIP archive with a folder named ``adapter``."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
-        for name, content in files.items():
-            file.writestr(zipfile.ZipInfo(f"adapter/{name}"), content)
-    return archive.getvalue()
 
 
 async def _refused(request: Request, error: Any) -> Response:  # noqa: ANN401

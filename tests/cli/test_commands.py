@@ -38,6 +38,7 @@ COMMANDS = (
     "evaluate",
     "serve",
     "export",
+    "app",
     "push",
     "search",
 )
@@ -65,6 +66,7 @@ commands:
     evaluate  score the base model and adapters on the tasks' test splits
     serve     serve adapters and their answers over HTTP, in OpenAI's form
     export    write an adapter for llama.cpp and Ollama, or merged into its base
+    app       open a page in the browser that writes adapters and compares their answers
     push      push a generator, or an adapter that it writes, to the Hub
     search    list the generators on the Hub for a base model
 """
