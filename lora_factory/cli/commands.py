@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_factory._lazy import no_collection
 from lora_factory._version import __version__
 from lora_factory.arguments import (
     REFINE_STEPS,
@@ -29,6 +30,7 @@ from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
     from lora_factory.evaluation.perplexity import TextScore
+    from lora_factory.tasks.examples import Example
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -330,19 +332,19 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from lora_factory.adapters.folder import GENERATION_FILE
-    from lora_factory.generator.modeling import CVAELoRAGenerator
-    from lora_factory.tasks.text import read_examples
-    from lora_factory.utils.paths import local_path
-    from lora_factory.utils.safe_files import read_json
+    with no_collection():
+        from lora_factory.adapters.folder import GENERATION_FILE
+        from lora_factory.generator.writer import AdapterWriter
+        from lora_factory.utils.paths import local_path
+        from lora_factory.utils.safe_files import read_json
 
     if options.text is None and options.examples is None and options.images is None:
         raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several of them")
-    generator = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision)
+    generator = AdapterWriter.open(options.generator, options.revision)
     generator.save_adapter(
         options.text,
         options.output_dir,
-        examples=read_examples(options.examples) if options.examples else None,
+        examples=_read_examples(options.examples) if options.examples else None,
         images=[local_path(image) for image in options.images] if options.images else None,
         base_model=options.base_model,
         overwrite=options.overwrite,
@@ -364,10 +366,17 @@ def _generate(options: argparse.Namespace) -> None:
     say_next(options, "evaluate", "--adapter", options.output_dir, "--tasks", "tasks.yaml")
 
 
-def _explain(options: argparse.Namespace) -> None:
-    from lora_factory.generator.modeling import CVAELoRAGenerator
+def _read_examples(file: str) -> list[Example]:
+    from lora_factory.tasks.text import read_examples
 
-    found = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision).explain(options.text)
+    return read_examples(file)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    with no_collection():
+        from lora_factory.generator.writer import AdapterWriter
+
+    found = AdapterWriter.open(options.generator, options.revision).explain(options.text)
     nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in found["nearest"])
     lines = [f"nearest tasks, by cosine distance: {nearest or 'none'}"]
     if found["farther_than"] is not None:

@@ -9,9 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora_factory.adapters.attach import add_shared_lora, hooked
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.live_models import plain_model
 
 # Up to so many rows or columns, directions are found by a full SVD: 0.7 s for 1024 x 2048 on one core, 4.7 s for
 # 2048 x 4096. Beyond, a randomised one computes some directions more than are kept, with power iterations: of what the
@@ -79,6 +77,9 @@ class CoreBasis(nn.Module):
         Raises:
             LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
         """
+        from lora_factory.adapters.attach import add_shared_lora, hooked
+        from lora_factory.adapters.live_models import plain_model
+
         factors, hooks = self.layout.unflatten(self.factors), {}
         for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
             b = factors[module.key_b].flatten(1) * module.scaling

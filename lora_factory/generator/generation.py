@@ -7,22 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from lora_factory.adapters.attach import check_adapter_name
 from lora_factory.adapters.folder import ADAPTER_FILE, CONDITION_FILE, GENERATION_FILE, Generation, save_adapter_config
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import check_adapter_name
 from lora_factory.adapters.truncation import truncate
 from lora_factory.arguments import MAX_SIZE, REFINE_STEPS
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.refine import refine_state_dict
 from lora_factory.generator.vae import ConditionalVAE
-from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_mixture, as_temperature, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
@@ -30,6 +28,9 @@ from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import sha256_file
 from lora_factory.utils.safe_files import is_hub_id
 from lora_factory.utils.versions import versions
+
+if TYPE_CHECKING:
+    from lora_factory.models.losses import FrozenBase
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
     if order.rank is not None:
         layout, state_dict, lost = truncate(layout, state_dict, order.rank)
     if order.examples is not None and base is not None:
+        from lora_factory.generator.refine import refine_state_dict
+
         in_chat = generator.config.chat_template
         base = replace(base, layout=layout)
         state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)

@@ -7,10 +7,18 @@ import torch
 from helpers.layouts import CASES, llama, randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from lora_factory.adapters.attach import AdapterSlot, attach_adapter
+from lora_factory.adapters.folder import save_adapter_config
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.printable import natural_key
@@ -101,6 +109,18 @@ def test_peft_config_builds_the_same_adapter(case):
     result = set_peft_model_state_dict(fresh, layout.unflatten(layout.flatten(state_dict)))
     assert not result.unexpected_keys
     same(get_peft_model_state_dict(fresh, save_embedding_layers=False), state_dict)
+
+
+def test_adapter_config_is_what_peft_writes(case, tmp_path):
+    _, _, layout = case
+    layout = AdapterLayout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    save_adapter_config(layout, tmp_path)
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    layout.peft_config().save_pretrained(tmp_path / "peft")
+    theirs = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    listed = {name: sorted(value) for name, value in theirs.items() if isinstance(value, list)}
+    assert list(ours) == list(theirs) and ours == {**theirs, **listed}
+    assert PeftConfig.from_pretrained(tmp_path) == layout.peft_config()
 
 
 def test_gradients_pass_through(small):
