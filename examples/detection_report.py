@@ -72,6 +72,9 @@ def write_detection_report(result: Mapping[str, Any], folder: str | Path) -> Pat
     path = check_reports(folder, "detection.html") / "detection.html"
     page = render_page(
         base_model=result["base_model"],
+        title=f"Detection with {Path(result['base_model']).name}",
+        verdict="",
+        bars={"methods": []},
         findings=[],
         tables=[detection_table(result)],
         plots=draw_detections(result["methods"], result["pictures"]),

@@ -16,8 +16,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from lora_factory.errors import LoraFactoryError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-GROUPS = ("generator", "LoRA", "optimiser", "data", "resources", "output")  # as --help shows them
-GENERATOR, LORA, OPTIMISER, DATA, RESOURCES, OUTPUT = GROUPS
+GROUPS = ("generator", "LoRA", "optimiser", "data", "resources", "network", "output")  # as --help shows them
+GENERATOR, LORA, OPTIMISER, DATA, RESOURCES, NETWORK, OUTPUT = GROUPS
 
 Options = TypeVar("Options")
 
@@ -355,6 +355,36 @@ class DemoArguments:
     def __post_init__(self) -> None:
         """Check every value at birth."""
         _convert(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments:
+    """Settings of the HTTP server.
+
+    Data: base_model.
+    Resources: adapters, batch_size, queue, max_new_tokens, timeout.
+    Network: host, port.
+
+    Raises:
+        LoraFactoryError: When a value has the wrong type or is out of its range.
+    """
+
+    base_model: str = _option("", "Hub id or folder of the base model (default: the generator's own)", group=DATA)
+    adapters: int = _option(16, "adapters kept in the model; the one unused for longest makes room", group=RESOURCES)
+    batch_size: int = _option(16, "requests answered together at most, whatever their adapters", group=RESOURCES)
+    queue: int = _option(128, "requests that may wait; the next one is refused with status 429", group=RESOURCES)
+    max_new_tokens: int = _option(512, "tokens of an answer at most", group=RESOURCES)
+    timeout: float = _option(120.0, "seconds that a request may take, waiting included", group=RESOURCES)
+    host: str = _option(
+        "127.0.0.1", "address to listen on; other than loopback needs LORA_FACTORY_TOKEN set", group=NETWORK
+    )
+    port: int = _option(8000, "TCP port", group=NETWORK)
+
+    def __post_init__(self) -> None:
+        """Check every value at birth."""
+        _convert(self)
+        _positive(self, "adapters", "batch_size", "queue", "max_new_tokens", "timeout", "port")
+        _at_most(self, 65535, "port")
 
 
 def from_record(options: type[Options], values: Mapping[str, Any]) -> Options:

@@ -35,6 +35,7 @@ from lora_factory.adapters.live_models import (
 from lora_factory.adapters.modules import check_adapter_name, check_plain_lora, lora_weights, plain_json
 from lora_factory.adapters.targets import last_names, linear_modules
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import is_hub_id
 
 _LOGGER = logging.getLogger(__name__)
@@ -71,13 +72,44 @@ def attach_adapter(
             model.add_adapter(adapter_name, layout.peft_config())
         except ValueError as error:  # such as beside prompt tuning
             raise LoraFactoryError(f"PEFT adds no LoRA to this PeftModel: {error}; pass its base model") from error
-    else:
-        check_plain_lora(plain_json(model.peft_config[adapter_name].to_dict()))
-    AdapterSlot(model, layout, adapter_name).load(state_dict)
+    overwrite_adapter(model, layout, state_dict, adapter_name)
     tuner: Any = model.base_model
     tuner.enable_adapter_layers()
     model.set_adapter(adapter_name)
     return model.eval()
+
+
+def overwrite_adapter(
+    model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Overwrite one adapter of a model in place; the others, and which of them are active, stay as they are.
+
+    Nothing is added to the model and no parameter is replaced, so that a compiled model is not compiled again. The
+    slot may have a higher rank than the adapter, such as after
+    ``peft.utils.hotswap.prepare_model_for_compiled_hotswap``; the rest of it is zero then. PEFT's own
+    ``hotswap_adapter_from_state_dict`` writes the same weights, but takes no embeddings and no sharded weights, and
+    gives modules of ``rank_pattern`` and ``alpha_pattern`` the scaling of all others.
+
+    Args:
+        model: A ``PeftModel``, possibly compiled.
+        layout: The adapter's layout.
+        state_dict: Its weights, under PEFT's names.
+        adapter_name: The adapter to overwrite.
+
+    Raises:
+        LoraFactoryError: When the model has no adapter of this name, or one with other modules, sizes or scaling, a
+            lower rank, or more than A and B. Nothing is written.
+    """
+    model = plain_model(model)
+    config = model.peft_config.get(adapter_name) if isinstance(model, PeftModel) else None
+    if config is None:
+        named = f"has adapters named {', '.join(model.peft_config)}" if isinstance(model, PeftModel) else "has none"
+        raise LoraFactoryError(
+            f"adapter_name is {adapter_name!r}, and this {type(model).__name__} {named}; attach the first adapter of "
+            f"this name: model = generator.generate_adapter(text, model, adapter_name={adapter_name!r})"
+        )
+    check_plain_lora(plain_json(config.to_dict()))
+    AdapterSlot(model, layout, adapter_name).load(state_dict)
 
 
 def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
@@ -227,12 +259,13 @@ class AdapterSlot:
     Overwriting costs a copy of the weights; adding adapter after adapter slows the model down with their number.
 
     Args:
-        model: A base model with a LoRA attached, as ``get_peft_model(base, layout.peft_config())`` makes it.
+        model: A base model with a LoRA attached, as ``get_peft_model(base, layout.peft_config())`` makes it; the slot
+            may have a higher rank.
         layout: Names, shapes and scaling of the adapters to come.
         adapter_name: The slot's name in ``model``.
 
     Raises:
-        LoraFactoryError: When the slot is not one for this layout: other modules, shapes or scaling.
+        LoraFactoryError: When the slot is not one for this layout: other modules, sizes or scaling, or a lower rank.
     """
 
     def __init__(self, model: PeftModel, layout: AdapterLayout, adapter_name: str = "default") -> None:
@@ -240,12 +273,16 @@ class AdapterSlot:
         self.model = model = plain_model(model)
         self.layout = layout
         self._parameters = adapter_parameters(model, adapter_name)
-        layout.check(self._parameters)
+        if misfits := _misfits(self._parameters, layout):
+            raise LoraFactoryError(
+                f"the adapter does not fit the slot {adapter_name!r}: {few(misfits)}; give a model whose slot is made "
+                "for it, as get_peft_model(base_model, layout.peft_config()) and generate_adapter make one"
+            )
         modules = modules_by_path(base_of(model))
         for module in layout.modules:
             layer = modules[module.path]
             assert isinstance(layer, LoraLayer)  # its parameters were found above
-            scaling = layer.scaling[adapter_name]
+            scaling = float(layer.scaling[adapter_name])  # a tensor where PEFT has prepared the model for compilation
             if not math.isclose(scaling, module.scaling, rel_tol=1e-6):
                 raise LoraFactoryError(
                     f"{module.path} scales its LoRA by {scaling}, the layout by {module.scaling}; "
@@ -268,7 +305,7 @@ class AdapterSlot:
         self.layout.check(adapter)
         unmerge(self.model)  # the base weights hold the adapter that is overwritten here
         for key, parameter in self._parameters.items():
-            parameter.copy_(_placed_like(parameter, adapter[key]))
+            parameter.copy_(_placed_like(parameter, _filled_up(adapter[key], parameter.shape)))
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the model is its base model alone."""
@@ -293,6 +330,32 @@ def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[
             "get_peft_model(base_model, layout.peft_config())"
         )
     return parameters
+
+
+def _misfits(slot: Mapping[str, Tensor], layout: AdapterLayout) -> list[str]:
+    """Say why adapters of a layout cannot be written into a slot's parameters, a sentence for each reason."""
+    own = {key for module in layout.modules for key in (module.key_a, module.key_b)}
+    found = [f"the slot has {key}, the adapter does not" for key in sorted(slot.keys() - own)]
+    for module in layout.modules:
+        a, b = slot.get(module.key_a), slot.get(module.key_b)
+        if a is None or b is None:
+            found.append(f"the slot has no {module.path}")
+            continue
+        sizes = (tuple(a.shape[1:]), (b.shape[0], *b.shape[2:]))
+        if sizes != module.sizes:
+            found.append(f"{module.path} has sizes {sizes} in the slot, {module.sizes} in the adapter")
+        elif a.shape[0] < module.rank:
+            found.append(f"{module.path} has rank {a.shape[0]} in the slot, {module.rank} in the adapter")
+    return found
+
+
+def _filled_up(value: Tensor, shape: torch.Size) -> Tensor:
+    """A factor of an adapter with zeros up to the rank of its slot."""
+    if value.shape == shape:
+        return value
+    filled = value.new_zeros(shape)
+    filled[tuple(slice(size) for size in value.shape)] = value
+    return filled
 
 
 def whole(tensor: Tensor) -> Tensor:

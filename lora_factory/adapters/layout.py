@@ -238,6 +238,16 @@ class AdapterLayout:
             parts[wide.key_b] = pad(b, (*(0, 0) * (len(wide.shape_b) - 2), 0, spare))
         return wider.flatten(parts, check=False)
 
+    def facts(self) -> dict[str, object]:
+        """What people want to know of adapters of this layout, by name."""
+        ranks = sorted({module.rank for module in self.modules})
+        return {
+            "base model": self.base_model,
+            "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+            "modules": len(self.modules),
+            "weights of an adapter": f"{self.size:,}",
+        }
+
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""
         geometry = {"base_model": self.base_model, "modules": [plain_json(asdict(module)) for module in self.modules]}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from lora_factory._lazy import no_collection
 from lora_factory._version import __version__
 from lora_factory.arguments import (
-    REFINE_STEPS,
     CollectArguments,
     CompareArguments,
     DemoArguments,
@@ -24,6 +23,7 @@ from lora_factory.cli.options import Commands, add_options, add_required, comman
 from lora_factory.cli.output import console, say, say_next
 from lora_factory.cli.parser import CommandParser
 from lora_factory.cli.publish import add_push_flags, publish
+from lora_factory.cli.serve import add_serve, add_try
 from lora_factory.cli.tasks import add_check, add_init
 from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
@@ -101,7 +101,10 @@ def _parsers() -> tuple[CommandParser, Commands]:
     _add_train(commands)
     _add_generate(commands)
     _add_explain(commands)
+    add_try(commands)
     _add_evaluate(commands)
+    add_serve(commands)
+    _add_export(commands)
     _add_push(commands)
     search = command(commands, "search", _search, "list the generators on the Hub for a base model")
     add_required(search, "--base-model", "Hub id of the base model")
@@ -176,9 +179,9 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument(
         "--refine-steps",
         type=int,
-        default=REFINE_STEPS,
-        help="with --examples: optimizer steps at most that refine the adapter on them; 0: none "
-        f"(default: {REFINE_STEPS})",
+        default=0,
+        help="with --examples: optimizer steps at most that refine the adapter on them, as far as that helps on those "
+        "left out; minutes without a GPU (default: 0)",
     )
     generate.add_argument(
         "--base-model",
@@ -235,6 +238,25 @@ def _add_evaluate(commands: Commands) -> None:
     add_options(evaluate, CompareArguments)
 
 
+def _add_export(commands: Commands) -> None:
+    export = command(commands, "export", _export, "write an adapter for llama.cpp and Ollama, or merged into its base")
+    add_required(export, "--adapter", "folder of the adapter, as generate or PEFT wrote it")
+    export.add_argument(
+        "--format",
+        choices=("gguf", "merged"),
+        default="gguf",
+        help="gguf: a file of the adapter alone, which llama.cpp and Ollama load beside the base model; merged: a "
+        "folder of the base model with the adapter in its weights, and its tokenizer (default: gguf)",
+    )
+    export.add_argument(
+        "--merged", action="store_const", const="merged", dest="format", help="the same as --format merged"
+    )
+    add_required(export, "--output", "the file or folder to make; nothing is replaced")
+    export.add_argument(
+        "--base-model", help="Hub id or folder of the base model (default: the one that the adapter names)"
+    )
+
+
 def _add_push(commands: Commands) -> None:
     push = command(commands, "push", _push, "push a generator, or an adapter that it writes, to the Hub")
     add_required(push, "--generator", "folder or Hub id of a generator")
@@ -261,13 +283,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _collect(options: argparse.Namespace) -> int:
     arguments = read_options(options, CollectArguments)
+    from lora_factory.tasks.task_file import load_tasks
+
+    tasks, failed = load_tasks(options.tasks), {}
     from accelerate import PartialState
 
     from lora_factory.collection.collect import collect_adapters
     from lora_factory.collection.scheduler import CollectionError
-    from lora_factory.tasks.task_file import load_tasks
 
-    tasks, failed = load_tasks(options.tasks), {}
     try:
         collect_adapters(
             tasks, options.base_model, options.output_dir, arguments=arguments, base_model_name=options.base_model_name
@@ -277,7 +300,8 @@ def _collect(options: argparse.Namespace) -> int:
     processes = PartialState()
     if processes.is_main_process:
         _print_collected(options.output_dir, len(tasks) * len(arguments.seeds), failed)
-        say_next(options, "train", "--zoo", options.output_dir, "--output-dir", "generator")
+        words = ("--zoo", options.output_dir, "--tasks", options.tasks, "--output-dir", "generator")
+        say_next(options, "train", *words)
     processes.wait_for_everyone()  # a launcher stops the main process when another ends with an error before it
     processes.destroy_process_group()
     return 1 if failed else 0
@@ -301,7 +325,6 @@ def _train(options: argparse.Namespace) -> None:
     arguments = read_options(options, TrainArguments)
     from lora_factory.tasks.image_files import images_in
     from lora_factory.tasks.task_file import load_tasks
-    from lora_factory.training.train import train_generator
     from lora_factory.utils.paths import local_path
     from lora_factory.zoo.store import AdapterZoo
 
@@ -309,6 +332,8 @@ def _train(options: argparse.Namespace) -> None:
     tasks = load_tasks(options.tasks) if options.tasks else None
     names = zoo.tasks if zoo else [task.name for task in tasks or ()]
     images = {task: images_in(local_path(options.images) / task) for task in names} if options.images else None
+    from lora_factory.training.train import train_generator
+
     generator = train_generator(
         zoo,
         options.output_dir,
@@ -426,7 +451,6 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate_adapters(options: argparse.Namespace) -> None:
-    from lora_factory.evaluation.perplexity import evaluate_adapters
     from lora_factory.tasks.images import language_tasks
     from lora_factory.tasks.task_file import load_tasks
     from lora_factory.utils.files import write_json
@@ -435,6 +459,8 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
 
     tasks = language_tasks(load_tasks(options.tasks))
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
+    from lora_factory.evaluation.perplexity import evaluate_adapters
+
     with console().status("scoring") as status:
         scores = evaluate_adapters(
             options.adapter,
@@ -468,6 +494,13 @@ def _print_scores(scores: dict[str, dict[str, TextScore]]) -> None:
     for part in rich_tables(table, console().width):
         console().print(part)
     say("perplexity / bits per character on the test split; lower is better")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lora_factory.serving.export import export_gguf, export_merged
+
+    export = export_gguf if options.format == "gguf" else export_merged
+    say(f"wrote {export(options.adapter, options.output, base_model=options.base_model)}")
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -14,13 +14,16 @@ from lora_factory.arguments import (
     CompareArguments,
     DemoArguments,
     ImportArguments,
+    ServeArguments,
     TrainArguments,
     converted,
 )
 from lora_factory.cli.config import add_config
 from lora_factory.cli.parser import CommandParser
 
-Options = TypeVar("Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, TrainArguments)
+Options = TypeVar(
+    "Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, ServeArguments, TrainArguments
+)
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 

@@ -18,7 +18,7 @@ from lora_factory.adapters.folder import ADAPTER_FILE, CONDITION_FILE, GENERATIO
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.modules import check_adapter_name
 from lora_factory.adapters.truncation import truncate
-from lora_factory.arguments import MAX_SIZE, REFINE_STEPS
+from lora_factory.arguments import MAX_SIZE
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.tasks.examples import Example, ImageExample
@@ -49,7 +49,7 @@ class Order:
     conditions: Mapping[str, Tensor] | None = None
     seed: int = 0
     temperature: float = 0.0
-    refine_steps: int = REFINE_STEPS
+    refine_steps: int = 0
     adapter_name: str = "default"
     rank: int | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,14 +193,10 @@ def adapters_writer(
 
 
 def _write_plot(comparison: Mapping[str, Any], path: Path) -> str | None:
-    """Draw the headroom plot of a comparison; None without the extra ``report``."""
-    from lora_factory.reporting.plots import draw_plots
-    from lora_factory.reporting.summary import summarise
+    """Draw the headroom of a comparison's methods; None where nothing was measured."""
+    from lora_factory.reporting.report import headroom_picture
 
-    try:
-        plots = draw_plots({}, summarise(comparison))
-    except LoraFactoryError:
-        return None
-    if plots:
-        write_text(path, base64.b64decode(plots[0].light.partition(",")[2]).decode())
-    return path.name if plots else None
+    picture = headroom_picture(comparison)
+    if picture is not None:
+        write_text(path, picture)
+    return picture and path.name

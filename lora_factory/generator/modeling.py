@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lora_factory.arguments import REFINE_STEPS
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.files import (
@@ -36,6 +35,7 @@ from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import share_file, write_json
 from lora_factory.utils.folders import check_saving, storage_errors
 from lora_factory.utils.paths import safe_name
+from lora_factory.utils.printable import facts_html, facts_line, few
 from lora_factory.utils.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -100,6 +100,22 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
         model.training_record = read_training_record(source)
         return (model, info) if wants_info else model
 
+    def __repr__(self) -> str:
+        """Say on one line what the generator writes, and from what."""
+        return facts_line("CVAELoRAGenerator", self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_html("CVAELoRAGenerator", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        tasks = [task["name"] for task in self.config.tasks or ()]
+        return {
+            **self.layout.facts(),
+            "listens to": ", ".join(self.config.modalities),
+            "known tasks": f"{len(tasks)} ({few(tasks)})",
+            "weights of the generator": f"{self.num_parameters():,}",
+        }
+
     def generate_adapter(
         self,
         text: str | Mapping[str, float] | None = None,
@@ -113,7 +129,7 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
         adapter_name: str = "default",
         is_trainable: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = REFINE_STEPS,
+        refine_steps: int = 0,
         rank: int | None = None,
     ) -> PeftModel:
         """Write an adapter and attach it to the base model.
@@ -125,7 +141,7 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
                 changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
                 the model which was returned first stays as it is.
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
-                :meth:`encode_examples` makes it, and what the written adapter is refined on.
+                :meth:`encode_examples` makes it, and what ``refine_steps`` refine the written adapter on.
             images: A few images of the task, likewise; see :meth:`encode_images`.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
@@ -134,7 +150,9 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
             is_trainable: Whether the adapter is left open to training, as a start for fine-tuning.
             tokenizer: With ``examples`` and a live model: its tokenizer.
             refine_steps: With ``examples``: steps that the written adapter is trained on them at most, as far as that
-                helps on those left out (`lora_factory.generator.refine.refine`); 0 leaves it as it is.
+                helps on those left out (`lora_factory.generator.refine.refine`); 0 (default) leaves it as it is. On
+                two CPU cores and 16 examples of an unseen task, 15 steps took four minutes on a 135M base model, and
+                the loss on test text fell from 2.286 to 2.238 nats per token.
             rank: A lower rank than the generator's, to which every module's ΔW is brought by a singular value
                 decomposition; `save_adapter` records what share of its squared norm is lost.
 
@@ -154,6 +172,56 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
         attached = attach_adapter(model, made.layout, made.state_dict, adapter_name)
         attached.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return attached.train(is_trainable)
+
+    def apply(  # type: ignore[override]  # takes what nn.Module.apply takes, and more
+        self,
+        model: PeftModel | Callable[[nn.Module], None],
+        text: str | Mapping[str, float] | None = None,
+        *,
+        examples: Sequence[Example | ImageExample | str] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        conditions: Mapping[str, torch.Tensor] | None = None,
+        seed: int = 0,
+        temperature: float = 0.0,
+        adapter_name: str = "default",
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        refine_steps: int = 0,
+        rank: int | None = None,
+    ) -> Self | None:
+        """Write an adapter over one that a model has already, in place (hot swap).
+
+        The model neither grows nor slows down, however often this is called; its other adapters, its mode and which
+        adapters are active stay as they are. A compiled model is not compiled again: prepare it with
+        ``peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=…)`` before ``torch.compile``.
+
+        Args:
+            model: What :meth:`generate_adapter` returned, or another ``PeftModel`` with such a slot; it may be
+                compiled. A function is applied to the generator's own modules instead, as in ``nn.Module``.
+            text: What the adapter is for; or several texts with a weight each, see :meth:`combine`.
+            examples: As in :meth:`generate_adapter`, like all that is not listed here.
+            images: As there.
+            conditions: As there.
+            seed: As there.
+            temperature: As there.
+            adapter_name: The adapter to overwrite.
+            tokenizer: With ``examples``: the model's tokenizer.
+            refine_steps: As there.
+            rank: As there. The slot may have any rank from this one on; the rest of it becomes zero.
+
+        Raises:
+            LoraFactoryError: As :meth:`generate_adapter`, and when the model has no adapter of this name, or one with
+                other modules or scaling, or of a lower rank. The model is left as it was.
+        """
+        from lora_factory.adapters.attach import overwrite_adapter
+
+        if not isinstance(model, nn.Module) and callable(model):
+            return super().apply(model)
+        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
+        live: Any = model
+        base = None if order.examples is None else open_reader(self.layout, order.examples, live, tokenizer)
+        made = fulfil(self, order, base)
+        overwrite_adapter(live, made.layout, made.state_dict, adapter_name)
+        return None
 
     def combine(
         self,

@@ -208,7 +208,8 @@ class ConditionalVAE(nn.Module):
         """
         from lora_factory.models.hidden_states import example_states, task_vector
 
-        self._refuse_unheard("hidden", "examples", "tasks= (--tasks) of the zoo")
+        remedy = "train a generator with tasks= (--tasks) of the zoo, or pass a text and refine_steps=60 beside them"
+        self._refuse_unheard("hidden", "examples", remedy)
         examples = as_examples(examples)
         base = open_reader(self.layout, examples, base_model, tokenizer)
         return {"hidden": task_vector(example_states(base, examples))}
@@ -227,7 +228,7 @@ class ConditionalVAE(nn.Module):
         """
         from lora_factory.models.hidden_states import task_vector
 
-        self._refuse_unheard("image", "images", "images= (--images) of every task")
+        self._refuse_unheard("image", "images", "or train a generator with images= (--images) of every task")
         images = as_images(images)
         return {"image": task_vector(self.image_encoder.encode(images))}
 
@@ -262,6 +263,5 @@ class ConditionalVAE(nn.Module):
         modalities = self.config.modalities or {}
         if modality not in modalities:
             raise LoraFactoryError(
-                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, or train "
-                f"a generator with {remedy}"
+                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, {remedy}"
             )

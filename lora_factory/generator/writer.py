@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from lora_factory.arguments import REFINE_STEPS
 from lora_factory.generator.files import GeneratorSource, loading_errors, read_generator
 from lora_factory.generator.generation import Order, fulfil, write_adapter
 from lora_factory.generator.generation import explain as explain_order
@@ -115,7 +114,7 @@ class AdapterWriter(ConditionalVAE):
         temperature: float = 0.0,
         overwrite: bool = False,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = REFINE_STEPS,
+        refine_steps: int = 0,
         rank: int | None = None,
     ) -> Path:
         """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.

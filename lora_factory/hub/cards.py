@@ -22,8 +22,8 @@ from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, is_hub_i
 
 # All that a card's head may hold, in this order; what comes from outside is checked before it gets there.
 YAML_FIELDS = (
-    *("license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "datasets", "tags", "viewer"),
-    "model-index",
+    *("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model", "base_model_relation"),
+    *("datasets", "tags", "viewer", "model-index"),
 )
 LICENSES = frozenset(
     "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-openrail-m bsd bsd-2-clause bsd-3-clause"
@@ -35,14 +35,6 @@ LICENSES = frozenset(
     " unlicense wtfpl zlib".split()
 )
 MARK = "<!-- written by lora-factory:"
-_RESULTS_OF = {  # a comparison's methods that go into the model index, with the name of their metric
-    "generated": "Perplexity",
-    "original model": "Perplexity of the base model",
-    "original LoRA": "Perplexity of the task's own LoRA",
-    "uniform soup": "Perplexity of the uniform soup",
-    "generated, gibberish": "Perplexity with a gibberish condition",
-    "generated, another task": "Perplexity with another task's condition",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +72,18 @@ class Origins:
 
     def head(self, **values: Any) -> dict[str, Any]:  # noqa: ANN401
         """The card's head: what is inherited, and these values."""
-        base = {"base_model": self.base_model, "base_model_relation": "adapter"} if is_hub_id(self.base_model) else {}
-        return {"license": self.license, "datasets": self.datasets, **base, **values}
+        base = {"base_model": self.base_model} if is_hub_id(self.base_model) else {}
+        return {**self.license_fields, "datasets": self.datasets, **base, **values}
+
+    @property
+    def license_fields(self) -> dict[str, str]:
+        """``license``; where it is "other", the names of all licences and the base model's page as well."""
+        if self.license != "other":
+            return {"license": self.license}
+        given = [self.base_license, *(task.get("license") for task in self.tasks)]
+        names = dict.fromkeys(re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")[:40] for name in given if name)
+        link = {"license_link": f"https://huggingface.co/{self.base_model}"} if is_hub_id(self.base_model) else {}
+        return {"license": "other", "license_name": "-and-".join(filter(None, names)), **link}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,8 @@ class AdapterCard(_Card):
         """Markdown with a YAML head."""
         tags = ["lora", "lora-factory", "generated-adapter", *self.tags]
         head = self.origins.head(library_name="peft", pipeline_tag=self.origins.kind.pipeline_tag, tags=tags)
+        if "base_model" in head:
+            head["base_model_relation"] = "adapter"
         if (one := self.generations.get("")) is not None:
             return render("adapter.md", head, card=self, it=one)
         return render("adapters.md", head, card=self)
@@ -161,17 +165,17 @@ class ZooCard(_Card):
     def text(self) -> str:
         """Markdown with a YAML head."""
         tags = ["lora", "lora-factory", "adapter-zoo", *self.tags]
-        head = {"license": self.origins.license, "tags": tags, "viewer": False}
+        head = {**self.origins.license_fields, "tags": tags, "viewer": False}
         return render("zoo.md", head, card=self)
 
 
 def eval_results(comparison: Mapping[str, Any], origins: Origins) -> list[EvalResult]:
-    """A comparison's mean perplexities over seeds and folds: generated, original and control, for each task."""
+    """The generated adapters' mean perplexity over seeds and folds for each task; controls are in the card's table."""
     datasets = {task["name"]: task["dataset"] for task in origins.tasks if is_hub_id(task.get("dataset") or "")}
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[str, list[float]] = {}
     for cell in comparison["cells"]:
-        if cell["method"] in _RESULTS_OF and cell.get("perplexity") is not None:
-            found.setdefault((cell["task"], cell["method"]), []).append(cell["perplexity"])
+        if cell["method"] == "generated" and cell.get("perplexity") is not None:
+            found.setdefault(cell["task"], []).append(cell["perplexity"])
     return [
         EvalResult(
             task_type=origins.kind.pipeline_tag or "other",
@@ -179,12 +183,10 @@ def eval_results(comparison: Mapping[str, Any], origins: Origins) -> list[EvalRe
             dataset_type=datasets.get(task, "unknown"),
             dataset_split="test",
             metric_type="perplexity",
-            metric_name=name,
-            metric_value=round(fmean(found[task, method]), 4),
+            metric_name="Perplexity",
+            metric_value=round(fmean(values), 4),
         )
-        for task in dict.fromkeys(task for task, _ in found)
-        for method, name in _RESULTS_OF.items()
-        if (task, method) in found
+        for task, values in found.items()
     ]
 
 
@@ -203,7 +205,7 @@ def keep_handwritten(card: str, old: str) -> str:
     old_head.pop("model-index", None)  # the results of what is being replaced
     merged = {**old_head, **head, "tags": list(dict.fromkeys(str(tag) for tag in tags if isinstance(tag, str | int)))}
     if old_head.get("license", "unknown") != "unknown":
-        merged["license"] = old_head["license"]
+        merged |= {name: old_head[name] for name in ("license", "license_name", "license_link") if name in old_head}
     kept = _handwritten(old_body)
     return _join(merged, "\n".join(part.strip("\n") + "\n" for part in (body, *kept) if part.strip()))
 

@@ -285,7 +285,7 @@ def search_generators(base_model: str, *, token: str | bool | None = None) -> li
     """
     if not is_hub_id(base_model):
         raise LoraFactoryError(f"base_model={base_model!r} is no Hub id; write user/name")
-    wanted = ["lora-factory", "adapter-generation", f"base_model:adapter:{base_model}"]
+    wanted = ["lora-factory", "adapter-generation", f"base_model:{base_model}"]
     with _hub_errors(base_model, "nothing was searched", "search for generators for"):
         found = list(HfApi(token=token).list_models(filter=wanted, full=True))
     return sorted(

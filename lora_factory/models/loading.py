@@ -94,6 +94,25 @@ def load_base_model(
     return model.to(device or "cpu"), tokenizer
 
 
+def load_base_config(name: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+    """Load the configuration of a base model; its weights are not read.
+
+    Args:
+        name: Hub id, or a folder that `save_pretrained` wrote.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        LoraFactoryError: The model is unknown, cannot be reached, or its configuration cannot be read.
+    """
+    source = _local_source(str(name), revision)
+    if not Path(source).is_dir():
+        check_on_hub(source, revision, "base model")
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise LoraFactoryError(f"cannot read the configuration of the base model {source!r}: {error}") from error
+
+
 def base_source(layout: AdapterLayout, base_model: str | Path | None = None) -> tuple[str, str | None]:
     """The base model to load for adapters: a Hub id or folder, and its commit if known.
 

@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.reporting.summary import Interval, MethodSummary, format_number
 from lora_factory.utils.printable import printable
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ _DARK = {INK: "#e6e9ec", _FAINT: "#3b434b", PAPER: "#16191d"}
 # Middle tones that stand out from white and from near-black, and from each other for most colour-blind readers.
 COLOURS = ("#1f83c4", "#d9822b", "#2a9d6e", "#c2569b", "#8a6fd1", "#b5942b", "#d2504a", "#7d8894")
 _MARKERS = ("o", "s", "^", "D", "v")
-_LEFT_END, _RIGHT_END = -0.6, 1.4  # headrooms beyond are drawn at the edge, with their number
 
 
 @dataclass(frozen=True)
@@ -56,19 +53,17 @@ class _Entry(NamedTuple):
     hollow: bool = False
 
 
-def draw_plots(comparison: Mapping[str, Any], summaries: Sequence[MethodSummary]) -> list[Plot]:
-    """Draw every plot that the comparison has data for; the first one is the headroom per method.
+def draw_plots(comparison: Mapping[str, Any]) -> list[Plot]:
+    """Draw every plot that the comparison has data for.
 
     Args:
         comparison: What ``comparison.compare`` returns.
-        summaries: What ``summarise`` returns for it.
 
     Raises:
         LoraFactoryError: If matplotlib or scikit-learn is missing.
     """
     with svg_settings():
         return [
-            *_headroom_plot(summaries),
             *_point_plots(comparison.get("points", {})),
             *_curve_plots(comparison.get("curves", {})),
         ]
@@ -92,7 +87,7 @@ def svg_settings() -> Iterator[None]:
         yield
 
 
-def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.ndarray, str]:
+def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """Project vectors to two dimensions.
 
     Args:
@@ -100,62 +95,27 @@ def project(rows: Sequence[Sequence[float]], *, neighbours: bool) -> tuple[np.nd
         neighbours: Use t-SNE where there are 12 rows or more; otherwise PCA.
 
     Returns:
-        Points of shape ``(n, 2)``, and the name of the method.
+        Points of shape ``(n, 2)``, the name of the method, and names for its axes where these have a meaning.
     """
     import numpy as np
 
     values = np.asarray(rows, dtype=float).reshape(len(rows), -1)
     centred = values - values.mean(0)
-    points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    _, lengths, directions = np.linalg.svd(centred, full_matrices=False)
+    points = centred @ directions[:2].T
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     if not neighbours or len(rows) < 12:
-        return points, "PCA"
+        shares = np.pad(lengths**2 / max(float((lengths**2).sum()), 1e-12), (0, 2))[:2]
+        names = ("first", "second")
+        axes = tuple(
+            f"{name} direction ({share:.0%} of the variance)" for name, share in zip(names, shares, strict=True)
+        )
+        return points, "PCA", axes
     from sklearn.manifold import TSNE
 
     start = points / max(float(points.std()), 1e-12) * 1e-4
     model = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init=start, random_state=0)
-    return model.fit_transform(centred), "t-SNE"
-
-
-def _headroom_plot(summaries: Sequence[MethodSummary]) -> list[Plot]:
-    figure, (axes,) = _figure(0.9 + 0.36 * len(summaries))
-    for end in (0, 1):
-        axes.axvline(end, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
-    blue, orange = COLOURS[:2]
-    for offset, group, colour, face in ((-0.18, "seen", blue, blue), (0.18, "unseen", orange, PAPER)):
-        for row, summary in enumerate(summaries):
-            found = summary.groups[group]
-            if found:
-                _interval(axes, row + offset, found.headroom, colour, face)
-    axes.set_xlim(_LEFT_END - 0.05, _RIGHT_END + 0.05)
-    axes.set_ylim(len(summaries) - 0.4, -0.6)
-    axes.set_yticks(
-        range(len(summaries)), ["\n".join(wrap(shortened(summary.method, 48), 25)) for summary in summaries]
-    )
-    axes.set_xticks([0, 1], ["0\noriginal model", "1\noriginal LoRA"])
-    axes.grid(axis="y", color=_FAINT, linewidth=0.5)
-    _legend(figure, [_Entry("seen tasks", "o", blue), _Entry("unseen tasks", "o", orange, hollow=True)])
-    caption = (
-        "Share of the gain of each task's own LoRA that a method recovers, with bootstrap 95 % intervals. "
-        "Triangles stand for values beyond the edge. The table below gives the same numbers."
-    )
-    return [render(figure, "Headroom per method", caption)]
-
-
-def _interval(axes: Axes, height: float, interval: Interval, colour: str, face: str) -> None:
-    """Draw a mean as a point and its interval as a line, or a triangle with its value where it is beyond the axis."""
-    mean = interval.mean
-    if _LEFT_END <= mean <= _RIGHT_END:
-        if not math.isnan(interval.low):
-            ends = [max(interval.low, _LEFT_END - 0.05), min(interval.high, _RIGHT_END + 0.05)]
-            axes.plot(ends, [height, height], color=colour, linewidth=1.6)
-        axes.plot([mean], [height], "o", color=colour, markersize=5.5, markerfacecolor=face)
-        return
-    left = mean < _LEFT_END
-    edge, marker, shift = (_LEFT_END, "<", 6) if left else (_RIGHT_END, ">", -6)
-    axes.plot([edge], [height], marker, color=colour, markersize=5.5, markerfacecolor=face)
-    look: Any = {"va": "center", "ha": "left" if left else "right", "fontsize": 8, "color": INK}
-    axes.annotate(format_number(mean, 1), (edge, height), (shift, 0), textcoords="offset points", **look)
+    return model.fit_transform(centred), "t-SNE", ()
 
 
 def _point_plots(points: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
@@ -176,16 +136,16 @@ def _point_plots(points: Mapping[str, Mapping[str, Any]]) -> list[Plot]:
         kept = [index for index, row in enumerate(found["rows"]) if all(map(math.isfinite, row))]
         if len(kept) < 2:
             continue
-        places, method = project([found["rows"][index] for index in kept], neighbours=neighbours)
+        places, method, axes = project([found["rows"][index] for index in kept], neighbours=neighbours)
         labels, kinds = ([found[key][index] for index in kept] for key in ("labels", "kinds"))
         left_out = len(found["rows"]) - len(kept)
         words += f" {left_out} points that are not finite are left out." if left_out else ""
         words += " t-SNE keeps neighbours together; other distances have no meaning." if method == "t-SNE" else ""
-        plots.append(render(_scatter(places, labels, kinds), f"{title} ({method})", words))
+        plots.append(render(_scatter(places, labels, kinds, axes), f"{title} ({method})", words))
     return plots
 
 
-def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) -> Figure:
+def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str], names: Sequence[str]) -> Figure:
     """Draw points coloured and shaped by task; those of the second kind are larger and hollow."""
     tasks, kind_names = sorted(set(labels)), sorted(set(kinds), key=list(kinds).index)
     figure, (axes,) = _figure(4.2)
@@ -199,13 +159,18 @@ def _scatter(places: np.ndarray, labels: Sequence[str], kinds: Sequence[str]) ->
                 places[chosen, 1],
                 marker,
                 color=colour,
-                markersize=4 + 4 * order,
+                markersize=7 + 4 * order,
                 alpha=0.75 if order == 0 else 1,
                 markerfacecolor=colour if order == 0 else "none",
                 markeredgewidth=0.4 if order == 0 else 1.8,
             )
-    axes.set_xticks([])
-    axes.set_yticks([])
+    if names:
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        axes.grid(color=_FAINT, linewidth=0.5)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(True)
     entries = [_Entry(shortened(task, 16), *looks[task]) for task in tasks]
@@ -282,7 +247,7 @@ def _legend(figure: Figure, entries: Sequence[_Entry], columns: int = 3) -> None
     from matplotlib.lines import Line2D
 
     lines = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, fillstyle="none" if hollow else "full", markersize=7)
+        Line2D([], [], linestyle="", marker=marker, color=colour, fillstyle="none" if hollow else "full", markersize=8)
         for _, marker, colour, hollow in entries
     ]
     # The blank in front: matplotlib leaves out names that start with an underscore.

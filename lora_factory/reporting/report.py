@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_factory.reporting.plots import draw_plots
-from lora_factory.reporting.summary import findings, summarise
+from lora_factory.reporting.summary import GROUPS, OURS, MethodSummary, by_headroom, findings, summarise, verdict
 from lora_factory.reporting.tables import Table, comparison_tables
 from lora_factory.utils.files import write_text
 from lora_factory.utils.folders import check_reports
 from lora_factory.utils.printable import printable
 
+_COLOURS = {"seen": "#7fb2d9", "unseen": "#1f6fb0"}  # as in report.html
 _GAP = 3  # characters between two columns of a table in the terminal, at most
 _WORDY = 24  # characters at which a column of words may be wrapped
 
@@ -32,7 +34,7 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
     Args:
         comparison: What ``comparison.compare`` returns.
     """
-    blocks = [f"# Comparison on {_markdown(printable(comparison['base_model']))}"]
+    blocks = [f"# {_markdown(title(comparison))}", f"**{_markdown(verdict(summarise(comparison)))}**"]
     blocks.append(
         "\n".join(
             f"- {'**Warning:** ' if finding.warning else ''}{_markdown(finding.text)}"
@@ -44,6 +46,12 @@ def markdown_tables(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join(block.strip() for block in blocks if block) + "\n"
 
 
+def title(comparison: Mapping[str, Any]) -> str:
+    """The heading of a report, with the base model's name: of a local one the folder's."""
+    base_model = Path(comparison["base_model"])
+    return f"Adapters generated for {printable(base_model.name if base_model.is_absolute() else base_model)}"
+
+
 def terminal_tables(comparison: Mapping[str, Any], width: int) -> list[RichTable]:
     """Make rich tables of every table of a comparison; the caption of the first one holds the findings.
 
@@ -51,7 +59,8 @@ def terminal_tables(comparison: Mapping[str, Any], width: int) -> list[RichTable
         comparison: What ``comparison.compare`` returns.
         width: Of the terminal, in characters; a wider table is cut into several.
     """
-    words = "\n".join(f"{'! ' if finding.warning else ''}{finding.text}" for finding in findings(comparison))
+    told = (f"{'! ' if finding.warning else ''}{finding.text}" for finding in findings(comparison))
+    words = "\n".join([verdict(summarise(comparison)), *told])
     tables = [part for table in comparison_tables(comparison) for part in rich_tables(table, width)]
     tables[0].caption = Text(words)
     return tables
@@ -71,11 +80,15 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     Raises:
         LoraFactoryError: If the extra ``report`` is not installed.
     """
+    summaries = summarise(comparison)
     return render_page(
         base_model=printable(comparison["base_model"]),
+        title=title(comparison),
+        verdict=verdict(summaries),
         findings=findings(comparison),
+        bars=headroom_bars(summaries),
         tables=comparison_tables(comparison),
-        plots=draw_plots(comparison, summarise(comparison)),
+        plots=draw_plots(comparison),
         seeds=", ".join(map(str, comparison["seeds"])),
         folds=[", ".join(map(printable, fold)) for fold in comparison["folds"]],
         versions=", ".join(f"{printable(name)} {printable(it)}" for name, it in comparison["created_with"].items()),
@@ -85,9 +98,69 @@ def html_page(comparison: Mapping[str, Any]) -> str:
 
 def render_page(**values: Any) -> str:  # noqa: ANN401
     """Render ``report.html`` with the template's variables; `html_page` lists them."""
-    source = files("lora_factory.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    return _render("report.html", **values)
+
+
+def headroom_picture(comparison: Mapping[str, Any]) -> str | None:
+    """The page's bars as an SVG picture for a card; None where nothing was measured."""
+    bars = headroom_bars(summarise(comparison))
+    return _render("headroom.svg", bars=bars, colours=_COLOURS) if bars["methods"] else None
+
+
+def _render(name: str, **values: Any) -> str:  # noqa: ANN401
+    source = files("lora_factory.reporting").joinpath(name).read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(**values)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The bars of one method.
+
+    Attributes:
+        method: Its name.
+        kind: "ours", "marked" where it beats the generator, or "".
+        bars: Group, start and length in per cent of the axis, and the number as text.
+    """
+
+    method: str
+    kind: str
+    bars: tuple[tuple[str, float, float, str], ...]
+
+
+def headroom_bars(summaries: Sequence[MethodSummary]) -> dict[str, Any]:
+    """Bars of the headroom, from the highest to the lowest, on an axis that holds 0, 1 and all means up to 0.5 beyond.
+
+    Args:
+        summaries: What ``summarise`` returns.
+
+    Returns:
+        ``methods``, a list of `Bars`; ``groups`` that have one; ``zero`` and ``one``, where these are on the axis.
+    """
+    ordered = by_headroom(summaries)
+    found = [(summary, group, it.headroom) for summary in ordered for group, it in summary.groups.items() if it]
+    means = [interval.mean for _, _, interval in found if math.isfinite(interval.mean)]
+    low, high = max(-0.5, min(0.0, *means, 0.0)), min(1.5, max(1.0, *means, 1.0))
+
+    def place(value: float) -> float:
+        return round(100 * (min(high, max(low, value)) - low) / (high - low), 2)
+
+    methods = []
+    for summary in ordered:
+        bars = tuple(
+            (group, min(place(0), place(it.mean)), abs(place(it.mean) - place(0)), str(it))
+            for other, group, it in found
+            if other is summary and math.isfinite(it.mean)
+        )
+        kind = "ours" if summary.method in OURS else "marked" if summary.beats_generator else ""
+        if bars:
+            methods.append(Bars(printable(summary.method), kind, bars))
+    return {
+        "methods": methods,
+        "groups": [group for group in GROUPS if any(group == bar[0] for bars in methods for bar in bars.bars)],
+        "zero": place(0),
+        "one": place(1),
+    }
 
 
 def write_report(comparison: Mapping[str, Any], folder: str | Path) -> Path:

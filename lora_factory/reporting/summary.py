@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -39,10 +39,10 @@ UNIFORM_SOUP = "uniform soup"
 ORIGINAL_MODEL = "original model"
 ORIGINAL_LORA = "original LoRA"
 ORIGINALS = frozenset({ORIGINAL_LORA, "original LoRA, best"})
-_OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}"}
+OURS = {GENERATED, f"{GENERATED}{FROM_EXAMPLES}"}
 UNREFINED = f"{GENERATED}{FROM_EXAMPLES}, unrefined"
 _VARIANTS = {UNREFINED, f"{GENERATED} from text and examples, unrefined", f"{GENERATED}{FROM_EXAMPLES}, best of 4"}
-_NO_RIVALS = ORIGINALS | _OURS | _VARIANTS | {f"{name}, sampled" for name in _OURS}  # neither controls nor baselines
+_NO_RIVALS = ORIGINALS | OURS | _VARIANTS | {f"{name}, sampled" for name in OURS}  # neither controls nor baselines
 GROUPS = {"seen": True, "unseen": False}
 NEEDED_MARGIN = 0.1
 _LEAD = 0.005  # what two decimals show
@@ -197,6 +197,43 @@ def findings(comparison: Mapping[str, Any]) -> list[Finding]:
     return [Finding(printable(text), warning) for text, warning in sentences]
 
 
+def verdict(summaries: Sequence[MethodSummary]) -> str:
+    """One sentence: what the generator recovers where it counts most, and the best baseline or control there.
+
+    What counts most are unseen tasks, and seen ones where no unseen one was measured.
+    """
+    group = main_group(summaries)
+    measured = {summary.method: found for summary in summaries if (found := summary.groups[group])}
+    ours = measured.get(GENERATED) or measured.get(f"{GENERATED}{FROM_EXAMPLES}")
+    if ours is None:
+        return f"The generator was not measured on {group} tasks."
+    share = format_number(ours.headroom.mean)
+    text = f"On {group} tasks the generator recovers {share} of what a LoRA of the task's own gains"
+    rivals = {name: found for name, found in measured.items() if name not in _NO_RIVALS | {ORIGINAL_MODEL}}
+    if not rivals:
+        return f"{text}."
+    name, best = max(rivals.items(), key=lambda pair: pair[1].headroom.mean)
+    lead = ours.headroom.mean - best.headroom.mean
+    word = "more than" if lead >= _LEAD else "less than" if lead <= -_LEAD else "as much as"
+    return f"{text}, {word} the best baseline or control, {printable(name)}: {format_number(best.headroom.mean)}."
+
+
+def main_group(summaries: Sequence[MethodSummary]) -> str:
+    """``unseen`` where any method was measured on unseen tasks, otherwise ``seen``."""
+    return "unseen" if any(summary.unseen for summary in summaries) else "seen"
+
+
+def by_headroom(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """The methods from the highest headroom in the main group to the lowest; those that were not measured last."""
+    group = main_group(summaries)
+
+    def height(summary: MethodSummary) -> float:
+        found = summary.groups[group]
+        return -math.inf if found is None or math.isnan(found.headroom.mean) else found.headroom.mean
+
+    return sorted(summaries, key=height, reverse=True)
+
+
 def failed_cells(comparison: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
     """The cells without a finite loss, each with the reason."""
     return [
@@ -302,7 +339,7 @@ def _bootstrap(values: Mapping[Place, float]) -> Interval:
 def _result_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
     """Say how much of the original LoRA's gain the generator recovers."""
     for summary in summaries:
-        if summary.method in _OURS:
+        if summary.method in OURS:
             how = summary.method.removeprefix(GENERATED)
             for name, group in summary.groups.items():
                 if group:

@@ -14,9 +14,10 @@ from lora_factory.reporting.summary import (
     GROUPS,
     NEEDED_MARGIN,
     ORIGINALS,
-    GroupSummary,
+    OURS,
     Interval,
     MethodSummary,
+    by_headroom,
     failed_cells,
     format_number,
     method_names,
@@ -57,6 +58,7 @@ class Table:
         rows: The text of every column, by row.
         best: Row and column of the entries to set in bold.
         marked: Indices of the rows that beat the generator.
+        ours: Indices of the generator's rows.
     """
 
     title: str
@@ -65,6 +67,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     best: frozenset[tuple[int, int]] = frozenset()
     marked: frozenset[int] = frozenset()
+    ours: frozenset[int] = frozenset()
 
     @property
     def headings(self) -> list[tuple[str, int]]:
@@ -99,42 +102,39 @@ def _printable(table: Table) -> Table:
 
 
 def _headroom_table(summaries: Sequence[MethodSummary]) -> Table:
-    def entries(group: GroupSummary | None) -> tuple[str, str]:
-        if group is None:
-            return "n/a", "n/a"
-        return str(group.headroom), f"{format_number(group.worst_headroom)} {group.worst_task}"
+    """One row per method, from the highest headroom to the lowest; a column only where some method has an entry."""
+    summaries = by_headroom(summaries)
+    groups = [group for group in GROUPS if any(summary.groups[group] for summary in summaries)]
+    columns, rows = [Column("Method")], [[summary.method] for summary in summaries]
 
-    rows = []
-    for summary in summaries:
-        cells = sum(group.cells for group in summary.groups.values() if group)
-        tokens = "n/a" if summary.token_budget is None else f"{summary.token_budget:,}"
-        note = f"beats the generator ({' and '.join(summary.beats_generator)})" if summary.beats_generator else ""
-        rows.append(
-            (
-                summary.method,
-                *entries(summary.seen),
-                *entries(summary.unseen),
-                note,
-                str(cells),
-                str(summary.failed),
-                tokens,
-            )
-        )
+    def add(column: Column, texts: Sequence[str]) -> None:
+        if any(texts):
+            columns.append(column)
+            for row, text in zip(rows, texts, strict=True):
+                row.append(text)
+
+    for group in groups:
+        found = [summary.groups[group] for summary in summaries]
+        name = f"{group.capitalize()} tasks"
+        add(Column("Headroom", name), ["not measured" if it is None else str(it.headroom) for it in found])
+        worst = ["" if it is None else f"{format_number(it.worst_headroom)} {it.worst_task}" for it in found]
+        add(Column("Worst", name, wordy=True), worst)
+    beaten = [" and ".join(summary.beats_generator) for summary in summaries]
+    add(Column("Note", wordy=True), [f"beats the generator ({groups})" if groups else "" for groups in beaten])
+    cells = [sum(group.cells for group in summary.groups.values() if group) for summary in summaries]
+    add(Column("Cells"), list(map(str, cells)))
+    add(Column("Failed"), [str(summary.failed or "") for summary in summaries])
+    budgets = [summary.token_budget for summary in summaries]
+    add(Column("Tokens"), ["" if budget is None else f"{budget:,}" for budget in budgets])
     return Table(
         "Headroom per method",
         "Headroom: 0 is the original model, 1 the LoRA fine-tuned on the task itself; mean with its bootstrap 95 % "
-        "interval over tasks. Tokens: training tokens that went through the base model, in all.",
-        (
-            Column("Method"),
-            Column("Headroom", "Seen tasks"),
-            Column("Worst", "Seen tasks", wordy=True),
-            Column("Headroom", "Unseen tasks"),
-            Column("Worst", "Unseen tasks", wordy=True),
-            Column("Note", wordy=True),
-            *map(Column, ("Cells", "Failed", "Tokens")),
-        ),
-        tuple(rows),
+        "interval over tasks. A cell is one method, scored on one task with one seed. Tokens: training tokens that "
+        "went through the base model, in all.",
+        tuple(columns),
+        tuple(map(tuple, rows)),
         marked=frozenset(index for index, summary in enumerate(summaries) if summary.beats_generator),
+        ours=frozenset(index for index, summary in enumerate(summaries) if summary.method in OURS),
     )
 
 
@@ -176,18 +176,18 @@ def _task_table(comparison: Mapping[str, Any], group: str) -> Table:
         tuple(columns),
         tuple(zip(*texts, strict=True)) if tasks else (),
         frozenset(best),
+        ours=frozenset(row for row, method in enumerate(methods) if method in OURS),
     )
 
 
 def _storage_table(storage: Sequence[Mapping[str, Any]]) -> Table:
     whole = {entry["what"]: entry["bytes"] for entry in storage}.get("all LoRA checkpoints")
     rows = [
-        (entry["what"], _size(entry["bytes"]), f"{entry['bytes'] / whole:.1%}" if whole else "n/a")
-        for entry in storage
+        (entry["what"], _size(entry["bytes"]), _share(entry["bytes"] / whole) if whole else "") for entry in storage
     ]
     return Table(
         "Storage",
-        "What has to be kept to have an adapter for every task; shares are of all LoRA checkpoints.",
+        "What has to be kept to have an adapter for every task; shares are of the size of all LoRA checkpoints.",
         tuple(map(Column, ("What", "Size", "Share"))),
         tuple(rows),
     )
@@ -233,6 +233,11 @@ def _means(pairs: Iterable[tuple[Any, float | None]]) -> dict[Any, float]:
         if value is not None and math.isfinite(value):
             values[key].append(value)
     return {key: fmean(found) for key, found in values.items()}
+
+
+def _share(share: float) -> str:
+    """A share in words: ``4.2 %``, or from twice on ``162 times``."""
+    return f"{share:.0f} times" if share >= 1.995 else f"{100 * share:.3g} %"
 
 
 def _size(size: float) -> str:

@@ -15,6 +15,7 @@ from lora_factory.tasks.given import read_example
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.text import SPLITS, DataSource, Split, carve, load_examples, with_text
 from lora_factory.utils.paths import safe_name
+from lora_factory.utils.printable import facts_html, facts_line
 
 METRICS = ("exact_match", "multiple_choice")
 MAX_CHOICES_FOUND = 20
@@ -62,6 +63,25 @@ class Task:
                 f"task {self.name!r}: metric={self.metric!r}: choose one of {', '.join(METRICS)}, or leave it out"
             )
         object.__setattr__(self, "choices", _checked_choices(self.choices, self.metric, self.name))
+
+    def __repr__(self) -> str:
+        """Say on one line what the task is and where its examples come from."""
+        return facts_line("Task", self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_html("Task", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        more = len(self.descriptions) - 1
+        given = ", ".join(f"{len(examples)} {split}" for split, examples in self._examples.items())
+        facts = {
+            "name": self.name,
+            "description": self.descriptions[0] + (f" (and {more} more)" if more else ""),
+            "data": f"{given} examples" if self.data is None else self.data.path,
+            "licence": self.license,
+            "metric": self.metric,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
 
     @classmethod
     def from_examples(

@@ -1,10 +1,11 @@
-"""Text as people read it: on one line, without anything that moves, hides or reorders other text; and short lists."""
+"""Text as people read it: on one line, without what moves, hides or reorders other text; short lists and facts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from html import escape
 
 
 def printable(text: object) -> str:
@@ -27,3 +28,24 @@ def meant(word: str, known: Collection[str]) -> str:
     if near := get_close_matches(word, known, n=2):
         return f"; did you mean {' or '.join(near)}?"
     return f"; choose one of {', '.join(known)}" if len(known) <= 12 else ""
+
+
+def printable_lines(text: str) -> str:
+    """Text with its lines and tabs; every other control character, such as those that steer a terminal, is a blank."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else " "
+        for character in text.replace("\r\n", "\n")
+    )
+
+
+def facts_line(title: str, facts: Mapping[str, object]) -> str:
+    """What an object is, on one line: ``Title(name: value, name: value)``."""
+    return f"{title}({', '.join(f'{name}: {printable(value)}' for name, value in facts.items())})"
+
+
+def facts_html(title: str, facts: Mapping[str, object]) -> str:
+    """What an object is, as an HTML table; values are escaped."""
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(printable(value))}</td></tr>" for name, value in facts.items()
+    )
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"

@@ -19,7 +19,7 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
 from lora_factory.utils.paths import local_path, safe_name, sha256_file
-from lora_factory.utils.printable import natural_key
+from lora_factory.utils.printable import facts_html, facts_line, few, natural_key
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object
 from lora_factory.utils.versions import check_format
 from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord
@@ -100,6 +100,20 @@ class AdapterZoo:
                 "settings"
             )
         return zoo
+
+    def __repr__(self) -> str:
+        """Say on one line what the zoo holds."""
+        return facts_line("AdapterZoo", self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_html("AdapterZoo", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        try:
+            tasks = self.tasks
+        except OSError as error:  # somebody has removed the folder
+            return {"folder": self.folder, "unreadable": error.strerror}
+        return {"folder": self.folder, "tasks": f"{len(tasks)} ({few(tasks)})", **self.layout.facts()}
 
     @property
     def tasks(self) -> list[str]:

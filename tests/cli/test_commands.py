@@ -34,7 +34,10 @@ COMMANDS = (
     "train",
     "generate",
     "explain",
+    "try",
     "evaluate",
+    "serve",
+    "export",
     "push",
     "search",
 )
@@ -58,7 +61,10 @@ commands:
     train     train a generator on a zoo, on the tasks' examples, or on both
     generate  write an adapter from a description
     explain   say how far a description is from what a generator knows
+    try       answer a prompt with the base model and with a generated adapter
     evaluate  score the base model and adapters on the tasks' test splits
+    serve     serve adapters and their answers over HTTP, in OpenAI's form
+    export    write an adapter for llama.cpp and Ollama, or merged into its base
     push      push a generator, or an adapter that it writes, to the Hub
     search    list the generators on the Hub for a base model
 """

@@ -82,6 +82,6 @@ def test_boxes_are_drawn_for_every_method() -> None:
 def test_a_page_of_its_own(tmp_path: Path) -> None:
     page = write_detection_report(make_result(), tmp_path).read_text(encoding="utf-8")
     assert "Detection on pico/florence" in page
-    assert "Seeds 3, 4" in page
+    assert "<dt>Seeds</dt><dd>3, 4</dd>" in page
     assert page.count("data:image/svg+xml;base64,") == 2
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)

@@ -72,10 +72,13 @@ def test_an_adapter_is_refined_on_the_users_examples(
     tokenizer = AutoTokenizer.from_pretrained(pico_model_folder)
     base = FrozenBase(LlamaForCausalLM.from_pretrained(pico_model_folder), tokenizer, generator.layout)
     written = loss(base, generator.generate_state_dict(TEXT))
-    model = generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES)
+    with pytest.raises(LoraFactoryError, match=r"not to examples; .* a text and refine_steps=60"):
+        generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES)  # not unless it is asked for
+    model = generator.generate_adapter(TEXT, pico_model_folder, examples=EXAMPLES, refine_steps=60)
     refined = loss(base, get_peft_model_state_dict(model))
     assert refined < written - 0.01
-    generator.save_adapter(TEXT, tmp_path / "adapter", examples=EXAMPLES, base_model=pico_model_folder)
+    options = {"examples": EXAMPLES, "base_model": pico_model_folder, "refine_steps": 60}
+    generator.save_adapter(TEXT, tmp_path / "adapter", **options)
     assert loss(base, load_adapter(tmp_path / "adapter")[1]) == pytest.approx(refined, abs=1e-5)
     assert json.loads((tmp_path / "adapter" / "generation.json").read_text())["refined_on"] == len(EXAMPLES)
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -116,7 +119,8 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
     losses = {}
     for in_chat in (False, True):
         generator.config.chat_template = in_chat
-        generator.save_adapter(TEXT, tmp_path / str(in_chat), examples=examples, base_model=base)
+        options = {"examples": examples, "base_model": base, "refine_steps": 60}
+        generator.save_adapter(TEXT, tmp_path / str(in_chat), **options)
         weights = generator.layout.flatten(load_adapter(tmp_path / str(in_chat))[1])
         with torch.no_grad():
             losses[in_chat] = float(query_loss(FrozenBase(model, tokenizer, generator.layout), weights[None], [rows]))

@@ -11,11 +11,13 @@ from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.modeling import CVAELoRAGenerator
 
 
-def make_generator(layout: AdapterLayout, encoder: Path, decoder: str = "core") -> CVAELoRAGenerator:
+def make_generator(
+    layout: AdapterLayout, encoder: Path, decoder: str = "core", *, text: int = 32, hidden: int = 64
+) -> CVAELoRAGenerator:
     """An untrained generator of weights of a real adapter's size that differ from text to text."""
     config = CVAELoRAConfig(
         layout=layout.to_dict(),
-        modalities={"text": 32, "hidden": 64},
+        modalities={"text": text, "hidden": hidden},
         text_encoder=str(encoder),
         tasks=[{"name": name, "descriptions": [name], "license": None} for name in ("poems", "code", "law")],
         decoder=decoder,

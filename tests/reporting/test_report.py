@@ -18,8 +18,8 @@ from rich.console import Console
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.reporting.plots import project
-from lora_factory.reporting.report import html_page, markdown_tables, terminal_tables, write_report
-from lora_factory.reporting.summary import findings, places_without_unit, steering_margins, summarise
+from lora_factory.reporting.report import headroom_bars, html_page, markdown_tables, terminal_tables, write_report
+from lora_factory.reporting.summary import findings, places_without_unit, steering_margins, summarise, verdict
 
 HOSTILE = "<script>alert('x')</script>|[bold red]\x1b[31m&`$x^$`\u202e"
 
@@ -89,6 +89,38 @@ def test_tables_of_the_terminal_are_cut_between_columns(width: int) -> None:
     for line in narrow:
         if line.startswith("  gener"):  # a row of methods: every entry is whole
             assert set(re.split(r"\s{2,}", line.strip())) <= cells
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({"uniform soup": 1.1}, "recovers 0.90 .* gains, less than the best baseline or control, uniform soup: 0.95."),
+        (
+            {"uniform soup": 1.2},
+            "recovers 0.90 .* gains, as much as the best baseline or control, .*: 0.90.",
+        ),
+        ({"original LoRA, best": 0.5}, "recovers 0.90 .* gains, more than the best baseline or control, .*: 0.50."),
+    ],
+)
+def test_the_verdict_names_the_best_rival(losses: dict[str, float], said: str) -> None:
+    told = verdict(summarise(make_comparison(LOSSES | losses)))
+    assert re.fullmatch(f"On unseen tasks the generator {said}", told)
+    seen = make_comparison(LOSSES | losses)
+    seen["cells"] = [entry for entry in seen["cells"] if entry["seen"]]
+    assert verdict(summarise(seen)) == told.replace("unseen", "seen")
+
+
+def test_bars_fall_from_the_highest_and_mark_the_generator() -> None:
+    shown = headroom_bars(summarise(make_comparison(LOSSES | {"uniform soup": 9.0})))
+    assert [bars.method for bars in shown["methods"]] == [
+        *("original LoRA", "generated", "generated, another task", "original model", "uniform soup")
+    ]
+    assert [bars.kind for bars in shown["methods"]] == ["", "ours", "", "", ""]
+    for bars in shown["methods"]:
+        for group, start, length, _ in bars.bars:
+            assert group in shown["groups"] and 0 <= start <= start + length <= 100.01
+    assert shown["methods"][-1].bars[0][1:3] == (0, shown["zero"])  # cut at the edge; its number is beside it
+    assert shown["methods"][-1].bars[0][3].startswith("-3.00")
 
 
 def test_headrooms_are_those_of_hand_computation() -> None:
@@ -261,7 +293,9 @@ def test_a_lead_compares_shared_cells_only() -> None:
 
 
 GOLDEN = """\
-# Comparison on pico/llama
+# Adapters generated for pico/llama
+
+**On unseen tasks the generator recovers 0.90 of what a LoRA of the task's own gains, more than the best baseline or control, uniform soup: 0.50.**
 
 - On seen tasks the generator recovers 0.90 [0.90, 0.90] of what each task's own LoRA gains; worst on a: 0.90.
 - On unseen tasks the generator recovers 0.90 [0.90, 0.90] of what each task's own LoRA gains; worst on b: 0.90.
@@ -270,15 +304,15 @@ GOLDEN = """\
 
 ## Headroom per method
 
-| Method | Seen tasks Headroom | Seen tasks Worst | Unseen tasks Headroom | Unseen tasks Worst | Note | Cells | Failed | Tokens |
-| :-- | --: | :-- | --: | :-- | :-- | --: | --: | --: |
-| original model | 0.00 [0.00, 0.00] | 0.00 a | 0.00 [0.00, 0.00] | 0.00 b |  | 4 | 0 | n/a |
-| original LoRA | 1.00 [1.00, 1.00] | 1.00 a | 1.00 [1.00, 1.00] | 1.00 b |  | 4 | 0 | 1,638,400 |
-| uniform soup | 0.50 [0.50, 0.50] | 0.50 a | 0.50 [0.50, 0.50] | 0.50 b |  | 4 | 0 | n/a |
-| generated | 0.90 [0.90, 0.90] | 0.90 a | 0.90 [0.90, 0.90] | 0.90 b |  | 4 | 0 | 0 |
-| generated, another task | 0.50 [0.50, 0.50] | 0.50 a | 0.50 [0.50, 0.50] | 0.50 b |  | 4 | 0 | n/a |
+| Method | Seen tasks Headroom | Seen tasks Worst | Unseen tasks Headroom | Unseen tasks Worst | Cells | Tokens |
+| :-- | --: | :-- | --: | :-- | --: | --: |
+| original LoRA | 1.00 [1.00, 1.00] | 1.00 a | 1.00 [1.00, 1.00] | 1.00 b | 4 | 1,638,400 |
+| generated | 0.90 [0.90, 0.90] | 0.90 a | 0.90 [0.90, 0.90] | 0.90 b | 4 | 0 |
+| uniform soup | 0.50 [0.50, 0.50] | 0.50 a | 0.50 [0.50, 0.50] | 0.50 b | 4 |  |
+| generated, another task | 0.50 [0.50, 0.50] | 0.50 a | 0.50 [0.50, 0.50] | 0.50 b | 4 |  |
+| original model | 0.00 [0.00, 0.00] | 0.00 a | 0.00 [0.00, 0.00] | 0.00 b | 4 |  |
 
-Headroom: 0 is the original model, 1 the LoRA fine-tuned on the task itself; mean with its bootstrap 95 % interval over tasks. Tokens: training tokens that went through the base model, in all.
+Headroom: 0 is the original model, 1 the LoRA fine-tuned on the task itself; mean with its bootstrap 95 % interval over tasks. A cell is one method, scored on one task with one seed. Tokens: training tokens that went through the base model, in all.
 
 ## Steering margin
 
@@ -319,7 +353,7 @@ def test_accuracy_has_a_column_when_it_was_measured() -> None:
 
 def test_storage_and_diagnostics() -> None:
     text = markdown_tables(make_full_comparison())
-    assert "| data set | 999 B | 0.0% |\n| all LoRA checkpoints | 2 MB | 100.0% |" in text
+    assert "| data set | 999 B | 0.05 % |\n| all LoRA checkpoints | 2 MB | 100 % |" in text
     assert "| 0, 0 | 31.04 | 12 of 32 | 1.50 | 0.80 | n/a |" in text
 
 
@@ -368,7 +402,7 @@ def test_page_holds_everything_and_asks_for_nothing_outside() -> None:
     text = html_page(make_full_comparison())
     page = Page(text)
     plots = page.values("img", "src")
-    titles = ["Headroom per method", "Task vectors (t-SNE)", "Hidden states (t-SNE)", "Latent space (PCA)"]
+    titles = ["Task vectors (t-SNE)", "Hidden states (t-SNE)", "Latent space (PCA)"]
     titles += ["Weights (PCA)", "Loss curves: generator", "Loss curves: COND P-DIFF"]
     assert all(title in page.text for title in titles) and len(plots) == len(titles) == len(page.values("img", "alt"))
     assert all(page.values("img", "alt"))
@@ -430,10 +464,11 @@ def test_points_that_are_not_finite_are_left_out_and_counted() -> None:
 
 @needs_extra
 def test_projection_falls_back_to_pca_and_keeps_distances() -> None:
-    corner, method = project([[0.0, 0.0, 5.0], [3.0, 0.0, 5.0], [0.0, 4.0, 5.0]], neighbours=True)
+    corner, method, axes = project([[0.0, 0.0, 5.0], [3.0, 0.0, 5.0], [0.0, 4.0, 5.0]], neighbours=True)
     assert method == "PCA" and corner.shape == (3, 2)
+    assert axes[0].startswith("first direction (") and axes[0].endswith("% of the variance)") and len(axes) == 2
     assert math.dist(corner[1], corner[2]) == pytest.approx(5)
-    flat, _ = project([[1.0], [3.0]], neighbours=False)
+    flat, *_ = project([[1.0], [3.0]], neighbours=False)
     assert flat.shape == (2, 2) and math.dist(*flat) == pytest.approx(2)
     assert project([[float(index)] for index in range(12)], neighbours=True)[1] == "t-SNE"
 
