@@ -169,6 +169,12 @@ def _add_generate(commands: Commands) -> None:
     add_required(generate, "--generator", "folder or Hub id of a generator")
     generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
     generate.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="file of descriptions, one a line, or a .yaml or .json mapping of names to them: write an adapter for "
+        "each into a folder in --output-dir (default: none)",
+    )
+    generate.add_argument(
         "--examples",
         help="file of examples of the task: text with a blank line between two examples, or .jsonl, .json, .csv, .tsv "
         "or .parquet with a column text, or prompt and completion; with or without --text (default: none)",
@@ -363,8 +369,14 @@ def _generate(options: argparse.Namespace) -> None:
         from lora_factory.utils.paths import local_path
         from lora_factory.utils.safe_files import read_json
 
-    if options.text is None and options.examples is None and options.images is None:
-        raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several of them")
+    one = [options.text, options.examples, options.images]
+    if options.texts:
+        if any(value is not None for value in one):
+            raise LoraFactoryError("--texts goes without --text, --examples and --images; leave these out")
+        _generate_many(options)
+        return
+    if all(value is None for value in one):
+        raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several, or --texts")
     generator = AdapterWriter.open(options.generator, options.revision)
     generator.save_adapter(
         options.text,
@@ -389,6 +401,22 @@ def _generate(options: argparse.Namespace) -> None:
         lines.append(f"rank {made['rank']} loses {100 * made['rank_error']:.2g} % of the squared norm of the update")
     say(*lines)
     say_next(options, "evaluate", "--adapter", options.output_dir, "--tasks", "tasks.yaml")
+
+
+def _generate_many(options: argparse.Namespace) -> None:
+    from lora_factory.generator.writer import AdapterWriter
+    from lora_factory.tasks.given import read_named_texts
+    from lora_factory.utils.printable import few
+
+    folders = AdapterWriter.open(options.generator, options.revision).save_adapters(
+        read_named_texts(options.texts),
+        options.output_dir,
+        overwrite=options.overwrite,
+        seed=options.seed,
+        temperature=options.temperature,
+        rank=options.rank,
+    )
+    say(f"wrote {len(folders)} adapters to {options.output_dir}: {few([folder.name for folder in folders])}")
 
 
 def _read_examples(file: str) -> list[Example]:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -15,10 +16,11 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors.torch import save_file
 from torch import nn
 
 from lora_factory.adapters.attach import AdapterSlot, attach_adapter
-from lora_factory.adapters.folder import save_adapter_config
+from lora_factory.adapters.folder import save_adapter_config, save_adapter_weights
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.printable import natural_key
@@ -524,3 +526,12 @@ def test_a_layout_without_room_is_refused(small):
         layout.widen(vector, replace(layout, modules=tuple(others)))
     with pytest.raises(LoraFactoryError, match=r"has sizes \(\(32,\), \(32,\)\), expected \(\(31,\), \(32,\)\)"):
         layout.widen(vector, replace(layout, modules=(replace(first, shape_a=(2, 31)), *others)))
+
+
+def test_weights_are_written_as_safetensors_writes_them(case, tmp_path):
+    state_dict = case[1]
+    state_dict = randomise({name: tensor.mT for name, tensor in state_dict.items()})
+    save_file(state_dict, tmp_path / "theirs", metadata={"format": "pt"})
+    digest = save_adapter_weights(state_dict, tmp_path)
+    written = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert written == (tmp_path / "theirs").read_bytes() and digest == hashlib.sha256(written).hexdigest()
