@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from lora_factory._moved import find
@@ -21,8 +23,25 @@ def lazy(package: str, modules: dict[str, str]) -> tuple[Callable[[str], object]
     def load(name: str) -> object:
         if name not in homes:
             return find(package, name)
-        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        with no_collection():
+            value = getattr(import_module(f"{package}.{homes[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value
 
     return load, lambda: sorted({*vars(sys.modules[package]), *homes}), sorted(homes)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Leave the cyclic garbage of the block for later: an import of thousands of modules has next to none.
+
+    Python would look through all of them again and again, which is a seventh of the time that torch and transformers
+    take to import.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -32,7 +32,7 @@ from lora_factory.adapters.live_models import (
     unmerge,
     without_adapters,
 )
-from lora_factory.adapters.modules import check_plain_lora, lora_weights, plain_json
+from lora_factory.adapters.modules import check_adapter_name, check_plain_lora, lora_weights, plain_json
 from lora_factory.adapters.targets import last_names, linear_modules
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.printable import few
@@ -110,21 +110,6 @@ def overwrite_adapter(
         )
     check_plain_lora(plain_json(config.to_dict()))
     AdapterSlot(model, layout, adapter_name).load(state_dict)
-
-
-def check_adapter_name(name: object) -> None:
-    """Check that PEFT can give an adapter a name: the names of PyTorch modules hold no dot.
-
-    Raises:
-        LoraFactoryError: When it cannot.
-    """
-    if not isinstance(name, str) or not name.strip() or "." in name:
-        raise LoraFactoryError(
-            f"adapter_name is {name!r}; PEFT takes a name without dots, for example "
-            f"{str(name).replace('.', '_').strip() or 'default'!r}"
-        )
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise LoraFactoryError(f"adapter_name is {name!r}, which PyTorch uses itself; choose another one")
 
 
 def wrap_base(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> PeftModel:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import struct
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,7 +22,10 @@ from lora_factory.adapters.modules import check_plain_lora, exact_targets, lora_
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import local_path
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json, read_json_object
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 GENERATION_FILE, CONDITION_FILE = "generation.json", "condition.safetensors"
 
@@ -70,21 +76,59 @@ class Generation:
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30
+_HASHED_ASIDE = 1 << 20  # bytes from which a second thread pays
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save_adapter_config(layout: AdapterLayout, folder: Path) -> None:
-    """Write ``adapter_config.json`` as PEFT does, but with sets in alphabetical order: the same bytes every time."""
-    config, path = layout.peft_config(), folder / "adapter_config.json"
-    config.save_pretrained(str(folder))
-    values = read_json(path)
-    write_json(
-        path,
-        {
-            name: sorted(value) if isinstance(getattr(config, name, None), set) else value
-            for name, value in values.items()
-        },
-    )
+    """Write ``adapter_config.json`` as PEFT does, but with sets in alphabetical order: the same bytes every time.
+
+    PEFT itself is not needed: the layout holds its configuration.
+    """
+    write_json(folder / "adapter_config.json", dict(sorted(layout.inference_config().items())), durable=False)
+
+
+def save_adapter_weights(state_dict: Mapping[str, Tensor], folder: Path) -> str:
+    """Write ``adapter_model.safetensors``, the same bytes as ``safetensors.torch.save_file``.
+
+    The weights are hashed while the disk writes them, and are not copied.
+
+    Args:
+        state_dict: Float32 tensors on the CPU under PEFT's names.
+        folder: An existing folder, without this file.
+
+    Returns:
+        The SHA-256 of the file, in hex.
+    """
+    names, end = sorted(state_dict), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name in names:
+        start, end = end, end + 4 * state_dict[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(state_dict[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    values: list[Any] = [state_dict[name].contiguous().numpy() for name in names]
+    parts: list[Any] = [struct.pack("<Q", len(text)) + text, *(memoryview(value).cast("B") for value in values)]
+    digest = hashlib.sha256()
+
+    def read() -> None:
+        for part in parts:
+            digest.update(part)
+
+    with (folder / ADAPTER_FILE).open("xb") as file:
+        if end < _HASHED_ASIDE:
+            content = b"".join(parts)
+            file.write(content)
+            digest.update(content)
+        else:
+            with ThreadPoolExecutor(1) as hasher:
+                hashed = hasher.submit(read)
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+                hashed.result()
+    return digest.hexdigest()
 
 
 def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[AdapterLayout, dict[str, Tensor]]:
@@ -100,6 +144,8 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
     Raises:
         LoraFactoryError: When a file is missing or truncated, or the adapter is not a plain LoRA.
     """
+    from peft import LoraConfig
+
     folder = local_path(folder)
     try:
         if not (folder / "adapter_config.json").exists() and (kind := other_kind(folder)):
@@ -151,6 +197,8 @@ def _check_targets(config: LoraConfig, layout: AdapterLayout) -> None:
     """Weights of a module that the configuration does not name would never be used."""
     if isinstance(config.target_modules, str) or not config.target_modules:
         return  # a pattern; attaching compares what it finds in the model with the weights
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     strangers = [module.path for module in layout.modules if not check_target_module_exists(config, module.path)]
     if strangers:
         raise LoraFactoryError(

@@ -293,10 +293,14 @@ class AdapterLayout:
         """Return the PEFT configuration of adapters of this layout, for inference, naming base model and commit."""
         from peft import LoraConfig
 
-        base = {"base_model_name_or_path": self.base_model, "revision": self.base_revision, "auto_mapping": None}
-        config = LoraConfig.from_peft_type(**(plain_json(self.lora_config) | base | {"inference_mode": True}))
+        config = LoraConfig.from_peft_type(**self.inference_config())
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
         return config
+
+    def inference_config(self) -> dict[str, Any]:
+        """Return the JSON form of `peft_config`, which is what ``adapter_config.json`` holds; PEFT is not needed."""
+        base = {"base_model_name_or_path": self.base_model, "revision": self.base_revision, "auto_mapping": None}
+        return {**plain_json(self.lora_config), **base, "inference_mode": True}
 
     def training_config(self) -> LoraConfig:
         """Return a PEFT configuration that puts a trainable LoRA on just these modules, with their ranks and scalings.

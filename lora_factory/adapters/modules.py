@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.printable import natural_key
@@ -38,6 +38,22 @@ _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "it acts only after certain tokens; train without it",
     "layer_replication": "it copies layers of the base model; train without it",
     "megatron_config": "it makes PEFT import a module that the configuration names; train without it",
+}
+_TYPES: dict[str, tuple[type, ...]] = {  # of a LoraConfig's options as JSON, beside None
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "fan_in_fan_out": (bool,),
+    "use_rslora": (bool,),
+    "bias": (str,),
+    "task_type": (str,),
+    "init_lora_weights": (bool, str),
 }
 _MAX_PATH = 300  # characters
 _MAX_PATTERNS = 1 << 16
@@ -101,6 +117,21 @@ class AdaptedModule:
         """This module with another rank and the same scaling."""
         shape_b = (self.shape_b[0], rank, *self.shape_b[2:])
         return replace(self, shape_a=(rank, *self.shape_a[1:]), shape_b=shape_b)
+
+
+def check_adapter_name(name: object) -> None:
+    """Check that PEFT can give an adapter a name: the names of PyTorch modules hold no dot.
+
+    Raises:
+        LoraFactoryError: When it cannot.
+    """
+    if not isinstance(name, str) or not name.strip() or "." in name:
+        raise LoraFactoryError(
+            f"adapter_name is {name!r}; PEFT takes a name without dots, for example "
+            f"{str(name).replace('.', '_').strip() or 'default'!r}"
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise LoraFactoryError(f"adapter_name is {name!r}, which PyTorch uses itself; choose another one")
 
 
 def find_modules(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AdaptedModule, ...]:
@@ -170,6 +201,21 @@ def check_plain_lora(config: Mapping[str, Any]) -> None:
             f"LoraConfig(init_lora_weights={init!r}) is not supported: it changes the base model's own weights; train "
             "with init_lora_weights=True, or convert the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Check that PEFT can make a LoraConfig of JSON values, without importing it.
+
+    Raises:
+        LoraFactoryError: When an option that an adapter acts by is of another type than PEFT's.
+    """
+    for name, kinds in _TYPES.items():
+        value = config.get(name)
+        items = value if isinstance(value, list) else []
+        if value is not None and (type(value) not in kinds or any(type(item) not in (str, int) for item in items)):
+            raise LoraFactoryError(
+                f"LoraConfig({name}={str(value)[:80]!r}) is none of PEFT's; train the generator again"
+            )
 
 
 def ranks_and_scalings(config: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[int, float]]:

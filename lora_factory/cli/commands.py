@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_factory._lazy import no_collection
 from lora_factory._version import __version__
 from lora_factory.arguments import (
     CollectArguments,
@@ -29,6 +30,7 @@ from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
     from lora_factory.evaluation.perplexity import TextScore
+    from lora_factory.tasks.examples import Example
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,6 +169,12 @@ def _add_generate(commands: Commands) -> None:
     generate = command(commands, "generate", _generate, "write an adapter from a description")
     add_required(generate, "--generator", "folder or Hub id of a generator")
     generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
+    generate.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="file of descriptions, one a line, or a .yaml or .json mapping of names to them: write an adapter for "
+        "each into a folder in --output-dir (default: none)",
+    )
     generate.add_argument(
         "--examples",
         help="file of examples of the task: text with a blank line between two examples, or .jsonl, .json, .csv, .tsv "
@@ -356,19 +364,25 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from lora_factory.adapters.folder import GENERATION_FILE
-    from lora_factory.generator.modeling import CVAELoRAGenerator
-    from lora_factory.tasks.text import read_examples
-    from lora_factory.utils.paths import local_path
-    from lora_factory.utils.safe_files import read_json
+    with no_collection():
+        from lora_factory.adapters.folder import GENERATION_FILE
+        from lora_factory.generator.writer import AdapterWriter
+        from lora_factory.utils.paths import local_path
+        from lora_factory.utils.safe_files import read_json
 
-    if options.text is None and options.examples is None and options.images is None:
-        raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several of them")
-    generator = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision)
+    one = [options.text, options.examples, options.images]
+    if options.texts:
+        if any(value is not None for value in one):
+            raise LoraFactoryError("--texts goes without --text, --examples and --images; leave these out")
+        _generate_many(options)
+        return
+    if all(value is None for value in one):
+        raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several, or --texts")
+    generator = AdapterWriter.open(options.generator, options.revision)
     generator.save_adapter(
         options.text,
         options.output_dir,
-        examples=read_examples(options.examples) if options.examples else None,
+        examples=_read_examples(options.examples) if options.examples else None,
         images=[local_path(image) for image in options.images] if options.images else None,
         base_model=options.base_model,
         overwrite=options.overwrite,
@@ -390,10 +404,33 @@ def _generate(options: argparse.Namespace) -> None:
     say_next(options, "evaluate", "--adapter", options.output_dir, "--tasks", "tasks.yaml")
 
 
-def _explain(options: argparse.Namespace) -> None:
-    from lora_factory.generator.modeling import CVAELoRAGenerator
+def _generate_many(options: argparse.Namespace) -> None:
+    from lora_factory.generator.writer import AdapterWriter
+    from lora_factory.tasks.given import read_named_texts
+    from lora_factory.utils.printable import few
 
-    found = CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision).explain(options.text)
+    folders = AdapterWriter.open(options.generator, options.revision).save_adapters(
+        read_named_texts(options.texts),
+        options.output_dir,
+        overwrite=options.overwrite,
+        seed=options.seed,
+        temperature=options.temperature,
+        rank=options.rank,
+    )
+    say(f"wrote {len(folders)} adapters to {options.output_dir}: {few([folder.name for folder in folders])}")
+
+
+def _read_examples(file: str) -> list[Example]:
+    from lora_factory.tasks.text import read_examples
+
+    return read_examples(file)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    with no_collection():
+        from lora_factory.generator.writer import AdapterWriter
+
+    found = AdapterWriter.open(options.generator, options.revision).explain(options.text)
     nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in found["nearest"])
     lines = [f"nearest tasks, by cosine distance: {nearest or 'none'}"]
     if found["farther_than"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,9 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora_factory.adapters.attach import add_shared_lora, hooked
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.live_models import plain_model
 
 # Up to so many rows or columns, directions are found by a full SVD: 0.7 s for 1024 x 2048 on one core, 4.7 s for
 # 2048 x 4096. Beyond, a randomised one computes some directions more than are kept, with power iterations: of what the
@@ -57,12 +56,29 @@ class CoreBasis(nn.Module):
 
     def adapters(self, cores: Tensor) -> Tensor:
         """The adapters of cores ``(n, C)`` as vectors of the layout, ``(n, D)``. Differentiable."""
+        if not torch.is_grad_enabled():
+            return self._written(cores)
         factors, weights = self.layout.unflatten(self.factors), {}
         for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
             b = factors[module.key_b].flatten(1)
             weights[module.key_a] = factors[module.key_a].expand(len(cores), *module.shape_a)
             weights[module.key_b] = (b @ core).reshape(len(cores), *module.shape_b)
         return self.layout.flatten(weights, check=False)
+
+    def _written(self, cores: Tensor) -> Tensor:
+        """The same without gradients: the factors are copied once, and ``B K`` is written over ``B``."""
+        vectors, start = self.factors.expand(len(cores), -1).clone(), 0
+        for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
+            start += math.prod(module.shape_a)
+            shape = (math.prod(module.shape_b) // module.rank, module.rank)
+            stop = start + math.prod(shape)
+            b = self.factors[start:stop].view(shape)
+            if len(cores) == 1:
+                torch.mm(b, core[0], out=vectors[0, start:stop].view(shape))
+            else:
+                vectors[:, start:stop] = (b @ core).flatten(1)
+            start = stop
+        return vectors
 
     @contextmanager
     def in_batch(self, model: nn.Module, cores: Tensor) -> Iterator[None]:
@@ -79,6 +95,9 @@ class CoreBasis(nn.Module):
         Raises:
             LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
         """
+        from lora_factory.adapters.attach import add_shared_lora, hooked
+        from lora_factory.adapters.live_models import plain_model
+
         factors, hooks = self.layout.unflatten(self.factors), {}
         for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
             b = factors[module.key_b].flatten(1) * module.scaling

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from safetensors import safe_open
 from torch import nn
 
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import check_types
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
+from lora_factory.hub.errors import explain
 from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import (
     MAX_CONFIG_BYTES,
@@ -34,7 +37,6 @@ from lora_factory.utils.safe_files import (
     checked_file,
     is_hub_id,
     read_json_object,
-    reading,
 )
 
 CONFIG_FILE = "config.json"
@@ -159,6 +161,23 @@ class GeneratorSource:
         return Path(hf_hub_download(self.name, name, **options))
 
 
+@contextlib.contextmanager
+def loading_errors(source: GeneratorSource) -> Iterator[None]:
+    """Turn whatever fails while a generator's files are read into one error with the generator's name.
+
+    Raises:
+        LoraFactoryError: When the block raises anything: these are somebody else's files.
+    """
+    try:
+        yield
+    except Exception as error:
+        remedy = "" if isinstance(error, OSError) else "; download it, or train it with train_generator, again"
+        missing = "" if source.is_folder else "there is no folder of that name here, and "
+        raise LoraFactoryError(
+            f"cannot load a generator from {source.name!r}: {missing}{explain(error, source.name)}{remedy}"
+        ) from error
+
+
 def read_generator(
     source: GeneratorSource, build: Callable[[CVAELoRAConfig], nn.Module]
 ) -> tuple[CVAELoRAConfig, dict[str, torch.Tensor]]:
@@ -247,8 +266,7 @@ def read_config(path: Path) -> CVAELoRAConfig:
     ):
         if count > most:
             raise LoraFactoryError(f"{path} has {count:,} {noun}, at most {most:,} are read")
-    with reading(path):
-        layout.peft_config()
+    check_types(layout.lora_config)
     return config
 
 

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from lora_factory.adapters.attach import check_adapter_name
-from lora_factory.adapters.folder import ADAPTER_FILE, CONDITION_FILE, GENERATION_FILE, Generation, save_adapter_config
+from lora_factory.adapters.folder import (
+    CONDITION_FILE,
+    GENERATION_FILE,
+    Generation,
+    save_adapter_config,
+    save_adapter_weights,
+)
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.modules import check_adapter_name
 from lora_factory.adapters.truncation import truncate
 from lora_factory.arguments import MAX_SIZE
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.refine import refine_state_dict
+from lora_factory.generator.task_vectors import check_conditions
 from lora_factory.generator.vae import ConditionalVAE
-from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_mixture, as_temperature, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import write_json
-from lora_factory.utils.paths import sha256_file
 from lora_factory.utils.safe_files import is_hub_id
 from lora_factory.utils.versions import versions
+
+if TYPE_CHECKING:
+    from lora_factory.models.losses import FrozenBase
+
+BATCH_WEIGHTS = 1 << 24  # that are written at once for several texts: 64 MB
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,7 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
     Raises:
         LoraFactoryError: When there is nothing to condition on, or something cannot be read.
     """
-    if order.rank is not None and order.rank > (highest := max(m.rank for m in generator.layout.modules)):
-        raise LoraFactoryError(f"rank={order.rank} is above the generator's, {highest}; give {highest} or less")
+    check_rank(generator, order.rank)
     given = dict(order.conditions or {})
     if order.images is not None:
         given |= generator.encode_images(order.images)
@@ -121,17 +129,62 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
         if heard or not (order.text or given) or not order.refine_steps:
             given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
     vectors = _task_vectors(generator, replace(order, conditions=given))
-    for text, vector in zip(order.texts, vectors.get("text", ()), strict=False):
-        warn_of_a_stranger(generator, text, vector)
-    layout, lost = generator.layout, 0.0
-    state_dict = _weights(generator, order, vectors)
-    if order.rank is not None:
-        layout, state_dict, lost = truncate(layout, state_dict, order.rank)
+    if order.texts:
+        _warn_of_strangers(generator, order.texts, vectors["text"])
+    layout, state_dict, lost = _of_rank(generator.layout, _weights(generator, order, vectors)[0], order.rank)
     if order.examples is not None and base is not None:
+        from lora_factory.generator.refine import refine_state_dict
+
         in_chat = generator.config.chat_template
         base = replace(base, layout=layout)
         state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)
     return Made(layout, state_dict, _summed(order, vectors), given, lost)
+
+
+def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator[Made]:
+    """Generate an adapter for each of several texts, in the same order.
+
+    The encoder reads all texts at once. The network writes as many adapters at a time as `BATCH_WEIGHTS` allows, so
+    that memory does not grow with the number of texts.
+
+    Args:
+        generator: Writes the adapters.
+        orders: Each of one text and nothing else; seed, temperature and rank are those of the first.
+
+    Raises:
+        LoraFactoryError: As `fulfil`.
+    """
+    for order in orders[:1]:
+        check_rank(generator, order.rank)
+    texts = [text for order in orders for text in order.texts]
+    vectors = generator.text_encoder.encode(texts)
+    for row in vectors[:1]:
+        check_conditions({"text": row}, generator.config.modalities or {})
+    _warn_of_strangers(generator, texts, vectors.to(generator.center))
+    count = max(1, BATCH_WEIGHTS // generator.layout.size)
+    for start in range(0, len(texts), count):
+        rows = vectors[start : start + count]
+        one_each = replace(orders[0], text=texts[0])
+        made = _weights(generator, one_each, {"text": rows.to(generator.center)}, each=True)
+        for row, weights in zip(rows, made, strict=True):
+            layout, state_dict, lost = _of_rank(generator.layout, weights, orders[0].rank)
+            yield Made(layout, state_dict, {"text": row}, {}, lost)
+
+
+def check_rank(generator: ConditionalVAE, rank: int | None) -> None:
+    """Refuse a rank above the generator's.
+
+    Raises:
+        LoraFactoryError: When it is.
+    """
+    if rank is not None and rank > (highest := max(m.rank for m in generator.layout.modules)):
+        raise LoraFactoryError(f"rank={rank} is above the generator's, {highest}; give {highest} or less")
+
+
+def _of_rank(
+    layout: AdapterLayout, state_dict: dict[str, Tensor], rank: int | None
+) -> tuple[AdapterLayout, dict[str, Tensor], float]:
+    return (layout, state_dict, 0.0) if rank is None else truncate(layout, state_dict, rank)
 
 
 def _task_vectors(generator: ConditionalVAE, order: Order) -> dict[str, Tensor]:
@@ -147,26 +200,41 @@ def _summed(order: Order, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _targets(generator: ConditionalVAE, order: Order, vectors: Mapping[str, Tensor]) -> Tensor:
-    """The network's targets ``(1, targets)`` for task vectors, those of several texts added up with their weights.
+def _targets(generator: ConditionalVAE, order: Order, vectors: Mapping[str, Tensor], *, each: bool = False) -> Tensor:
+    """The network's targets for task vectors ``(rows, width)``.
 
-    So cores (weights, for ``conv1d``) add.
+    Args:
+        generator: The generator.
+        order: Its seed and temperature count, and the weights of its texts.
+        vectors: Task vectors by modality.
+        each: Whether each row is an adapter of its own, with the noise that it would have alone: ``(rows, targets)``.
+            Else the rows are those of the order's texts, and are added up with their weights, so that cores (weights,
+            for ``conv1d``) add: ``(1, targets)``.
     """
-    shares = torch.tensor([*order.texts.values()] or [1.0]).to(generator.center)
+    count = len(next(iter(vectors.values())))
+    how: dict[str, Any] = {"seed": order.seed, "temperature": order.temperature}
     training = generator.training
     generator.eval()
-    targets = generator.made(vectors, len(shares), seed=order.seed, temperature=order.temperature)
+    if each and order.temperature > 0:
+        rows = [{name: values[row, None] for name, values in vectors.items()} for row in range(count)]
+        targets = torch.cat([generator.made(row, 1, **how) for row in rows])
+    else:
+        targets = generator.made(vectors, count, **how)
     generator.train(training)
-    return shares[None] @ targets
+    return targets if each else torch.tensor([[*order.texts.values()] or [1.0]]).to(targets) @ targets
 
 
 @torch.no_grad()
-def _weights(generator: ConditionalVAE, order: Order, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter of task vectors as the network writes it, checked against the layout."""
-    vector = generator.assemble(_targets(generator, order, vectors))[0]
-    state_dict = generator.layout.unflatten(vector.float().cpu())
-    generator.layout.check(state_dict)
-    return state_dict
+def _weights(
+    generator: ConditionalVAE, order: Order, vectors: Mapping[str, Tensor], *, each: bool = False
+) -> list[dict[str, Tensor]]:
+    """The adapters of task vectors as the network writes them, checked: one, or one for each row; see `_targets`."""
+    made = generator.assemble(_targets(generator, order, vectors, each=each)).float().cpu()
+    state_dicts = [generator.layout.unflatten(vector) for vector in made]
+    if not torch.stack(made.aminmax()).isfinite().all():
+        for state_dict in state_dicts:
+            generator.layout.check(state_dict)
+    return state_dicts
 
 
 def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: FrozenBase | None = None) -> Generation:
@@ -175,10 +243,14 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
     Raises:
         LoraFactoryError: As `fulfil`.
     """
-    made = fulfil(generator, order, base)
+    return record(generator, folder, order, fulfil(generator, order, base))
+
+
+def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) -> Generation:
+    """Write a generated adapter into an existing folder; see `write_adapter`."""
     vectors, given = made.vectors, made.given
     save_adapter_config(made.layout, folder)
-    save_file(made.state_dict, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    sha256 = save_adapter_weights(made.state_dict, folder)
     if given:
         kept = {name: vector.detach().float().cpu().contiguous() for name, vector in given.items()}
         save_file(kept, folder / CONDITION_FILE, metadata={"format": "pt"})
@@ -200,10 +272,10 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
         generator_commit=commit,
         base_model=generator.layout.base_model,
         base_revision=generator.layout.base_revision,
-        sha256=sha256_file(folder / ADAPTER_FILE),
+        sha256=sha256,
         versions=versions(),
     )
-    write_json(folder / GENERATION_FILE, asdict(generation))
+    write_json(folder / GENERATION_FILE, asdict(generation), durable=False)
     return generation
 
 
@@ -251,18 +323,20 @@ def zoo_distance(generator: ConditionalVAE, modalities: list[str]) -> float | No
     return round(median(distances), 4) if distances else None
 
 
-def warn_of_a_stranger(generator: ConditionalVAE, text: str, vector: Tensor) -> None:
-    """Warn of a text that is farther from its nearest task than any task of the zoo is from its own nearest one."""
+def _warn_of_strangers(generator: ConditionalVAE, texts: Iterable[str], vectors: Tensor) -> None:
+    """Warn of texts that are farther from their nearest task than any task of the zoo is from its own nearest one."""
     if len(generator.config.tasks or []) < 2:
         return
-    nearest, farthest = generator.nearest_tasks({"text": vector}, 1)[0], max(_neighbour_distances(generator, ["text"]))
-    if (distance := 1 - nearest["similarity"]) > farthest + 1e-4:  # similarities are rounded to four places
-        warnings.warn(
-            f"the text {text[:80]!r} is far from every task that the generator knows: {distance:.2f} (cosine "
-            f"distance) from the nearest one, {nearest['task']}, while no two nearest tasks are more than "
-            f"{farthest:.2f} apart; expect little of this adapter",
-            stacklevel=4,
-        )
+    farthest = max(_neighbour_distances(generator, ["text"]))
+    for text, vector in zip(texts, vectors, strict=True):
+        nearest = generator.nearest_tasks({"text": vector}, 1)[0]
+        if (distance := 1 - nearest["similarity"]) > farthest + 1e-4:  # similarities are rounded to four places
+            warnings.warn(
+                f"the text {text[:80]!r} is far from every task that the generator knows: {distance:.2f} (cosine "
+                f"distance) from the nearest one, {nearest['task']}, while no two nearest tasks are more than "
+                f"{farthest:.2f} apart; expect little of this adapter",
+                stacklevel=4,
+            )
 
 
 def _neighbour_distances(generator: ConditionalVAE, modalities: Sequence[str]) -> list[float]:

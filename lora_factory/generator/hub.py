@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_factory.adapters.folder import Generation
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.files import is_public_name
-from lora_factory.generator.generation import Order, write_adapter
+from lora_factory.generator.generation import Order, fulfil_texts, record, write_adapter
 from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.hub.base_kinds import base_kind
 from lora_factory.hub.cards import AdapterCard, GeneratorCard, Origins
@@ -52,7 +52,7 @@ def generator_card(
     config = generator.config
     facts = {
         "weights of an adapter": f"{generator.layout.size:,}",
-        "weights of the generator": f"{generator.num_parameters():,}",
+        "weights of the generator": f"{sum(values.numel() for values in generator.parameters()):,}",
         "decoder": config.decoder if config.decoder == "conv1d" else f"{config.decoder}, {config.core}",
         "rank of its adapters": f"{max(module.rank for module in generator.layout.modules)}",
         "listens to": ", ".join(config.modalities),
@@ -96,7 +96,7 @@ PLOT_FILE = "headroom.svg"
 
 
 def generator_writer(
-    generator: ConditionalVAE,
+    generator: Any,  # noqa: ANN401  # a CVAELoRAGenerator, whose file imports this one
     *,
     comparison: Mapping[str, Any] | str | Path | None = None,
     tags: Sequence[str] = (),
@@ -181,9 +181,9 @@ def adapters_writer(
 
     def write(folder: Path, title: str) -> None:
         made: dict[str, Generation] = {}
-        for name, order in orders.items():
+        for (name, order), adapter in zip(orders.items(), fulfil_texts(generator, [*orders.values()]), strict=True):
             (folder / name).mkdir()
-            made[name] = write_adapter(generator, folder / name, order)
+            made[name] = record(generator, folder / name, order, adapter)
             one = AdapterCard(title=title, subfolder=name, origins=origins, generations={"": made[name]}, tags=tags)
             write_text(folder / name / CARD_FILE, one.text)
         card = AdapterCard(title=title, origins=origins, generations=made, tags=tags)

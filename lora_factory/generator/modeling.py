@@ -4,47 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
-from huggingface_hub import CommitInfo
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lora_factory.adapters.attach import attach_adapter, overwrite_adapter
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.files import (
     TRAINING_FILE,
     WEIGHTS_FILE,
     GeneratorSource,
+    loading_errors,
     read_generator,
     read_training_record,
 )
-from lora_factory.generator.generation import Order, fulfil, write_adapter
-from lora_factory.generator.generation import explain as explain_order
-from lora_factory.generator.hub import adapter_writer, adapters_writer, generator_writer, origins_of
+from lora_factory.generator.generation import Order, fulfil
+from lora_factory.generator.hub import adapter_writer, adapters_writer, generator_writer
 from lora_factory.generator.task_vectors import open_base, open_reader
-from lora_factory.generator.vae import ConditionalVAE
-from lora_factory.hub.cards import AdapterCard, handwritten, with_handwritten
+from lora_factory.generator.writer import AdapterWriter
 from lora_factory.hub.client import (
     PushOptions,
     check_base_model,
     collect_repositories,
     push,
 )
-from lora_factory.hub.errors import explain
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
-from lora_factory.utils.files import atomic_folder, share_file, write_json, write_text
-from lora_factory.utils.folders import ADAPTER, check_folder, check_saving, storage_errors
-from lora_factory.utils.paths import local_path, safe_name
+from lora_factory.utils.files import share_file, write_json
+from lora_factory.utils.folders import check_saving, storage_errors
+from lora_factory.utils.paths import safe_name
 from lora_factory.utils.printable import facts_html, facts_line, few
 from lora_factory.utils.quiet import quiet_transformers
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-class CVAELoRAGenerator(ConditionalVAE):
+
+class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
     """Writes LoRA adapters: from a sentence to a ``peft.PeftModel``.
 
     Train one with `lora_factory.train_generator`; load a published one with
@@ -53,6 +53,18 @@ class CVAELoRAGenerator(ConditionalVAE):
     Every push writes a folder first and uploads it in one commit, so that it arrives whole or not at all; what people
     added to the card that is there stays in it. When a push fails, the folder is kept and the error names it.
     """
+
+    config_class = CVAELoRAConfig
+    base_model_prefix = "generator"
+    main_input_name = "adapters"
+
+    def __init__(self, config: CVAELoRAConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self._build(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's own initialisation stands: ``from_pretrained`` refuses files that leave a weight out."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # transformers lists every option; they pass through here
@@ -77,18 +89,12 @@ class CVAELoRAGenerator(ConditionalVAE):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source, ours = GeneratorSource.from_options(str(pretrained_model_name_or_path), kwargs)
-        try:
+        with loading_errors(source):
             config, state_dict = read_generator(source, cls)
             with quiet_transformers():
                 loaded: Any = super().from_pretrained(
                     None, *args, config=config, state_dict=state_dict, output_loading_info=True, **ours
                 )
-        except Exception as error:  # these are somebody else's files: whatever a parser raises, they cannot be loaded
-            remedy = "" if isinstance(error, OSError) else "; download it, or train it with train_generator, again"
-            missing = "" if source.is_folder else "there is no folder of that name here, and "
-            raise LoraFactoryError(
-                f"cannot load a generator from {source.name!r}: {missing}{explain(error, source.name)}{remedy}"
-            ) from error
         model, info = loaded
         model.config.name_or_path, model.config._commit_hash = source.name, source.commit
         model.training_record = read_training_record(source)
@@ -109,34 +115,6 @@ class CVAELoRAGenerator(ConditionalVAE):
             "known tasks": f"{len(tasks)} ({few(tasks)})",
             "weights of the generator": f"{self.num_parameters():,}",
         }
-
-    @torch.no_grad()
-    def generate_state_dict(
-        self,
-        text: str | Mapping[str, float] | None = None,
-        *,
-        conditions: Mapping[str, torch.Tensor] | None = None,
-        seed: int = 0,
-        temperature: float = 0.0,
-        rank: int | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Write one adapter as a PEFT state dict; the base model is not needed.
-
-        Args:
-            text: What the adapter is for.
-            conditions: Task vectors of shape ``(width,)`` by modality, instead of or beside ``text``.
-            seed: Seed of the sample; of no effect at temperature 0.
-            temperature: 0 (default) writes the most likely adapter; 1 samples with the spread of real checkpoints.
-            rank: A lower rank than the generator's; see `generate_adapter`.
-
-        Returns:
-            Float32 tensors on the CPU under PEFT's names.
-
-        Raises:
-            LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
-        """
-        order = Order(text, conditions=conditions, seed=seed, temperature=temperature, rank=rank)
-        return fulfil(self, order).state_dict
 
     def generate_adapter(
         self,
@@ -185,6 +163,8 @@ class CVAELoRAGenerator(ConditionalVAE):
             LoraFactoryError: When the text is empty, an image cannot be read, or the base model has not the modules or
                 sizes of the layout.
         """
+        from lora_factory.adapters.attach import attach_adapter
+
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
         base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
         made = fulfil(self, order, base)
@@ -232,6 +212,8 @@ class CVAELoRAGenerator(ConditionalVAE):
             LoraFactoryError: As `generate_adapter`, and when the model has no adapter of this name, or one with
                 other modules or scaling, or of a lower rank. The model is left as it was.
         """
+        from lora_factory.adapters.attach import overwrite_adapter
+
         if not isinstance(model, nn.Module) and callable(model):
             return super().apply(model)
         order = Order(text, examples, images, conditions, seed, temperature, refine_steps, adapter_name, rank)
@@ -264,81 +246,6 @@ class CVAELoRAGenerator(ConditionalVAE):
             LoraFactoryError: As `generate_adapter`, and when there is no text or a weight is not finite.
         """
         return self.generate_adapter(texts, base_model, **options)
-
-    def explain(
-        self,
-        text: str | Mapping[str, float] | None = None,
-        *,
-        conditions: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """How far a text is from the tasks that the generator knows, and how much it makes of it.
-
-        Args:
-            text: What an adapter would be for; or several texts with a weight each.
-            conditions: Task vectors by modality, instead of or beside ``text``.
-
-        Returns:
-            ``nearest``, ``distance``, ``farther_than`` and ``use``; see `lora_factory.generator.generation.explain`.
-
-        Raises:
-            LoraFactoryError: When the text is empty, or neither text nor task vectors are given.
-        """
-        return explain_order(self, Order(text, conditions=conditions))
-
-    def save_adapter(
-        self,
-        text: str | Mapping[str, float] | None,
-        save_directory: str | Path,
-        *,
-        examples: Sequence[Example | ImageExample | str] | None = None,
-        images: Sequence[ImageLike] | None = None,
-        conditions: Mapping[str, torch.Tensor] | None = None,
-        base_model: str | Path | PreTrainedModel | PeftModel | None = None,
-        seed: int = 0,
-        temperature: float = 0.0,
-        overwrite: bool = False,
-        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        refine_steps: int = 0,
-        rank: int | None = None,
-    ) -> Path:
-        """Write an adapter as a plain PEFT folder; the base model is loaded only to read examples.
-
-        The folder appears by one rename and holds ``adapter_config.json``, ``adapter_model.safetensors``,
-        ``generation.json`` (condition, seed, generator, version) and a model card; examples and images are not kept.
-
-        Args:
-            text: What the adapter is for.
-            save_directory: The folder to make.
-            examples: As in `generate_adapter`, like all that is not listed here.
-            images: As there.
-            conditions: As there.
-            base_model: As there.
-            seed: As there.
-            temperature: As there.
-            overwrite: Whether a generated adapter that is there already is replaced. Nothing else ever is, be it an
-                adapter that was trained; what people have added to its card stays.
-            tokenizer: As there.
-            refine_steps: As there.
-            rank: As there.
-
-        Returns:
-            The folder.
-
-        Raises:
-            LoraFactoryError: As `generate_adapter`, and when the folder is not to be replaced.
-            StorageError: When it cannot be written; it is a LoraFactoryError.
-        """
-        order = Order(text, examples, images, conditions, seed, temperature, refine_steps, rank=rank)
-        read = (self.config.name_or_path, self.layout.base_model, base_model, *(order.images or ()))
-        inputs = [one for one in read if isinstance(one, str | Path)]
-        output = check_folder(save_directory, ADAPTER, overwrite=overwrite, inputs=inputs)
-        handwritten(output)
-        base = None if order.examples is None else open_reader(self.layout, order.examples, base_model, tokenizer)
-        with atomic_folder(output, ADAPTER, overwrite=overwrite, inputs=inputs) as folder:
-            generation = write_adapter(self, folder, order, base)
-            card = AdapterCard(title=output.name, origins=origins_of(self), generations={"": generation})
-            write_text(folder / "README.md", with_handwritten(card.text, output))
-        return local_path(save_directory)
 
     def push_to_hub(  # type: ignore[override]  # our options
         self,

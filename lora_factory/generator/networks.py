@@ -3,6 +3,9 @@
 Both networks map between standardised targets (cores here, weights there) and a Gaussian latent, given conditions, and
 have the same four methods: ``posterior``, ``prior``, ``decode`` and ``loss``. Conditions are a dictionary of
 coordinates ``(batch, directions)`` by modality; an empty one is no condition.
+
+The modules are also built on the meta device, to check files. There ``torch.eye`` and random numbers import PyTorch's
+compiler, which takes 2 s, so they are not used.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class ConditionStandardiser(nn.Module):
         self.widths = dict(widths)
         for name, width in widths.items():
             self.register_buffer(f"{name}_mean", torch.zeros(width))
-            self.register_buffer(f"{name}_basis", torch.eye(width))
+            self.register_buffer(f"{name}_basis", torch.zeros(width, width).fill_diagonal_(1))
             self.register_buffer(f"{name}_scale", torch.ones(()))
 
     @torch.no_grad()
@@ -156,7 +159,10 @@ class CoreCVAE(nn.Module):
         self.hidden = nn.Sequential(*layers, nn.SiLU())
         self.prior_mean = nn.Linear(width, latents)
         self.correction = nn.Sequential(nn.Linear(width + latents, width), nn.SiLU(), nn.Linear(width, 2 * latents))
-        self.decoder = nn.Parameter(CODE_SCALE * torch.randn(latents, size) / latents**0.5)
+        self.decoder = nn.Parameter(torch.zeros(latents, size))
+        if not self.decoder.is_meta:
+            with torch.no_grad():
+                self.decoder.normal_().mul_(CODE_SCALE).div_(latents**0.5)
         self.prior_log_variance = nn.Parameter(torch.zeros(latents))
         for parameter in (*self.prior_mean.parameters(), *self.correction[-1].parameters()):
             nn.init.zeros_(parameter)  # at first every condition is as good as none

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.classifiers import is_image_classifier, load_image_classifier
-from lora_factory.models.loading import base_source, load_base_model, load_processor
-from lora_factory.models.losses import FrozenBase
 from lora_factory.tasks.examples import Example, ImageExample
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    from lora_factory.models.losses import FrozenBase
 
 
 def check_conditions(vectors: Mapping[str, Tensor], modalities: Mapping[str, int]) -> None:
@@ -58,6 +59,9 @@ def open_reader(
     Raises:
         LoraFactoryError: When a live model comes without its tokenizer.
     """
+    from lora_factory.models.loading import base_source, load_processor
+    from lora_factory.models.losses import FrozenBase
+
     if base_model is None or isinstance(base_model, str | Path):
         (name, revision), (model, tokenizer) = base_source(layout, base_model), _load(layout, base_model)
         if any(isinstance(example, ImageExample) for example in examples):
@@ -93,6 +97,9 @@ def _load(
     layout: AdapterLayout, base_model: str | Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A layout's base model and, unless it is an image classifier, its tokenizer."""
+    from lora_factory.models.classifiers import is_image_classifier, load_image_classifier
+    from lora_factory.models.loading import base_source, load_base_model
+
     name, revision = base_source(layout, base_model)
     try:
         return load_base_model(name, revision=revision)

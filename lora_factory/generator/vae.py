@@ -1,16 +1,14 @@
-"""The network of a generator: a Transformers model that maps task vectors to adapter weights, and its encoders."""
+"""The network of a generator, from task vectors to adapter weights, and its encoders."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
@@ -19,15 +17,19 @@ from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.conv1d import ConvCVAE
 from lora_factory.generator.networks import ConditionStandardiser, CoreCVAE, GeneratorOutput, group_means
 from lora_factory.generator.task_vectors import check_conditions, nearest_tasks, open_reader
-from lora_factory.models.hidden_states import example_states, task_vector
-from lora_factory.models.image_encoders import ImageEncoder
-from lora_factory.models.text_encoders import TextEncoder
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-class ConditionalVAE(PreTrainedModel):
+    from lora_factory.models.image_encoders import ImageEncoder
+    from lora_factory.models.text_encoders import TextEncoder
+
+
+class ConditionalVAE(nn.Module):
     """Conditional VAE over LoRA weights: task vectors in, adapter weights out.
 
     With ``decoder="core"`` an adapter is ``ΔW = s · B (K + Z(c)) A`` per module: ``A`` and ``B`` are the ``basis``
@@ -37,17 +39,22 @@ class ConditionalVAE(PreTrainedModel):
     ``decoder="conv1d"`` the network makes the weights themselves, as differences from their mean.
 
     The network works on *targets*: cores or weights, less their center, in units of one standard deviation per module.
+
+    It is a plain module: transformers' models, which take seconds to import, are needed for none of this.
     """
 
-    config_class = CVAELoRAConfig
-    base_model_prefix = "generator"
-    main_input_name = "adapters"
+    config: Any  # CVAELoRAConfig; transformers declares its own class for it
     scale: torch.Tensor
     spread: torch.Tensor
     training_record: dict[str, Any] | None = None  # what training.json holds, if the generator has one
 
     def __init__(self, config: CVAELoRAConfig) -> None:
-        super().__init__(config)
+        super().__init__()
+        self.config = config
+        self._build(config)
+
+    def _build(self, config: CVAELoRAConfig) -> None:
+        """Make the parameters and buffers."""
         if config.layout is None or not config.modalities:
             raise LoraFactoryError(
                 "a generator's config needs layout and modalities; train_generator(zoo, output_dir) writes both"
@@ -73,10 +80,6 @@ class ConditionalVAE(PreTrainedModel):
         self.register_buffer("spread", torch.zeros(len(self.sizes)))
         for name, width in widths.items():
             self.register_buffer(f"{name}_task_vectors", torch.zeros(tasks, width))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation stands: ``from_pretrained`` below refuses files that leave a weight out."""
 
     def forward(
         self,
@@ -171,8 +174,8 @@ class ConditionalVAE(PreTrainedModel):
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)
 
-    _text_encoder: TextEncoder | None = None
-    _image_encoder: ImageEncoder | None = None
+    _text_encoder: Any = None  # transformers evaluates the annotations of its models' attributes
+    _image_encoder: Any = None
 
     def conditions(self, text: str | None = None, conditions: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Task vectors of shape ``(width,)`` by modality, checked against the config."""
@@ -203,6 +206,8 @@ class ConditionalVAE(PreTrainedModel):
             LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
                 without its tokenizer.
         """
+        from lora_factory.models.hidden_states import example_states, task_vector
+
         remedy = "train a generator with tasks= (--tasks) of the zoo, or pass a text and refine_steps=60 beside them"
         self._refuse_unheard("hidden", "examples", remedy)
         examples = as_examples(examples)
@@ -221,6 +226,8 @@ class ConditionalVAE(PreTrainedModel):
         Raises:
             LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
         """
+        from lora_factory.models.hidden_states import task_vector
+
         self._refuse_unheard("image", "images", "or train a generator with images= (--images) of every task")
         images = as_images(images)
         return {"image": task_vector(self.image_encoder.encode(images))}
@@ -236,6 +243,8 @@ class ConditionalVAE(PreTrainedModel):
         if self._text_encoder is None:
             if self.config.text_encoder is None:
                 raise LoraFactoryError("this generator was trained without texts; pass conditions= instead of text")
+            from lora_factory.models.text_encoders import TextEncoder
+
             self._text_encoder = TextEncoder(self.config.text_encoder)
         return self._text_encoder
 
@@ -245,6 +254,8 @@ class ConditionalVAE(PreTrainedModel):
         if self._image_encoder is None:
             if self.config.image_encoder is None:
                 raise LoraFactoryError("this generator's config names no image encoder; pass conditions= instead")
+            from lora_factory.models.image_encoders import ImageEncoder
+
             self._image_encoder = ImageEncoder(self.config.image_encoder)
         return self._image_encoder
 

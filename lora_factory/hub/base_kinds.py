@@ -52,6 +52,11 @@ def base_kind(layout: AdapterLayout, config: Mapping[str, Any] | None = None) ->
         config: The base model's configuration; default: as a folder or the Hub's cache has it, else what the layout
             says must do.
     """
+    task = layout.lora_config.get("task_type")
+    by_task = _BY_TASK_TYPE.get(str(task), BaseKind(None, "AutoModel"))
+    config = config or _config_here(layout)
+    if config is None or task not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        return by_task
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -59,11 +64,6 @@ def base_kind(layout: AdapterLayout, config: Mapping[str, Any] | None = None) ->
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
-    task = layout.lora_config.get("task_type")
-    by_task = _BY_TASK_TYPE.get(str(task), BaseKind(None, "AutoModel"))
-    config = config or _config_here(layout)
-    if config is None or task not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        return by_task
     model_type, architectures = config.get("model_type"), config.get("architectures") or [None]
     classifiers = _flat(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values())
     if architectures[0] in classifiers or (model_type is None and "architecture" in config):  # the latter: timm's own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]  # it is public, not re-exported
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from lora_factory.adapters.folder import Generation
 from lora_factory.hub.base_kinds import CAUSAL, BaseKind
@@ -272,14 +273,20 @@ def our_headings() -> set[str]:
 
 def render(template: str, head: Mapping[str, Any], **values: Any) -> str:  # noqa: ANN401
     """Fill in a template, under a head of the fields of `YAML_FIELDS` that have a value."""
-    source = files("lora_factory.model_card_templates").joinpath(template).read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters |= {"md": inline, "python": _python}
     return _join(
         {name: head[name] for name in YAML_FIELDS if head.get(name) or head.get(name) is False}
         | {"tags": list(dict.fromkeys(map(printable, head["tags"])))},
-        environment.from_string(source).render(mark=MARK, **values).strip("\n") + "\n",
+        _template(template).render(mark=MARK, **values).strip("\n") + "\n",
     )
+
+
+@cache
+def _template(name: str) -> Template:
+    """A compiled template; compiling takes 40 ms, filling in 1."""
+    source = files("lora_factory.model_card_templates").joinpath(name).read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters |= {"md": inline, "python": _python}
+    return environment.from_string(source)
 
 
 def inline(text: object) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.loading import weights_identifier
+from lora_factory.utils.paths import weights_identifier
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Value = TypeVar("Value")
 OPEN_CLIP = "open_clip:"
@@ -51,7 +54,11 @@ class Encoder:
         tower = self._open_clip if name.startswith(OPEN_CLIP) else self._transformers
         self._tower = tower(name, revision, torch.device(device or "cpu"))
         self.width: int = self._tower.width
-        self.identifier: str = self._tower.identifier
+
+    @cached_property
+    def identifier(self) -> str:
+        """The name of the vectors; the weights of a folder are read for it."""
+        return str(self._tower.identifier)
 
     def _unit_vectors(self, values: Sequence[Value], batch_size: int, read: Callable[[Value], Any]) -> Tensor:
         """Encode what ``read`` makes of each value: float32, on the CPU, shape ``(values, width)``."""
@@ -95,7 +102,13 @@ class OpenClip:
             ) from error
         self._model: Any = clip.eval()
         self._device = device
-        self.identifier = name if pretrained is None else f"{OPEN_CLIP}{model}:{weights_identifier(pretrained, None)}"
+        self._name = name
+
+    @property
+    def identifier(self) -> str:
+        """The name of the vectors; a checkpoint file is read for it."""
+        model, pretrained = parse_open_clip(self._name)
+        return self._name if pretrained is None else f"{OPEN_CLIP}{model}:{weights_identifier(pretrained, None)}"
 
 
 class OpenClipText(OpenClip):
@@ -127,6 +140,8 @@ class OpenClipImage(OpenClip):
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
         super().__init__(name, revision, device)
         self.channels = 3
+        from PIL import Image
+
         with torch.no_grad():
             self.width = self([Image.new("RGB", (32, 32))]).shape[-1]
 

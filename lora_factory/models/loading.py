@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from importlib.util import find_spec
@@ -41,7 +40,6 @@ from lora_factory.models.embedded import (
     _package_folder,
     embedded_base_model,
 )
-from lora_factory.utils.paths import sha256_file
 from lora_factory.utils.quiet import quiet_transformers
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -280,13 +278,3 @@ def _keep_gradients(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def weights_identifier(name: str, revision: str | None) -> str:
-    """A Hub id with its revision, or the name of a folder or file with a hash of its weights."""
-    path = Path(name)
-    if not path.exists():
-        return f"{name}@{revision}" if revision else name
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
-    return f"{path.resolve().name}#{digest[:16]}"

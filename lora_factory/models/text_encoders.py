@@ -7,24 +7,33 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.models.bert import open_bert
 from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipText, text_features
 from lora_factory.models.embedded import embedded_text_encoder
-from lora_factory.models.loading import load_pretrained, weights_identifier
+from lora_factory.utils.paths import weights_identifier
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TEXT_TOKENS = 256  # what MiniLM and most sentence encoders were trained with
 
 
 class _SentenceEncoder:
-    """A transformers encoder with attention-masked mean pooling."""
+    """A transformers encoder with attention-masked mean pooling; a BERT that is on this machine is computed here."""
 
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
+        self._name, self._revision = name, revision
         installed = embedded_text_encoder() if name == MINILM and revision is None else None
         source = str(installed or name)
-        self.model, self.tokenizer = load_pretrained(
+        self._bert = open_bert(source, revision, device)
+        if self._bert is not None:
+            self.limit, self.width = min(MAX_TEXT_TOKENS, self._bert.limit), self._bert.width
+            return
+        from transformers import AutoModel, AutoTokenizer
+
+        from lora_factory.models.loading import load_pretrained
+
+        self._model, self._tokenizer = load_pretrained(
             source,
             (AutoModel, AutoTokenizer),
             "text encoder",
@@ -33,31 +42,39 @@ class _SentenceEncoder:
             spare="pooler",  # the mean over tokens makes no use of it, and many sentence encoders are saved without
             dtype=torch.float32,
         )
-        self.model.to(device)
-        self._two_towers = self.model.config.model_type in TWO_TOWERS
+        self._model.to(device)
+        self._two_towers = self._model.config.model_type in TWO_TOWERS
         if self._two_towers:
-            self.limit = int(self.model.config.text_config.max_position_embeddings)
+            self.limit = int(self._model.config.text_config.max_position_embeddings)
         else:
-            self.limit = min(MAX_TEXT_TOKENS, self.tokenizer.model_max_length)
+            self.limit = min(MAX_TEXT_TOKENS, self._tokenizer.model_max_length)
         with torch.no_grad():
-            self.width: int = self(["a"]).shape[-1]
-        self.identifier = weights_identifier(name, revision)
+            self.width = self(["a"]).shape[-1]
+
+    @property
+    def identifier(self) -> str:
+        """The name of the vectors; a folder's weights are read for it."""
+        return weights_identifier(self._name, self._revision)
 
     def __call__(self, texts: list[str]) -> Tensor:
+        if self._bert is not None:
+            return masked_mean(*self._bert(texts, self.limit))
         if self._two_towers:
-            return text_features(self.model, self.tokenizer, texts)
-        inputs = self.tokenizer(
+            return text_features(self._model, self._tokenizer, texts)
+        inputs = self._tokenizer(
             texts,
             padding=True,
             truncation=True,
             max_length=self.limit,
             return_tensors="pt",
-        ).to(self.model.device)
-        return masked_mean(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
+        ).to(self._model.device)
+        return masked_mean(self._model(**inputs).last_hidden_state, inputs["attention_mask"])
 
     def count(self, text: str) -> int:
         """Count the tokens of a text."""
-        return len(self.tokenizer(text, verbose=False).input_ids)
+        return (
+            self._bert.count(text) if self._bert is not None else len(self._tokenizer(text, verbose=False).input_ids)
+        )
 
 
 class TextEncoder(Encoder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
+from lora_factory.utils.paths import local_path, task_names
+from lora_factory.utils.safe_files import read_text
+from lora_factory.utils.yaml_files import read_values
 
 _EXAMPLES = 'a text, a pair (prompt, completion), {"prompt": ..., "completion": ...} or {"text": ...}'
 
@@ -82,11 +86,48 @@ def as_text(text: object) -> str | None:
     if not isinstance(text, str):
         raise LoraFactoryError(
             f"text is a {type(text).__name__}; one text makes one adapter: give a string, and call once for each text "
-            "(push_adapters takes several)"
+            "(generate_adapters, save_adapters and push_adapters take several)"
         )
     if not text.strip():
         raise LoraFactoryError("text is empty; give a sentence that says what the adapter is for")
     return _check_text(text, "text")
+
+
+def as_texts(texts: Any) -> list[str]:  # noqa: ANN401
+    """A user's descriptions, one for each adapter.
+
+    Raises:
+        LoraFactoryError: When there is none, one is blank, or a single one stands for a list of them.
+    """
+    return [as_text(text) or "" for text in _listed(texts, "texts", "a description")]
+
+
+def as_named_texts(texts: object) -> dict[str, str]:
+    """A user's descriptions by the names of their adapters.
+
+    Raises:
+        LoraFactoryError: When there is none, one is blank, or they have no names.
+    """
+    if not isinstance(texts, Mapping) or not texts:
+        raise LoraFactoryError(
+            f'texts is {str(texts)[:80]!r}; give at least one description by its name: {{"legal": "Legal notices"}}'
+        )
+    return {name: as_text(text) or "" for name, text in texts.items()}
+
+
+def read_named_texts(file: str | Path) -> dict[str, str]:
+    """A user's file of descriptions: one a line, each named after itself, or a YAML or JSON mapping of names to them.
+
+    Raises:
+        LoraFactoryError: When it cannot be read, holds no description, or one twice.
+    """
+    path = local_path(file)
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        return as_named_texts(read_values(path, "file of descriptions"))
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if doubled := [line for line, count in Counter(lines).items() if count > 1]:
+        raise LoraFactoryError(f"{path} has the line {doubled[0][:80]!r} twice; give each description once")
+    return as_named_texts({name: text for text, name in task_names(lines).items()})
 
 
 def as_mixture(text: object) -> str | dict[str, float] | None:

@@ -22,8 +22,13 @@ from lora_factory.utils.paths import local_path
 _EMPTY = FolderKind("nothing", r"(?!)")
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
     """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced.
+
+    Args:
+        path: The file.
+        text: What it will hold.
+        durable: Whether it is on the disk when this returns; False in `atomic_folder`, which sees to it for all files.
 
     Raises:
         StorageError: When the file cannot be written.
@@ -33,13 +38,15 @@ def write_text(path: str | Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _fsync(path.parent)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            _fsync(path.parent)
 
 
-def write_json(path: str | Path, value: Any) -> None:  # noqa: ANN401
-    """Write a JSON file atomically, indented, keys in their given order.
+def write_json(path: str | Path, value: Any, *, durable: bool = True) -> None:  # noqa: ANN401
+    """Write a JSON file atomically, indented, keys in their given order; `durable` as in `write_text`.
 
     Raises:
         LoraFactoryError: if the value holds NaN, infinity or something that JSON does not know.
@@ -50,7 +57,7 @@ def write_json(path: str | Path, value: Any) -> None:  # noqa: ANN401
         raise LoraFactoryError(
             f"{path} was not written: {error}; pass only JSON values, and None in place of NaN or infinity"
         ) from error
-    write_text(path, text + "\n")
+    write_text(path, text + "\n", durable=durable)
 
 
 @contextlib.contextmanager

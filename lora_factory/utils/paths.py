@@ -101,3 +101,13 @@ def sha256_file(path: str | Path) -> str:
 def sha256_text(text: str) -> str:
     """Return the SHA-256 of a text in UTF-8, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_identifier(name: str, revision: str | None) -> str:
+    """A Hub id with its revision, or the name of a folder or file with a hash of its weights."""
+    path = Path(name)
+    if not path.exists():
+        return f"{name}@{revision}" if revision else name
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    return f"{path.resolve().name}#{digest[:16]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 
 from lora_factory._version import __version__
@@ -12,7 +13,13 @@ LIBRARIES = ("torch", "transformers", "peft")
 
 def versions() -> dict[str, str]:
     """The versions of this package and of those that its files depend on, by name."""
-    return {"lora-factory": __version__, **{name: version(name) for name in LIBRARIES}}
+    return {"lora-factory": __version__, **{name: _installed(name) for name in LIBRARIES}}
+
+
+@cache
+def _installed(name: str) -> str:
+    """The version of an installed package; what the process has imported does not change."""
+    return version(name)
 
 
 def check_format(number: object, newest: int, what: str) -> None:

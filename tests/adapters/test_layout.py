@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -7,10 +8,19 @@ import torch
 from helpers.layouts import CASES, llama, randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 from torch import nn
 
 from lora_factory.adapters.attach import AdapterSlot, attach_adapter
+from lora_factory.adapters.folder import save_adapter_config, save_adapter_weights
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.printable import natural_key
@@ -101,6 +111,18 @@ def test_peft_config_builds_the_same_adapter(case):
     result = set_peft_model_state_dict(fresh, layout.unflatten(layout.flatten(state_dict)))
     assert not result.unexpected_keys
     same(get_peft_model_state_dict(fresh, save_embedding_layers=False), state_dict)
+
+
+def test_adapter_config_is_what_peft_writes(case, tmp_path):
+    _, _, layout = case
+    layout = AdapterLayout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    save_adapter_config(layout, tmp_path)
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    layout.peft_config().save_pretrained(tmp_path / "peft")
+    theirs = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    listed = {name: sorted(value) for name, value in theirs.items() if isinstance(value, list)}
+    assert list(ours) == list(theirs) and ours == {**theirs, **listed}
+    assert PeftConfig.from_pretrained(tmp_path) == layout.peft_config()
 
 
 def test_gradients_pass_through(small):
@@ -504,3 +526,12 @@ def test_a_layout_without_room_is_refused(small):
         layout.widen(vector, replace(layout, modules=tuple(others)))
     with pytest.raises(LoraFactoryError, match=r"has sizes \(\(32,\), \(32,\)\), expected \(\(31,\), \(32,\)\)"):
         layout.widen(vector, replace(layout, modules=(replace(first, shape_a=(2, 31)), *others)))
+
+
+def test_weights_are_written_as_safetensors_writes_them(case, tmp_path):
+    state_dict = case[1]
+    state_dict = randomise({name: tensor.mT for name, tensor in state_dict.items()})
+    save_file(state_dict, tmp_path / "theirs", metadata={"format": "pt"})
+    digest = save_adapter_weights(state_dict, tmp_path)
+    written = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert written == (tmp_path / "theirs").read_bytes() and digest == hashlib.sha256(written).hexdigest()

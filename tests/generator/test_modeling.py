@@ -373,7 +373,7 @@ def test_a_failing_save_leaves_nothing(
 
     kept = core_generator.save_adapter(TEXT, tmp_path / "kept")
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
-    monkeypatch.setattr(generation, "save_file", full)
+    monkeypatch.setattr(generation, "save_adapter_weights", full)
     for name, overwrite in (("new", False), ("kept", True)):
         with pytest.raises(StorageError, match="no space left"):
             core_generator.save_adapter("Other text", tmp_path / name, overwrite=overwrite)

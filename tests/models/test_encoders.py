@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedT
 
 from lora_factory.adapters.attach import adapter_parameters
 from lora_factory.errors import LoraFactoryError
+from lora_factory.models.bert import open_bert
 from lora_factory.models.embedded import embedded_text_encoder
 from lora_factory.models.hidden_states import HiddenStateEncoder, task_vector
 from lora_factory.models.text_encoders import MINILM, TextEncoder
@@ -281,3 +282,39 @@ def test_cache_holds_real_vectors(pico_encoder_folder: Path, tmp_path: Path) -> 
 def test_encoders_in_the_home_folder(pico_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(pico_encoder_folder.parent))
     assert TextEncoder(f"~/{pico_encoder_folder.name}").encode(["a"]).shape[0] == 1
+
+
+@pytest.mark.parametrize("texts", [TEXTS, ["one"]])
+def test_a_bert_is_computed_as_transformers_does(pico_encoder_folder: Path, texts: list[str]) -> None:
+    bert = open_bert(str(pico_encoder_folder), None, torch.device("cpu"))
+    assert bert is not None
+    model = AutoModel.from_pretrained(pico_encoder_folder)
+    tokens = AutoTokenizer.from_pretrained(pico_encoder_folder)(
+        texts, padding=True, truncation=True, max_length=64, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**tokens).last_hidden_state
+    hidden, mask = bert(texts, 64)
+    assert torch.equal(mask, tokens.attention_mask)
+    kept = mask.bool()
+    torch.testing.assert_close(hidden[kept], expected[kept], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("config.json", "model_type", "roberta"),
+        ("config.json", "hidden_act", "relu"),
+        ("config.json", "position_embedding_type", "relative_key"),
+        ("tokenizer_config.json", "padding_side", "left"),
+        ("tokenizer_config.json", "tokenizer_class", "T5Tokenizer"),
+        ("tokenizer_config.json", "add_eos_token", True),
+    ],
+)
+def test_another_encoder_is_left_to_transformers(
+    pico_encoder_folder: Path, tmp_path: Path, file: str, name: str, value: object
+) -> None:
+    folder = shutil.copytree(pico_encoder_folder, tmp_path / "encoder")
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**values, name: value}))
+    assert open_bert(str(folder), None, torch.device("cpu")) is None
