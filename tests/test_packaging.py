@@ -53,7 +53,8 @@ def test_wheel_holds_the_package_and_no_more(wheel: Path) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_factory").rglob("*.py")}
     cards = {f"lora_factory/model_card_templates/{path.name}" for path in (ROOT / "model_card_templates").glob("*.*")}
     packed = {name for name in names if ".dist-info/" not in name}
-    data = {"lora_factory/py.typed", "lora_factory/demo/descriptions.yaml", "lora_factory/reporting/report.html"}
+    data = {"lora_factory/py.typed", "lora_factory/demo/descriptions.yaml"}
+    data |= {f"lora_factory/reporting/{name}" for name in ("report.html", "headroom.svg")}
     assert packed == modules | cards | data
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
