@@ -355,7 +355,7 @@ def _train(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        size = generator.num_parameters() * 4 / 1e6
+        size = sum(file.stat().st_size for file in local_path(options.output_dir).iterdir()) / 1e6
         say(f"wrote {options.output_dir}, a generator of {size:.1f} MB for {len(generator.config.tasks or ())} tasks")
         if "text" in (generator.config.modalities or ()):
             text = generator.config.tasks[0]["descriptions"][0] if generator.config.tasks else "what it is for"
