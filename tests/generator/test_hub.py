@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +14,12 @@ from helpers.comparisons import make_comparison
 from helpers.hub import HAND_WRITTEN, ask, contents, make_zoo, publish_base
 from helpers.models import random_adapter
 from hub_server.local import LocalHub
-from hub_server.state import User
 from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from lora_factory import CVAELoRAGenerator
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.zoo.store import AdapterZoo
-
-GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -127,34 +122,6 @@ noted("no encoder", TextEncoder, "alice/none")
     assert f"{here}bob/copy at commit {copy}; pass base_model='alice/base'" in result["other id"][0]
     assert "bob/gated is gated; ask for access on its page on the Hub" in result["gated"][1]
     assert "no repository alice/none" in result["no encoder"][1]
-
-
-def test_the_readme_publishes_and_uses(
-    hub: LocalHub, pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path
-) -> None:
-    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    hub.users[hub.token] = User("me")
-    work = tmp_path / "work"
-    (work / "evaluation").mkdir(parents=True)
-    publish_base(hub, pico_model_folder, pico_encoder_folder, work / "generator", base)
-    (work / "evaluation" / "comparison.json").write_text(json.dumps(make_comparison(base_model=base)))
-    command = tmp_path / "bin" / "lora-factory"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m lora_factory.cli "$@"\n')
-    command.chmod(0o755)
-    section = GUIDE.split("\n## Publish and use\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", section, flags=re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "python", "bash"]
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
-    code = f"import os, subprocess\nos.chdir({str(work)!r})\n"
-    hub.run(code + blocks[0][1], timeout=300.0)
-    hub.run(code + blocks[1][1], timeout=300.0, token=None)  # another machine, another account
-    shell = f"subprocess.run(['bash', '-e', '-c', {blocks[2][1]!r}], check=True)"
-    printed = hub.run(code + shell, timeout=500.0, PATH=path).stdout
-    assert "would push to me/my-generator" in printed and "\nme/my-generator  " in printed
-    assert {"README.md", "comparison.json", "model.safetensors"} <= set(hub.files("me/my-generator"))
-    assert {"linux/adapter_model.safetensors", "law/README.md"} <= set(hub.files("me/loras"))
-    assert (work / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_what_is_dropped_goes_and_what_is_not_ours_stays(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
