@@ -16,10 +16,9 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import make_accelerator
 from lora_factory.collection.scheduler import Collection, PlannedRun
 from lora_factory.collection.trainer import open_trainer
-from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
-from lora_factory.tasks.task_file import check_tasks, load_tasks
+from lora_factory.tasks.task_file import as_tasks, check_tasks
 from lora_factory.utils.checkpoint import writing_into
 from lora_factory.utils.paths import local_path
 from lora_factory.zoo.store import HIDDEN_FOLDER, AdapterZoo
@@ -58,11 +57,7 @@ def collect_adapters(
             other settings.
     """
     arguments = arguments or CollectArguments()
-    if isinstance(tasks, Task | ImageTask):
-        tasks = [tasks]
-    tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
-    if not tasks:
-        raise LoraFactoryError("tasks is empty; give at least one task, or a task file that holds one")
+    tasks = as_tasks(tasks)
     output_dir = local_path(output_dir)
     accelerator = make_accelerator(arguments, output_dir / HIDDEN_FOLDER / "logs")
     trainer = open_trainer(base_model, arguments, accelerator, tasks, base_model_name=base_model_name)

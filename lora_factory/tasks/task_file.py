@@ -74,6 +74,20 @@ def load_tasks(path: str | Path) -> list[Task | ImageTask]:
     return tasks
 
 
+def as_tasks(tasks: str | Path | Task | ImageTask | Sequence[Task | ImageTask]) -> list[Task | ImageTask]:
+    """A user's tasks as a list, whatever they come in: a task file, a folder of them, one task or several.
+
+    Raises:
+        LoraFactoryError: When there is none, or as `load_tasks`.
+    """
+    if isinstance(tasks, Task | ImageTask):
+        return [tasks]
+    tasks = load_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
+    if not tasks:
+        raise LoraFactoryError("tasks is empty; give at least one task, or a task file that holds one")
+    return tasks
+
+
 def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
     """Write a task file that `load_tasks` reads.
 

@@ -41,6 +41,13 @@ def test_a_fault_in_the_last_task_is_named(pico_model_folder: Path, tmp_path: Pa
         check_collection([*tasks("poems"), gone], pico_model_folder, SETTINGS)
 
 
+def test_tasks_come_in_any_form(pico_model_folder: Path, tmp_path: Path) -> None:
+    save_tasks(tasks("poems", "letters"), tmp_path / "tasks.yaml")
+    assert list(check_collection(tmp_path / "tasks.yaml", pico_model_folder, SETTINGS).tasks) == ["poems", "letters"]
+    with pytest.raises(LoraFactoryError, match="tasks is empty; give at least one task"):
+        check_collection([], pico_model_folder, SETTINGS)
+
+
 def test_the_command_prints_rows_tokens_and_needs(
     pico_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
