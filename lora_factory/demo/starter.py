@@ -9,7 +9,7 @@ from lora_factory.demo.corpus import find_documents
 from lora_factory.demo.text_kinds import KINDS
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.text import SPLITS
-from lora_factory.utils.files import write_text
+from lora_factory.utils.files import atomic_folder, write_text
 from lora_factory.utils.paths import local_path
 
 STARTER_KINDS = ("licences", "python_code", "unit_tests")
@@ -54,16 +54,18 @@ def write_starter(folder: str | Path) -> Path:
         if (folder / name).exists() or (folder / name).is_symlink():
             raise LoraFactoryError(f"{folder / name} is there already; give another folder with output_dir=")
     entries = []
-    for kind in KINDS:
-        if kind.name not in STARTER_KINDS or (documents := find_documents(kind)) is None:
-            continue
-        for split in SPLITS:
-            rows = (json.dumps({"text": text}, ensure_ascii=False) for text in documents[split][: DOCUMENTS[split]])
-            write_text(folder / "data" / kind.name / f"{split}.jsonl", "".join(f"{row}\n" for row in rows))
-        descriptions = "\n".join(f"      - {json.dumps(text, ensure_ascii=False)}" for text in kind.descriptions)
-        files = "\n".join(f"        {split}: data/{kind.name}/{split}.jsonl" for split in SPLITS)
-        entries.append(_TASK.format(name=kind.name, descriptions=descriptions, files=files))
-    if not entries:
-        raise LoraFactoryError("this Python environment has too little text; write a task file of your own")
+    with atomic_folder(folder / "data") as data:
+        for kind in KINDS:
+            if kind.name not in STARTER_KINDS or (documents := find_documents(kind)) is None:
+                continue
+            for split in SPLITS:
+                texts = documents[split][: DOCUMENTS[split]]
+                rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+                write_text(data / kind.name / f"{split}.jsonl", "".join(f"{row}\n" for row in rows), durable=False)
+            descriptions = "\n".join(f"      - {json.dumps(text, ensure_ascii=False)}" for text in kind.descriptions)
+            files = "\n".join(f"        {split}: data/{kind.name}/{split}.jsonl" for split in SPLITS)
+            entries.append(_TASK.format(name=kind.name, descriptions=descriptions, files=files))
+        if not entries:
+            raise LoraFactoryError("this Python environment has too little text; write a task file of your own")
     write_text(folder / "tasks.yaml", _HEAD + "\n".join(entries))
     return folder / "tasks.yaml"
