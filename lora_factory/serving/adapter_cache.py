@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -19,15 +20,16 @@ from filelock import FileLock, Timeout
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.serving.limits import MAX_TEXT
 from lora_factory.utils.files import remove_folder
 from lora_factory.utils.folders import ADAPTER, storage_errors
 from lora_factory.utils.paths import sha256_text
 
 MAX_ADAPTERS = 1000
-MAX_TEXT = 2000  # characters
 _CARD_BYTES = 64 << 10  # of a folder, beside its weights
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _LOCK = "lora-factory-", ".lock"
+_OURS = re.compile(r"\.lock|(\.tmp-)?[0-9a-f]{64}(-[0-9a-f]{12})?")  # all that such a folder ever holds
 User = TypeVar("User")
 
 
@@ -157,7 +159,8 @@ def _own_folder(owner: object, parent: Path) -> Path:
             if left.is_symlink() or left.stat().st_uid != os.getuid():
                 continue
             with contextlib.suppress(Timeout, OSError), FileLock(lock_file, timeout=0):
-                shutil.rmtree(left, ignore_errors=True)
+                if all(_OURS.fullmatch(name) for name in os.listdir(left)):
+                    shutil.rmtree(left, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         lock = FileLock(folder / _LOCK, thread_local=False)  # whichever thread lets go of the owner
         lock.acquire(timeout=0)

@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from lora_factory.errors import LoraFactoryError
+from lora_factory.serving.limits import MAX_TEXT
 from lora_factory.utils.printable import printable
 from lora_factory.utils.safe_files import is_hub_id
 
@@ -196,8 +197,6 @@ class _Form:
 
     def _adapter_fields(self) -> list[Any]:
         import gradio
-
-        from lora_factory.serving.side_by_side import MAX_TEXT
 
         hears = self.work.hears
         text, images, shown = "text" in hears, "image" in hears, "hidden" in hears

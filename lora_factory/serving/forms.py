@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-MAX_TEXT, MAX_EXAMPLES, MAX_EXAMPLE = 2_000, 64, 8_000  # characters of a description; examples; characters of one
+from lora_factory.serving.limits import MAX_EXAMPLE, MAX_EXAMPLES, MAX_TEXT
+
 MAX_MESSAGES, MAX_STOPS, MAX_STOP = 256, 8, 200
 
 

@@ -24,7 +24,6 @@ from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.decoding import Answer
 from lora_factory.serving.engine import Ask, Engine, Job, Make, Refused, too_late
 from lora_factory.serving.forms import (
-    MAX_TEXT,
     AdapterRequest,
     ChatRequest,
     CompletionForm,
@@ -35,11 +34,11 @@ from lora_factory.serving.forms import (
 )
 from lora_factory.serving.gate import Gate
 from lora_factory.serving.kept_adapters import KeptAdapters, WrittenAdapter, identifier_of
+from lora_factory.serving.limits import MAX_TEXT, PREFIX
 from lora_factory.serving.metrics import Metrics
 from lora_factory.serving.trial import load_causal_model
 from lora_factory.utils.safe_files import is_hub_id
 
-FACTORY = "factory:"  # before the text, in the name of a model
 _ARCHIVES = ("application/zip",)
 _WEIGHTS = ("application/octet-stream", "application/vnd.safetensors")
 _JSON = ("application/json", "application/*", "*/*")
@@ -148,7 +147,7 @@ class _Service:
     async def models(self) -> dict[str, Any]:
         """The base model, and a name for each task that the generator knows; any other text is a model too."""
         known = [
-            FACTORY + task["descriptions"][0] for task in self._generator.config.tasks or () if task["descriptions"]
+            PREFIX + task["descriptions"][0] for task in self._generator.config.tasks or () if task["descriptions"]
         ]
         names = [self._base, *dict.fromkeys(known)]
         listed = [{"id": name, "object": "model", "created": self._born, "owned_by": "lora-factory"} for name in names]
@@ -195,9 +194,9 @@ class _Service:
         """The adapter that a model's name stands for: its identifier, and what it is made of."""
         if name == self._base:
             return None, None
-        if not name.startswith(FACTORY):
+        if not name.startswith(PREFIX):
             return name, None  # what POST /adapters has made, if it is there
-        text = name.removeprefix(FACTORY).strip()
+        text = name.removeprefix(PREFIX).strip()
         if len(text) > MAX_TEXT:
             raise Refused(f"the text of the model's name has more than {MAX_TEXT:,} characters", 413, "too_large")
         order = _order(text)

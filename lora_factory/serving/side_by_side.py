@@ -25,14 +25,14 @@ from lora_factory.models.decoding import Answer
 from lora_factory.models.inputs import positions
 from lora_factory.serving.engine import Ask, Engine, Job, Make
 from lora_factory.serving.kept_adapters import KeptAdapters, WrittenAdapter, identifier_of
+from lora_factory.serving.limits import MAX_EXAMPLE, MAX_EXAMPLES, MAX_TEXT
 from lora_factory.serving.metrics import Metrics
 from lora_factory.serving.trial import load_causal_model
 from lora_factory.tasks.given import as_text
 from lora_factory.utils.files import write_text
 from lora_factory.utils.safe_files import read_bytes
 
-MAX_TEXT, MAX_PROMPT = 2_000, 8_000  # characters
-MAX_EXAMPLES, MAX_EXAMPLE = 64, 8_000  # number; characters of one
+MAX_PROMPT = 8_000  # characters
 MAX_IMAGES, MAX_IMAGE_BYTES = 16, 10 << 20
 MAX_NEW_TOKENS = 512
 _KEPT, _QUEUE, _SECONDS = 8, 32, 600.0  # adapters in the model; jobs that wait; seconds of a job

@@ -24,9 +24,9 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.serving.adapter_cache import AdapterCache
+from lora_factory.serving.limits import PREFIX
 from lora_factory.utils.paths import recorded_name
 
-PREFIX = "factory:"
 _LOGGER = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
 

@@ -1,4 +1,4 @@
-"""A generator on disk, and the base model that it names."""
+"""A generator on disk, the base model that it names, and a count of what is generated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from helpers.training import save_word_encoder
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.generator.modeling import CVAELoRAGenerator
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,16 @@ def generator_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory
     generator.scale.mul_(20)  # so that a text changes the most likely tokens
     generator.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that were generated, one entry each time."""
+    texts, real = [], CVAELoRAGenerator.save_adapter
+
+    def counted(self: CVAELoRAGenerator, text: str, *args: object, **options: object) -> Path:
+        texts.append(text)
+        return real(self, text, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CVAELoRAGenerator, "save_adapter", counted)
+    return texts

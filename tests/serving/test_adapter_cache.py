@@ -12,9 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers.generators import make_generator
-from helpers.models import attach
-from transformers import LlamaForCausalLM
 
 from lora_factory.adapters.folder import load_adapter
 from lora_factory.errors import LoraFactoryError, StorageError
@@ -29,29 +26,6 @@ class User:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-
-@pytest.fixture(scope="module")
-def generator_folder(
-    pico_model_folder: Path, pico_encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    layout = attach(LlamaForCausalLM.from_pretrained(pico_model_folder))[1]
-    folder = tmp_path_factory.mktemp("generator") / "generator"
-    make_generator(layout, pico_encoder_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that were generated, one entry each time."""
-    texts, real = [], CVAELoRAGenerator.save_adapter
-
-    def counted(self: CVAELoRAGenerator, text: str, *args: object, **options: object) -> Path:
-        texts.append(text)
-        return real(self, text, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(CVAELoRAGenerator, "save_adapter", counted)
-    return texts
 
 
 def folders(parent: Path) -> set[str]:
@@ -207,6 +181,15 @@ def test_folders_go_with_their_process_also_after_a_kill(generator_folder: Path,
     assert left.is_dir()
     other = AdapterCache(str(generator_folder), parent=tmp_path)
     assert other.root.is_dir() and own.is_dir() and not left.parent.exists()
+
+
+def test_a_folder_with_anything_else_in_it_stays(generator_folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "lora-factory-notes"
+    mine.mkdir()
+    (mine / ".lock").touch()
+    (mine / "chapter.txt").write_text("mine")
+    assert AdapterCache(str(generator_folder), parent=tmp_path).root.is_dir()
+    assert (mine / "chapter.txt").read_text() == "mine"
 
 
 def test_folders_go_with_their_cache(generator_folder: Path, tmp_path: Path) -> None:

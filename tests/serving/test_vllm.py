@@ -14,7 +14,6 @@ from helpers.models import attach
 from transformers import LlamaForCausalLM
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.serving.adapter_cache import AdapterCache
 
 pytest.importorskip("vllm")
@@ -37,18 +36,6 @@ def generator_folder(
     folder = tmp_path_factory.mktemp("generator") / "generator"
     make_generator(layout, pico_encoder_folder).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    texts, real = [], CVAELoRAGenerator.save_adapter
-
-    def counted(self: CVAELoRAGenerator, text: str, *args: object, **options: object) -> Path:
-        texts.append(text)
-        return real(self, text, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(CVAELoRAGenerator, "save_adapter", counted)
-    return texts
 
 
 @pytest.fixture(autouse=True)
