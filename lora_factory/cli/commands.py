@@ -19,7 +19,18 @@ from lora_factory.arguments import (
     TrainArguments,
 )
 from lora_factory.cli.config import apply_config
-from lora_factory.cli.options import Commands, add_options, add_required, command, in_flags, read_options
+from lora_factory.cli.options import (
+    Commands,
+    add_generator,
+    add_options,
+    add_rank,
+    add_required,
+    add_sampling,
+    command,
+    given_examples,
+    in_flags,
+    read_options,
+)
 from lora_factory.cli.output import console, say, say_next
 from lora_factory.cli.parser import CommandParser
 from lora_factory.cli.publish import add_push_flags, publish
@@ -30,7 +41,6 @@ from lora_factory.errors import LoraFactoryError
 
 if TYPE_CHECKING:
     from lora_factory.evaluation.perplexity import TextScore
-    from lora_factory.tasks.examples import Example
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +177,7 @@ def _add_train(commands: Commands) -> None:
 
 def _add_generate(commands: Commands) -> None:
     generate = command(commands, "generate", _generate, "write an adapter from a description")
-    add_required(generate, "--generator", "folder or Hub id of a generator")
+    add_generator(generate)
     generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
     generate.add_argument(
         "--texts",
@@ -198,24 +208,14 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument(
         "--overwrite", action="store_true", help="replace a generated adapter in --output-dir (default: refuse to)"
     )
-    generate.add_argument(
-        "--rank", type=int, help="rank of the adapter, if it is to be lower than the generator's (default: the same)"
-    )
-    generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
-    generate.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task (default: 0.0)",
-    )
+    add_rank(generate)
+    add_sampling(generate)
 
 
 def _add_explain(commands: Commands) -> None:
     explain = command(commands, "explain", _explain, "say how far a description is from what a generator knows")
-    add_required(explain, "--generator", "folder or Hub id of a generator")
+    add_generator(explain)
     add_required(explain, "--text", "description of a task, in a sentence")
-    explain.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -268,14 +268,7 @@ def _add_push(commands: Commands) -> None:
     push = command(commands, "push", _push, "push a generator, or an adapter that it writes, to the Hub")
     add_required(push, "--generator", "folder or Hub id of a generator")
     push.add_argument("--text", help="push the adapter that the generator writes for this description (default: none)")
-    push.add_argument("--seed", type=int, default=0, help="with --text: seed of the latent noise (default: 0)")
-    push.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="with --text: scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task "
-        "(default: 0.0)",
-    )
+    add_sampling(push, "with --text: ")
     push.add_argument(
         "--comparison", help="comparison.json that evaluate wrote, for the card of the generator (default: none)"
     )
@@ -382,7 +375,7 @@ def _generate(options: argparse.Namespace) -> None:
     generator.save_adapter(
         options.text,
         options.output_dir,
-        examples=_read_examples(options.examples) if options.examples else None,
+        examples=given_examples(options),
         images=[local_path(image) for image in options.images] if options.images else None,
         base_model=options.base_model,
         overwrite=options.overwrite,
@@ -418,12 +411,6 @@ def _generate_many(options: argparse.Namespace) -> None:
         rank=options.rank,
     )
     say(f"wrote {len(folders)} adapters to {options.output_dir}: {few([folder.name for folder in folders])}")
-
-
-def _read_examples(file: str) -> list[Example]:
-    from lora_factory.tasks.text import read_examples
-
-    return read_examples(file)
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -154,20 +154,19 @@ def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator
     Raises:
         LoraFactoryError: As `fulfil`.
     """
-    for order in orders[:1]:
-        check_rank(generator, order.rank)
-    texts = [text for order in orders for text in order.texts]
+    if not orders:
+        return
+    first, texts = orders[0], [text for order in orders for text in order.texts]
+    check_rank(generator, first.rank)
     vectors = generator.text_encoder.encode(texts)
-    for row in vectors[:1]:
-        check_conditions({"text": row}, generator.config.modalities or {})
+    check_conditions({"text": vectors[0]}, generator.config.modalities or {})
     _warn_of_strangers(generator, texts, vectors.to(generator.center))
     count = max(1, BATCH_WEIGHTS // generator.layout.size)
     for start in range(0, len(texts), count):
         rows = vectors[start : start + count]
-        one_each = replace(orders[0], text=texts[0])
-        made = _weights(generator, one_each, {"text": rows.to(generator.center)}, each=True)
+        made = _weights(generator, first, {"text": rows.to(generator.center)}, each=True)
         for row, weights in zip(rows, made, strict=True):
-            layout, state_dict, lost = _of_rank(generator.layout, weights, orders[0].rank)
+            layout, state_dict, lost = _of_rank(generator.layout, weights, first.rank)
             yield Made(layout, state_dict, {"text": row}, {}, lost)
 
 

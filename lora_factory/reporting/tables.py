@@ -120,7 +120,7 @@ def _headroom_table(summaries: Sequence[MethodSummary]) -> Table:
         worst = ["" if it is None else f"{format_number(it.worst_headroom)} {it.worst_task}" for it in found]
         add(Column("Worst", name, wordy=True), worst)
     beaten = [" and ".join(summary.beats_generator) for summary in summaries]
-    add(Column("Note", wordy=True), [f"beats the generator ({groups})" if groups else "" for groups in beaten])
+    add(Column("Note", wordy=True), [f"beats the generator ({where})" if where else "" for where in beaten])
     cells = [sum(group.cells for group in summary.groups.values() if group) for summary in summaries]
     add(Column("Cells"), list(map(str, cells)))
     add(Column("Failed"), [str(summary.failed or "") for summary in summaries])

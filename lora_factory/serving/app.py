@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from lora_factory.arguments import APP_PORT
 from lora_factory.errors import LoraFactoryError
 from lora_factory.serving.limits import MAX_TEXT
 from lora_factory.utils.printable import printable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lora_factory.serving.side_by_side import Closeness, SideBySide
 
 HOST = "127.0.0.1"
-DEFAULT_PORT = 7860
 _FILES_KEPT = (600, 3600)  # seconds between two looks for old files; seconds that a file is kept
 _SESSIONS = 16  # whose last adapter stays in memory
 _LOGGER = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def open_app(
     *,
     base_model: str | Path | None = None,
     revision: str | None = None,
-    port: int = DEFAULT_PORT,
+    port: int = APP_PORT,
 ) -> Iterator[str]:
     """Serve the app to this machine while the block runs.
 
