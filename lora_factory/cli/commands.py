@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_factory._lazy import no_collection
 from lora_factory._version import __version__
@@ -87,7 +87,7 @@ def _continues(options: argparse.Namespace) -> bool:
     """Return whether a command that is started again continues."""
     if options.run is _train:  # training through the base alone keeps what is done
         return bool(options.base_steps or not options.zoo)
-    return bool(options.continues or (options.run is _evaluate and options.generator))
+    return bool(options.continues or (options.run is _evaluate and options.generator and not options.text))
 
 
 def build_parser() -> CommandParser:
@@ -225,7 +225,16 @@ def _add_evaluate(commands: Commands) -> None:
     what.add_argument(
         "--adapter", action="append", metavar="FOLDER", help="PEFT folder to score; give it again for several"
     )
-    what.add_argument("--generator", help="folder of a generator to compare with every baseline and control")
+    what.add_argument(
+        "--generator",
+        help="folder of a generator, to compare with every baseline and control; with --text: folder or Hub id",
+    )
+    evaluate.add_argument(
+        "--text",
+        action="append",
+        help="with --generator: score the adapter that it writes for this description, and no other method; give it "
+        "again for several",
+    )
     evaluate.add_argument(
         "--base-model",
         help="Hub id or folder of the base model (default: the one that the adapter or generator names)",
@@ -233,8 +242,8 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
     evaluate.add_argument(
         "--zoo",
-        help="with --generator: folder of the zoo that it was trained on (required); with --adapter: of the zoo whose "
-        "records say whether its runs learned in a chat template (default: none)",
+        help="with --generator and no --text: folder of the zoo that it was trained on (required); with --adapter: of "
+        "the zoo whose records say whether its runs learned in a chat template (default: none)",
     )
     evaluate.add_argument(
         "--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo (default: none)"
@@ -428,10 +437,12 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.generator:
+    if options.text and not options.generator:
+        raise LoraFactoryError("--text needs --generator, the generator that writes the adapter")
+    if options.generator and not options.text:
         _compare(options)
     else:
-        _evaluate_adapters(options)
+        _score(options)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -466,7 +477,8 @@ def _compare(options: argparse.Namespace) -> None:
     say(f"wrote {write_report(comparison, options.output)}")
 
 
-def _evaluate_adapters(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace) -> None:
+    """Score adapters in folders, or those that a generator writes for texts."""
     from lora_factory.tasks.images import language_tasks
     from lora_factory.tasks.task_file import load_tasks
     from lora_factory.utils.files import write_json
@@ -475,18 +487,17 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
 
     tasks = language_tasks(load_tasks(options.tasks))
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
-    from lora_factory.evaluation.perplexity import evaluate_adapters
+    zoo = AdapterZoo(options.zoo) if options.zoo else None
+    from lora_factory.evaluation.perplexity import evaluate_adapters, evaluate_texts
+    from lora_factory.generator.writer import AdapterWriter
 
     with console().status("scoring") as status:
-        scores = evaluate_adapters(
-            options.adapter,
-            tasks,
-            base_model=options.base_model,
-            max_tokens=options.max_tokens,
-            window=options.window,
-            zoo=AdapterZoo(options.zoo) if options.zoo else None,
-            progress=status.update,
-        )
+        how: dict[str, Any] = {"max_tokens": options.max_tokens, "window": options.window, "progress": status.update}
+        if options.text:
+            generator = AdapterWriter.open(options.generator)
+            scores = evaluate_texts(generator, options.text, tasks, options.base_model, **how)
+        else:
+            scores = evaluate_adapters(options.adapter, tasks, options.base_model, zoo=zoo, **how)
     write_json(
         results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},
