@@ -38,7 +38,8 @@ from lora_factory.utils.versions import versions
 if TYPE_CHECKING:
     from lora_factory.models.losses import FrozenBase
 
-BATCH_WEIGHTS = 1 << 24  # that are written at once for several texts: 64 MB
+# Written at once for several texts: 64 MB. From 2^18 to 2^26 the time per text is the same (100 texts, 115,200 each).
+BATCH_WEIGHTS = 1 << 24
 
 
 @dataclass(frozen=True)
