@@ -8,7 +8,7 @@ import html
 import logging
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
@@ -21,6 +21,7 @@ from lora_factory.utils.printable import printable
 from lora_factory.utils.safe_files import is_hub_id
 
 if TYPE_CHECKING:
+    from lora_factory.generator.generation import Order
     from lora_factory.serving.kept_adapters import WrittenAdapter
     from lora_factory.serving.side_by_side import Closeness, SideBySide
 
@@ -379,7 +380,7 @@ class _Form:
                 yield {
                     self.closeness: _shown(closeness_html(closeness)),
                     self.notice: _shown(note_html("The models answer …") if prompt.strip() else ""),
-                    self.adapted: gradio.Textbox(info=_written_for(order.text)),
+                    self.adapted: gradio.Textbox(info=_written_for(order)),
                     self.made: made,
                     self.download: gradio.DownloadButton(interactive=True, value=str(archive)),
                     self.push: gradio.Button(interactive=True),
@@ -451,13 +452,11 @@ def error_html(error: object) -> str:
     return f'<div class="lf-note error" role="alert"><p>{_text(text[:1].upper() + text[1:])}.</p></div>'
 
 
-def _written_for(text: str | Mapping[str, float] | None) -> str:
+def _written_for(order: Order) -> str:
     """What an adapter is for, on one line: the fields may have been changed since."""
-    if text is None:
-        return "Written for the examples."
-    parts = {text: 1.0} if isinstance(text, str) else text
-    quoted = (f"“{shorten(printable(one), 60, placeholder=' …')}”" for one in parts)
-    return f"Written for {' and '.join(quoted)}."
+    named = [f"“{shorten(printable(text), 60, placeholder=' …')}”" for text in order.texts]
+    named += ["the examples"] * (order.examples is not None) + ["the images"] * (order.images is not None)
+    return f"Written for {' and '.join(named)}."
 
 
 def _text(text: str) -> str:
