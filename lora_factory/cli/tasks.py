@@ -49,8 +49,9 @@ def _check(options: argparse.Namespace) -> None:
         f"{size.runs} runs of {size.weights:,} weights: about {_time(size.seconds)} by one process here, "
         f"{size.memory / 1e9:.1f} GB of memory, {size.disk / 1e6:,.1f} MB of disk"
     )
-    words = ("--tasks", options.tasks, "--base-model", options.base_model, "--output-dir", "zoo")
-    say_next(options, "collect", *words)
+    words = ("--tasks", options.tasks, "--base-model", options.base_model)
+    settings = ("--config", options.config) if options.config else ()  # those that were measured
+    say_next(options, "collect", *words, *settings, "--output-dir", "zoo")
 
 
 def _time(seconds: float) -> str:
