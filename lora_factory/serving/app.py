@@ -9,7 +9,6 @@ import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_factory.arguments import APP_PORT
 from lora_factory.errors import LoraFactoryError
 from lora_factory.serving.limits import MAX_TEXT
+from lora_factory.utils.extras import require
 from lora_factory.utils.printable import printable
 from lora_factory.utils.safe_files import is_hub_id
 
@@ -86,8 +86,7 @@ def open_app(
     """
     if not 1 <= port <= 65535:
         raise LoraFactoryError(f"port={port} must be from 1 to 65535")
-    if find_spec("gradio") is None:
-        raise LoraFactoryError("the app needs gradio; run: pip install 'lora-factory[app]'")
+    require("app", "the app", "gradio")
     with tempfile.TemporaryDirectory(prefix="lora-factory-app-") as folder, contextlib.ExitStack() as stack:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read when gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))

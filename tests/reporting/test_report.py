@@ -477,6 +477,6 @@ def test_missing_extra_is_named_and_the_tables_are_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(LoraFactoryError, match=r"matplotlib .* pip install 'lora-factory\[report\]'"):
+    with pytest.raises(LoraFactoryError, match="the report needs matplotlib"):
         write_report(make_comparison(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]

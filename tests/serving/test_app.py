@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_the_command_says_what_is_missing(
 ) -> None:
     assert main(["app", "--port", "0"]) == 2
     assert "--port 0 must be from 1 to 65535" in capsys.readouterr().err
-    monkeypatch.setattr(app_module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "--generator", str(generator_folder)]) == 2
     assert "pip install 'lora-factory[app]'" in capsys.readouterr().err
 
