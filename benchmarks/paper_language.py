@@ -1,7 +1,7 @@
 """The paper's second experiment: adapters for Llama-3-8B on five subsets of the Pile, generated from descriptions.
 
-    python examples/language_pile_llama3.py            # from the Hub, on a GPU, with access to Llama 3
-    python examples/language_pile_llama3.py --smoke    # the same code offline, on a random tiny Llama
+    python benchmarks/paper_language.py            # from the Hub, on a GPU, with access to Llama 3
+    python benchmarks/paper_language.py --smoke    # the same code offline, on a random tiny Llama
 
 From the paper: rank 2, 150 epochs with the last 50 kept, the 12-layer 1-D CNN with its loss (KL weight 0.005),
 2,000 epochs of the generator, CLIP's text encoder. Its "Books" (Books3) is no longer given out; court opinions stand

@@ -1,8 +1,8 @@
 """The paper's first experiment: detection adapters for Florence-2 on categories of COCO, generated from descriptions.
 
-    python examples/detection_coco_florence2.py                      # from the Hub, on a GPU
-    python examples/detection_coco_florence2.py --images train2017 --annotations instances_train2017.json
-    python examples/detection_coco_florence2.py --smoke              # the same code offline, on random tiny models
+    python benchmarks/paper_detection.py                      # from the Hub, on a GPU
+    python benchmarks/paper_detection.py --images train2017 --annotations instances_train2017.json
+    python benchmarks/paper_detection.py --smoke              # the same code offline, on random tiny models
 
 From the paper: rank 2, 150 epochs with the last 50 kept, the 12-layer 1-D CNN with its loss (KL weight 0.005),
 2,000 epochs of the generator, CLIP's text encoder, five categories (COCO's couch and motorcycle are its sofa and
