@@ -16,7 +16,7 @@ texts = {
     "month-first": "Write the date with slashes, month first",
 }
 
-# On disk; rank=1 would halve each file, and generation.json then says what is lost.
+# On disk, of rank 10, that of all tasks together; rank=2 makes smaller files, and generation.json says what is lost.
 folders = generator.save_adapters(texts, "examples-output/adapters", overwrite=True)
 for folder in folders:
     file = folder.with_suffix(".gguf")

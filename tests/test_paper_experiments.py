@@ -10,6 +10,7 @@ import paper_detection
 import paper_language
 import pytest
 
+REMARK = "it proves only that the code runs"
 METHODS = ["Original LoRA", "Original model", "Model Soup", "COND P-DIFF", "ICM-LoRA"]
 
 
@@ -24,11 +25,16 @@ def test_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (result["methods"], result["tasks"]) == (METHODS, ["disc", "square"])
     assert len(result["cells"]) == len(METHODS) * 2
     assert all(0 <= cell["map_75"] <= cell["map_50"] <= 1 for cell in result["cells"])
+    found = {(cell["method"], cell["task"]): cell["map_50"] for cell in result["cells"]}
+    for task in ("disc", "square"):  # a LoRA of a task's own finds its boxes, the base model none
+        assert found["Original LoRA", task] > 0.9 and found["Original model", task] < 0.1
     printed = capsys.readouterr().out
     assert all(method in printed for method in METHODS)
+    assert "| **1.000** |" in printed and "**0.000**" not in printed
+    assert all(REMARK in text for text in (printed, (tmp_path / "detection.md").read_text(encoding="utf-8")))
     page = (tmp_path / "detection.html").read_text(encoding="utf-8")
     assert "data:image/svg+xml" in page
-    assert "florence-community/Florence-2-base" in page
+    assert "florence-community/Florence-2-base" in page and REMARK in page
     config = json.loads((tmp_path / "generator" / "config.json").read_text(encoding="utf-8"))
     modules = [module["path"] for module in config["layout"]["modules"]]
     assert "lm_head" in modules
@@ -40,8 +46,9 @@ def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     cells = json.loads((tmp_path / "language.json").read_text(encoding="utf-8"))
     loss = {(cell["method"], cell["task"]): cell["loss"] for cell in cells}
     assert set(loss) == {(method, task) for method in METHODS for task in ("arxiv", "ubuntu")}
-    assert all(loss["Original LoRA", task] < loss["Original model", task] for task in ("arxiv", "ubuntu"))
-    assert "| ICM-LoRA" in capsys.readouterr().out
+    assert all(loss["Original LoRA", task] < loss["Original model", task] - 0.5 for task in ("arxiv", "ubuntu"))
+    printed = capsys.readouterr().out
+    assert "| ICM-LoRA" in printed and REMARK in printed
 
 
 def test_the_papers_number_of_weights() -> None:
