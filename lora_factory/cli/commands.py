@@ -31,13 +31,14 @@ from lora_factory.cli.options import (
     in_flags,
     read_options,
 )
-from lora_factory.cli.output import console, say, say_next
+from lora_factory.cli.output import plain_warnings, say, say_next
 from lora_factory.cli.parser import CommandParser
 from lora_factory.cli.publish import add_push_flags, publish
 from lora_factory.cli.serve import add_app, add_serve, add_try
 from lora_factory.cli.tasks import add_check, add_init
 from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.terminal import console
 
 if TYPE_CHECKING:
     from lora_factory.evaluation.perplexity import TextScore
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lora_factory.utils.progress import hide_progress
 
             hide_progress()
-        return options.run(options) or 0
+        with plain_warnings():
+            return options.run(options) or 0
     except LoraFactoryError as error:
         text, colon, example = in_flags(str(error), options).partition(":\n")  # an example is to be pasted as it is
         say(f"error: {' '.join(text.split())}{colon}{example}", stderr=True)
@@ -322,7 +324,9 @@ def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
     from rich.text import Text
 
     if failed:
-        table = Table("failed run", "reason")
+        table = Table()
+        for heading in ("failed run", "reason"):
+            table.add_column(heading, overflow="fold")
         for name, reason in failed.items():
             table.add_row(Text(name), Text(reason))
         console().print(table)
@@ -402,7 +406,7 @@ def _generate(options: argparse.Namespace) -> None:
         lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
     if made["rank"] is not None:
         lines.append(f"rank {made['rank']} loses {100 * made['rank_error']:.2g} % of the squared norm of the update")
-    say(*lines)
+    say(*lines, wrap=True)
     say_next(options, "evaluate", "--adapter", options.output_dir, "--tasks", "tasks.yaml")
 
 
@@ -433,7 +437,7 @@ def _explain(options: argparse.Namespace) -> None:
         share = f"{100 * found['farther_than']:.0f} %"
         lines.append(f"{share} of the known tasks are nearer than that to their own nearest neighbour")
     lines.append(f"it changes {found['use']:.2f} times as much as a known task's description does (median)")
-    say(*lines)
+    say(*lines, wrap=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from lora_factory.cli.options import (
     given_examples,
     read_options,
 )
-from lora_factory.cli.output import console, say
+from lora_factory.cli.output import say
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.terminal import console
 
 _TWO_COLUMNS = 100  # characters of the terminal from which answers stand side by side
 

@@ -214,8 +214,11 @@ def _narrow(table: Table, width: int) -> list[Table]:
     """Cut a table into parts that are narrow enough, without its empty columns; each repeats the first column."""
     widths = []
     for index, column in enumerate(table.columns):
-        longest = max(len(row[index]) for row in table.rows)
-        widths.append(max(len(column.group), len(column.name), min(longest, _WORDY) if column.wordy else longest))
+        texts = [row[index] for row in table.rows]
+        needed = max(map(len, texts))
+        if index == 0 or column.wordy:  # no word is broken
+            needed = min(needed, max([_WORDY, *(len(word) for text in texts for word in text.split())]))
+        widths.append(max(len(column.group), len(column.name), needed))
     parts: list[list[int]] = [[0]]
     for index in range(1, len(table.columns)):
         if not any(row[index] for row in table.rows):
