@@ -28,7 +28,7 @@ from transformers import (
 from lora_factory.arguments import CollectArguments
 from lora_factory.cli import commands as cli
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import LoRATrainer, settings_of
+from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, collate, encode_sequences
 from lora_factory.tasks.examples import Example
@@ -108,6 +108,16 @@ def test_a_run_depends_on_its_seed_alone(pico_model_folder: Path, tmp_path: Path
     assert torch.equal(together.snapshots("code"), alone.snapshots("code"))
     assert not torch.equal(alone.final("code", "seed-0"), alone.final("code", "seed-1"))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "eager"), ("float32", "sdpa")])
+def test_attention_is_written_out_in_half_precision_and_no_longer_than_a_run(
+    pico_model_folder: Path, dtype: str, expected: str
+) -> None:
+    trainer = open_trainer(pico_model_folder, replace(SMALL, dtype=dtype), Accelerator(cpu=True))
+    config, seen = trainer.model.get_base_model().config, set()
+    trainer.train(text_task("prose"), 0, "prose", on_step=lambda *_: seen.add(config._attn_implementation))
+    assert (seen, config._attn_implementation) == ({expected}, "sdpa")
 
 
 def test_base_in_half_precision_trains_the_lora_in_full(pico_model_folder: Path, tmp_path: Path) -> None:
