@@ -29,6 +29,7 @@ from lora_factory.models.inputs import (
     ModelInputs,
     TokenSequence,
     check_lengths,
+    length_batches,
     model_inputs,
     scored_tokens,
     shuffled_batches,
@@ -194,7 +195,7 @@ class LoRATrainer:
         train = self.encode(task.examples("train"))
         total, every = self.schedule(len(train))
         kept = list(range(total, 0, -every))[: self.arguments.snapshots][::-1]
-        batches, validation = shuffled_batches(train, self.arguments.batch_size, seed), [self.validation(task)]
+        batches, validation = self.batches(train, seed), [self.validation(task)]
         snapshots, losses, tokens = self.fit(
             batches, validation, kept, label, seed=seed, checkpoint=checkpoint, on_step=on_step
         )
@@ -308,6 +309,16 @@ class LoRATrainer:
         """Tokens that one optimizer step reads at most; exactly these where sequences are packed."""
         arguments = self.arguments
         return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
+
+    @property
+    def pads(self) -> bool:
+        """Whether texts are read one a row, so that batches hold rows of similar lengths."""
+        return isinstance(self.inputs, CausalInputs) and not self.arguments.packing
+
+    def batches(self, sequences: Sequence[TokenSequence], seed: int) -> Iterator[list[TokenSequence]]:
+        """A run's training batches, without end."""
+        make = length_batches if self.pads else shuffled_batches
+        return make(sequences, self.arguments.batch_size, seed)
 
     def validation(self, task: TrainingTask) -> list[TokenSequence]:
         """The sequences of a task's validation split that checkpoints are scored on."""

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.models import TRAINING_TEXT, VOCABULARY, save_model
-from helpers.runs import SMALL, modification_times, tasks, text_task
+from helpers.runs import SMALL, contents, modification_times, tasks, text_task
 from transformers import (
     LlamaForCausalLM,
     MambaConfig,
@@ -30,7 +33,7 @@ from lora_factory.cli import commands as cli
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.inputs import IGNORED, collate, encode_sequences
+from lora_factory.models.inputs import IGNORED, TokenSequence, collate, encode_sequences
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import save_tasks
@@ -325,6 +328,34 @@ def test_kill_in_the_middle_then_the_same_command_finishes(pico_model_folder: Pa
     assert zoo.tasks == names
     assert zoo.verify() == []
     assert {name: modification_times(folder / name / "seed-0") for name in finished} == before
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_continues_in_batches_by_length_alone(
+    earlier: bool,
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = replace(SMALL, packing=False, steps=4, state_every=1)
+    work = [Task.from_examples("words", ["Words."], *[[f"a fox {'and a fox ' * n}" for n in range(20)]] * 3)]
+    collect_adapters(work, pico_model_folder, tmp_path / "calm", settings)
+    with monkeypatch.context() as patch:
+        if earlier:  # a version that did not look at lengths
+            patch.setattr(LoRATrainer, "pads", False)
+        batches = LoRATrainer.batches
+
+        def cut_off(*arguments: Any) -> Iterator[list[TokenSequence]]:
+            yield from islice(batches(*arguments), 2)
+            raise KeyboardInterrupt
+
+        patch.setattr(LoRATrainer, "batches", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            collect_adapters(work, pico_model_folder, tmp_path / "zoo", settings)
+    collect_adapters(work, pico_model_folder, tmp_path / "zoo", settings)
+    assert ("continues at step 2" in caplog.text) is not earlier
+    assert contents(tmp_path / "zoo") == contents(tmp_path / "calm")
 
 
 def test_only_the_completion_is_learnt(pico_tokenizer: PreTrainedTokenizerBase) -> None:
