@@ -19,8 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_cache: Path) -> None:
     """The Hub's cache, as it is when plain PEFT has downloaded the base model."""
+    monkeypatch.setenv("LORA_FACTORY_CACHE", str(embedded_cache))
     commit = "0" * 40
     repository = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
     (repository / "refs").mkdir(parents=True)
@@ -30,6 +31,7 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("downloaded")
 @pytest.mark.skipif(embedded_text_encoder() is None, reason="the embedded models are not installed")
 def test_the_readme_from_an_empty_folder(
