@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hub_server.local import hub as hub
 from transformers import (
     BertConfig,
@@ -23,6 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lora_factory.models.embedded import embedded_base_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest, so that none is left to one process at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -30,6 +38,17 @@ def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_FACTORY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the embedded base model, which one of the processes of a session makes for all."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "embedded.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_FACTORY_CACHE", str(folder / "embedded"))
+        embedded_base_model()
+    return folder / "embedded"
 
 
 @pytest.fixture(scope="session")

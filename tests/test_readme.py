@@ -20,12 +20,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_cache: Path) -> None:
     """The Hub's cache, as it is when plain PEFT has downloaded the base model."""
+    monkeypatch.setenv("LORA_FACTORY_CACHE", str(embedded_cache))
     models = {"HuggingFaceTB/SmolLM2-135M-Instruct": embedded_base_model()}
     put_into_cache(models, tmp_path / "hub", monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("downloaded")
 @pytest.mark.skipif(embedded_text_encoder() is None, reason="the embedded models are not installed")
 def test_the_readme_from_an_empty_folder(

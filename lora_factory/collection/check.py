@@ -13,7 +13,7 @@ import torch
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import make_accelerator
 from lora_factory.collection.trainer import LoRATrainer, TrainingTask, open_trainer
-from lora_factory.models.inputs import TokenSequence, shuffled_batches
+from lora_factory.models.inputs import TokenSequence
 from lora_factory.tasks.task_file import as_tasks, check_tasks
 
 # Of which the first warms up. For the README's collection they foresee 40 s; its runs take 30 s on an idle machine.
@@ -105,7 +105,7 @@ def _tokens(rows: Sequence[TokenSequence]) -> int:
 
 def _seconds_per_step(trainer: LoRATrainer, rows: list[TokenSequence]) -> float:
     """The mean time of a step after the first, on some training sequences."""
-    batches = shuffled_batches(rows, trainer.arguments.batch_size, seed=0)
+    batches = trainer.batches(rows, seed=0)
     times: list[float] = []
     trainer.fit(batches, [rows[:1]], [MEASURED_STEPS], "measure", on_step=lambda *_: times.append(time.perf_counter()))
     return (times[-1] - times[0]) / (len(times) - 1)

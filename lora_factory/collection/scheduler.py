@@ -260,6 +260,7 @@ class Collection:
         trainer = self.trainer
         facts = [comparable_settings(trainer.arguments), run.seed, run.task.fingerprint(), versions()]
         facts += [trainer.layout.fingerprint(), self.accelerator.num_processes if trainer.shares_runs else 1]
+        facts += ["batches by length"] * trainer.pads  # a state of an earlier version has read others
         key = sha256_text(json.dumps([*facts, self.accelerator.device.type]))
         return RunCheckpoint(self._state(run), key, trainer.arguments.state_every)
 

@@ -17,6 +17,10 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.live_models import plain_model
 from lora_factory.models.inputs import IGNORED, ModelInputs, model_inputs, pad_tokens
 
+# Logits in float32 at a time on a CPU: so many stay in its cache, while a whole batch needs new pages of memory each
+# time. 256 tokens of 49,152, forwards and backwards on one core: 18 ms, all at once 109 ms.
+_LOGITS_AT_A_TIME = 2**20
+
 
 @dataclass(frozen=True)
 class Window:
@@ -35,14 +39,32 @@ def negative_log_likelihoods(model: PreTrainedModel | PeftModel, windows: Sequen
     """One forward pass: the summed loss of each window's scored tokens, in nats."""
     inputs = pad_tokens([item.tokens for item in windows], next(model.parameters()).device)
     logits = model(**inputs, use_cache=False).logits
-    # In fp32, one window at a time, since logits are large.
     losses = [
-        functional.cross_entropy(
-            row[item.first - 1 : len(item.tokens) - 1].float(), targets[item.first : len(item.tokens)], reduction="sum"
-        )
+        label_losses(row[item.first - 1 : len(item.tokens) - 1], targets[item.first : len(item.tokens)]).sum()
         for item, row, targets in zip(windows, logits, inputs["input_ids"], strict=True)
     ]
     return torch.stack(losses).tolist()
+
+
+def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of every label in nats, in float32; 0 for a label that is ignored.
+
+    Args:
+        logits: Shape ``(*labels.shape, classes)``.
+        labels: Class numbers.
+    """
+    rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    size = max(1, _LOGITS_AT_A_TIME // rows.shape[1] if rows.device.type == "cpu" else len(rows))
+    losses = [
+        functional.cross_entropy(part.float(), some, ignore_index=IGNORED, reduction="none")
+        for part, some in zip(rows.split(size), wanted.split(size), strict=True)
+    ]
+    return torch.cat(losses).view(labels.shape)
+
+
+def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels moved to the positions whose logits predict them: one to the left, the last ignored."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 class Base(Protocol):
@@ -103,9 +125,9 @@ def query_loss(
         del inputs["labels"]
     with ExitStack() as here:
         (until or here).enter_context(adapters)
-        logits = base.model(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits.float()
+        logits = base.model(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
     if labels.ndim > 1 and not decodes:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = functional.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
+        labels = next_token_labels(labels)
+    losses = label_losses(logits, labels)
     scored = (labels != IGNORED).reshape(len(queries), -1).sum(1)
     return (losses.reshape(len(queries), -1).sum(1) / scored).mean()

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.models import TRAINING_TEXT, VOCABULARY, save_model
-from helpers.runs import SMALL, modification_times, tasks, text_task
+from helpers.runs import SMALL, contents, modification_times, tasks, text_task
 from transformers import (
     LlamaForCausalLM,
     MambaConfig,
@@ -28,9 +31,9 @@ from transformers import (
 from lora_factory.arguments import CollectArguments
 from lora_factory.cli import commands as cli
 from lora_factory.collection.collect import collect_adapters
-from lora_factory.collection.trainer import LoRATrainer, settings_of
+from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.inputs import IGNORED, collate, encode_sequences
+from lora_factory.models.inputs import IGNORED, TokenSequence, collate, encode_sequences
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import save_tasks
@@ -108,6 +111,16 @@ def test_a_run_depends_on_its_seed_alone(pico_model_folder: Path, tmp_path: Path
     assert torch.equal(together.snapshots("code"), alone.snapshots("code"))
     assert not torch.equal(alone.final("code", "seed-0"), alone.final("code", "seed-1"))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "eager"), ("float32", "sdpa")])
+def test_attention_is_written_out_in_half_precision_and_no_longer_than_a_run(
+    pico_model_folder: Path, dtype: str, expected: str
+) -> None:
+    trainer = open_trainer(pico_model_folder, replace(SMALL, dtype=dtype), Accelerator(cpu=True))
+    config, seen = trainer.model.get_base_model().config, set()
+    trainer.train(text_task("prose"), 0, "prose", on_step=lambda *_: seen.add(config._attn_implementation))
+    assert (seen, config._attn_implementation) == ({expected}, "sdpa")
 
 
 def test_base_in_half_precision_trains_the_lora_in_full(pico_model_folder: Path, tmp_path: Path) -> None:
@@ -315,6 +328,34 @@ def test_kill_in_the_middle_then_the_same_command_finishes(pico_model_folder: Pa
     assert zoo.tasks == names
     assert zoo.verify() == []
     assert {name: modification_times(folder / name / "seed-0") for name in finished} == before
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_continues_in_batches_by_length_alone(
+    earlier: bool,
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = replace(SMALL, packing=False, steps=4, state_every=1)
+    work = [Task.from_examples("words", ["Words."], *[[f"a fox {'and a fox ' * n}" for n in range(20)]] * 3)]
+    collect_adapters(work, pico_model_folder, tmp_path / "calm", settings)
+    with monkeypatch.context() as patch:
+        if earlier:  # a version that did not look at lengths
+            patch.setattr(LoRATrainer, "pads", False)
+        batches = LoRATrainer.batches
+
+        def cut_off(*arguments: Any) -> Iterator[list[TokenSequence]]:
+            yield from islice(batches(*arguments), 2)
+            raise KeyboardInterrupt
+
+        patch.setattr(LoRATrainer, "batches", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            collect_adapters(work, pico_model_folder, tmp_path / "zoo", settings)
+    collect_adapters(work, pico_model_folder, tmp_path / "zoo", settings)
+    assert ("continues at step 2" in caplog.text) is not earlier
+    assert contents(tmp_path / "zoo") == contents(tmp_path / "calm")
 
 
 def test_only_the_completion_is_learnt(pico_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,16 @@ from hub_server.server import HubServer
 
 # Retries of the client wait up to 23 seconds; what they do, and not how long they wait, is what tests look at.
 NO_WAITING = "import time\ntime.sleep = lambda seconds: None\n"
+
+
+@cache
+def fork_server() -> subprocess.Popen[str]:
+    """The server that makes the clients' processes; it ends with this process."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("forks.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
 
 
 class LocalHub(HubServer):
@@ -56,10 +69,20 @@ class LocalHub(HubServer):
         once, so that the client's retries take no time.
         """
         source = ("" if waits else NO_WAITING) + textwrap.dedent(code)
-        command = [sys.executable, "-c", source]
-        done = subprocess.run(
-            command, env=self.environment(**environment), capture_output=True, text=True, timeout=timeout, check=False
-        )
+        streams = [Path(tempfile.mkstemp(dir=self.folder, prefix=name)[1]) for name in ("stdout-", "stderr-")]
+        request = {
+            "code": source,
+            "environment": self.environment(**environment),
+            "folder": os.getcwd(),
+            "stdout": str(streams[0]),
+            "stderr": str(streams[1]),
+            "seconds": math.ceil(timeout),
+        }
+        forks = fork_server()
+        assert forks.stdin and forks.stdout
+        print(json.dumps(request), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        done = subprocess.CompletedProcess(source, status, *(path.read_text(encoding="utf-8") for path in streams))
         if check and done.returncode:
             pytest.fail(f"The client failed with {done.returncode}.\n{done.stdout}\n{done.stderr}")
         return done

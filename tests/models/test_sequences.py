@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import islice
+
 import pytest
 from helpers.models import TEMPLATE, TRAINING_TEXT, with_template
 from transformers import PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments, TokenOptions
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.inputs import IGNORED, TokenSequence, encode_example, encode_sequences
+from lora_factory.models.inputs import (
+    IGNORED,
+    TokenSequence,
+    encode_example,
+    encode_sequences,
+    length_batches,
+    shuffled_batches,
+)
 from lora_factory.tasks.examples import Example
 
 SETTINGS = TokenOptions(packing=False, sequence_length=64)
@@ -84,3 +94,21 @@ def test_templates_that_cannot_be_used_are_refused(
 def test_a_budget_is_a_number_of_tokens() -> None:
     with pytest.raises(LoraFactoryError, match="max_tokens=-1 may not be below 0"):
         CollectArguments(max_tokens=-1)
+
+
+def test_batches_by_length_read_every_sequence_once_an_epoch_with_little_padding() -> None:
+    rows = [TokenSequence([number] * (1 + number * 7 % 64), []) for number in range(150)]
+
+    def epochs(make: Callable[..., Iterator[list[TokenSequence]]], seed: int) -> list[list[list[TokenSequence]]]:
+        batches = make(rows, 4, seed)
+        return [list(islice(batches, 38)) for _ in range(3)]
+
+    def read(epoch: list[list[TokenSequence]]) -> int:
+        return sum(len(batch) * max(len(row.tokens) for row in batch) for batch in epoch)
+
+    for epoch in (sorted_epochs := epochs(length_batches, 0)):
+        assert sorted(row.tokens[0] for batch in epoch for row in batch) == list(range(150))
+        assert sum(len(row.tokens) for row in rows) > 0.85 * read(epoch)
+    assert all(read(epoch) > 1.2 * read(sorted_epochs[0]) for epoch in epochs(shuffled_batches, 0))
+    assert sorted_epochs == epochs(length_batches, 0) != epochs(length_batches, 1)
+    assert sorted_epochs[0] != sorted_epochs[1] != sorted_epochs[2]
