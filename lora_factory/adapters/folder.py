@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.modules import check_plain_lora, exact_targets, lora_weights, module_paths
+from lora_factory.adapters.modules import check_plain_lora, check_types, exact_targets, lora_weights, module_paths
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import write_json
 from lora_factory.utils.paths import local_path
@@ -153,6 +153,7 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
         values = read_json_object(
             checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES
         )
+        check_types(values)
         check_plain_lora(values)
         path = checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)
         header = lora_weights(_header(path))

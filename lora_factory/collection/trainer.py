@@ -118,7 +118,9 @@ class LoRATrainer:
         if arguments.quantization:
             prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if arguments.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            # its name from transformers 5.23 on, and the one before, which then warns
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             model.config.use_cache = False
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ from transformers import (
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.hub.errors import explain, http
+from lora_factory.hub.errors import explain
 from lora_factory.models.embedded import (
     _BASE_MODEL_PACKAGE,
     EMBEDDED_BASE_MODEL,
@@ -216,7 +217,7 @@ def check_on_hub(name: str, revision: str | None, noun: str) -> None:
         url = hf_hub_url(name, "config.json", revision=revision)
         commit = get_hf_file_metadata(url, timeout=_REQUEST_SECONDS).commit_hash
         _LOGGER.warning("downloading the %s %s at commit %s", noun, name, commit)
-    except (http.HTTPError, OSError, ValueError) as error:
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise LoraFactoryError(
             f"cannot load the {noun} {name!r}: it is neither a folder nor in the Hub's cache, and"
             f" {explain(error, name)}. What comes without the Hub, a language model and a text encoder:\n"
