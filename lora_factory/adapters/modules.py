@@ -214,7 +214,7 @@ def check_types(config: Mapping[str, Any]) -> None:
         items = value if isinstance(value, list) else []
         if value is not None and (type(value) not in kinds or any(type(item) not in (str, int) for item in items)):
             raise LoraFactoryError(
-                f"LoraConfig({name}={str(value)[:80]!r}) is none of PEFT's; write the adapter or train the generator again"
+                f"LoraConfig({name}={str(value)[:80]!r}) is none of PEFT's; save the adapter or generator again"
             )
 
 
