@@ -212,7 +212,7 @@ def test_every_kind_of_base_model_learns(
     elif kind == "classifier":
         base = save_classifier(tmp_path / "base")
         tasks = [brightness_task("bright", wanted=True), brightness_task("dark", wanted=False)]
-        changes["base_steps"] = 150
+        changes["base_steps"] = 400  # 150 end anywhere, from one version of torch to the next
     else:
         base, tasks = pico_model_folder, list(make_tasks())
         changes["dtype"] = "bfloat16"
