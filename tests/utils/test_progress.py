@@ -16,6 +16,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have imported it
     return now
 
 
