@@ -10,7 +10,6 @@ all ten, and the methods of Table 1 on canvases of digits that were in no traini
 import argparse
 import json
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from sklearn.datasets import load_digits
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from detection_report import compare_detection, detection_table, write_detection_report
 from paper_recipe import paper_methods
+from PIL import Image
+from sklearn.datasets import load_digits
 from tiny_models import tiny_florence
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory import CollectArguments, Task, TrainArguments, collect_adapters, train_generator
 from lora_factory.collection.trainer import LoRATrainer

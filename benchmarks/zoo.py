@@ -21,18 +21,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from performance import make_layout
 from rich.console import Console
 from rich.table import Table
 
 from lora_factory import __version__
-from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.modules import AdaptedModule
 from lora_factory.arguments import TrainArguments
 from lora_factory.utils.files import write_json
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
 
-LAYERS, WIDTH, RANK, SNAPSHOTS = 30, 1024, 16, 50
+SNAPSHOTS = 50
+LAYOUT = make_layout(30, {"q_proj": (1024, 1024), "v_proj": (1024, 1024)}, 16)
 STEPS = 5
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         print(json.dumps(measure(options.folder / str(options.measure), options.measure)))
         return
     columns = ("tasks", "open ms", "snapshot ms", "fit s", "peak memory GB")
-    table = Table(title=f"{SNAPSHOTS} snapshots of {make_layout().size:,} weights per task")
+    table = Table(title=f"{SNAPSHOTS} snapshots of {LAYOUT.size:,} weights per task")
     for column in columns:
         table.add_column(column, justify="right")
     for count in (0, *map(int, options.tasks.split(","))):
@@ -61,28 +61,9 @@ def main() -> None:
     Console().print(f"lora-factory {__version__}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
 
 
-def make_layout() -> AdapterLayout:
-    """Rank 16 on the query and value projections of a 30-layer model."""
-    modules = tuple(
-        AdaptedModule(
-            path=(path := f"model.layers.{layer}.self_attn.{name}"),
-            key_a=f"base_model.model.{path}.lora_A.weight",
-            key_b=f"base_model.model.{path}.lora_B.weight",
-            shape_a=(RANK, WIDTH),
-            shape_b=(WIDTH, RANK),
-            scaling=2.0,
-        )
-        for layer in range(LAYERS)
-        for name in ("q_proj", "v_proj")
-    )
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj", "v_proj"]}
-    return AdapterLayout("someone/base", None, modules, config)
-
-
 def make_zoo(folder: Path, count: int, distinct: int) -> None:
     """A zoo of ``count`` tasks whose files are links to those of a few."""
-    layout = make_layout()
-    originals = AdapterZoo.create(folder / "originals", layout)
+    originals = AdapterZoo.create(folder / "originals", LAYOUT)
     for number in range(distinct):
         if originals.has_run(f"original-{number}", "seed-0"):
             continue
@@ -91,7 +72,7 @@ def make_zoo(folder: Path, count: int, distinct: int) -> None:
             run="seed-0",
             descriptions=("A synthetic task",),
             seed=number,
-            base_model=layout.base_model,
+            base_model=LAYOUT.base_model,
             base_revision=None,
             steps=SNAPSHOTS,
             snapshot_steps=tuple(range(1, SNAPSHOTS + 1)),
@@ -100,9 +81,9 @@ def make_zoo(folder: Path, count: int, distinct: int) -> None:
             data_fingerprint="",
             versions={},
         )
-        snapshots = torch.randn(SNAPSHOTS, layout.size, generator=torch.Generator().manual_seed(number))
+        snapshots = torch.randn(SNAPSHOTS, LAYOUT.size, generator=torch.Generator().manual_seed(number))
         originals.add_run(record, snapshots.mul_(0.01).add_(0.02 * snapshots[0]))
-    zoo = AdapterZoo.create(folder / f".tmp-{count}", layout)
+    zoo = AdapterZoo.create(folder / f".tmp-{count}", LAYOUT)
     for number in range(count):
         record = replace(originals.record(f"original-{number % distinct}", "seed-0"), task=f"task-{number}")
         run = zoo.folder / record.task / record.run

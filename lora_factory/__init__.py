@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_factory.evaluation.comparison import compare as compare
     from lora_factory.evaluation.fold import Fold as Fold
     from lora_factory.evaluation.perplexity import evaluate_adapters as evaluate_adapters
+    from lora_factory.evaluation.perplexity import evaluate_texts as evaluate_texts
     from lora_factory.generator.configuration import CVAELoRAConfig as CVAELoRAConfig
     from lora_factory.generator.modeling import CVAELoRAGenerator as CVAELoRAGenerator
     from lora_factory.tasks.task import Task as Task
@@ -47,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy(
         "errors": "LoraFactoryError",
         "evaluation.comparison": "compare",
         "evaluation.fold": "Fold",
-        "evaluation.perplexity": "evaluate_adapters",
+        "evaluation.perplexity": "evaluate_adapters evaluate_texts",
         "generator.configuration": "CVAELoRAConfig",
         "generator.modeling": "CVAELoRAGenerator",
         "tasks.task": "Task",

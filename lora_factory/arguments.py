@@ -31,6 +31,7 @@ DEFAULT_RANK, DEFAULT_BASE_STEPS = 16, 2250  # of a generator that is trained wi
 MAX_DEFAULT_RANK = (
     32  # of a basis that is to hold a zoo; it misses 1.5 % of 192 LoRAs of rank 2 (benchmarks/digits.py)
 )
+APP_PORT = 7860  # of the app, as Gradio has it
 MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # of a generator's network; beyond these a config.json is not believed either
 
 

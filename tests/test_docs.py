@@ -13,11 +13,15 @@ import pytest
 
 import lora_factory
 from lora_factory.cli.commands import parse
+from lora_factory.generator.files import CONFIG_FILE
 from lora_factory.tasks.task_file import load_tasks
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-LINKED = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+LINKED = [
+    *PAGES,
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")),
+]
 
 
 def name_of(path: Path) -> str:
@@ -95,6 +99,17 @@ def test_the_task_file_of_the_page_loads(tmp_path: Path) -> None:
     (task,) = load_tasks(tmp_path / "tasks.yaml")
     assert (task.name, task.license, len(task.descriptions)) == ("licences", "mit", 2)
     assert len(task.examples("test")) == 20 and task.examples("validation")
+
+
+def test_the_snippets_for_the_hub_are_calls_that_exist() -> None:
+    page = (ROOT / "docs" / "hub-library.md").read_text(encoding="utf-8")
+    install, code, command = re.findall(r"^\t`([^`]+)`,$", page, flags=re.MULTILINE)
+    assert install == "pip install lora-factory"
+    calls = [node.func.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert len(calls) == 3 and all(hasattr(lora_factory.CVAELoRAGenerator, name) for name in calls)
+    parse(shlex.split(command)[1:])
+    (counted,) = re.findall(r'countDownloads: `path:"(.*)"`', page)
+    assert counted == CONFIG_FILE
 
 
 def literals() -> list[str]:

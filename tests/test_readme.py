@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.downloads import put_into_cache
 from peft import PeftModel
 
 from lora_factory.cli.commands import main
@@ -22,13 +23,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_cache: Path) -> None:
     """The Hub's cache, as it is when plain PEFT has downloaded the base model."""
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(embedded_cache))
-    commit = "0" * 40
-    repository = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / commit).symlink_to(embedded_base_model())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    models = {"HuggingFaceTB/SmolLM2-135M-Instruct": embedded_base_model()}
+    put_into_cache(models, tmp_path / "hub", monkeypatch)
 
 
 @pytest.mark.slow

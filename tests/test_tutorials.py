@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.downloads import hide_packages_with_models, put_into_cache
 from helpers.hub import contents
 from helpers.images import save_classifier
 from helpers.serving import running
@@ -26,7 +27,6 @@ from lora_factory.tasks.task_file import load_tasks
 
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 BASE, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
-COMMIT = "0" * 40
 FEWER = {"train": ["--steps", "100"]}  # options that a test adds to a command, for its time
 COMPARISON = ["lora-factory", "evaluate", "--generator"]  # minutes of baselines; tests/evaluation run it
 
@@ -37,7 +37,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lora_factory.models.embedded.find_spec", lambda name: None)
+    hide_packages_with_models(monkeypatch)
 
 
 @pytest.fixture
@@ -47,13 +47,7 @@ def downloaded(
     """The Hub's cache, with tiny models under the names of real ones."""
     vit = save_classifier(tmp_path / "vit")
     models = {BASE: pico_model_folder, ENCODER: pico_encoder_folder, "google/vit-base-patch16-224-in21k": vit}
-    for name, folder in models.items():
-        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        (repository / "snapshots").mkdir()
-        (repository / "snapshots" / COMMIT).symlink_to(folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    put_into_cache(models, tmp_path / "hub", monkeypatch)
 
 
 def blocks(name: str) -> Iterator[tuple[str, str]]:

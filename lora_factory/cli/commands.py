@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_factory._lazy import no_collection
 from lora_factory._version import __version__
@@ -19,18 +19,29 @@ from lora_factory.arguments import (
     TrainArguments,
 )
 from lora_factory.cli.config import apply_config
-from lora_factory.cli.options import Commands, add_options, add_required, command, in_flags, read_options
-from lora_factory.cli.output import console, say, say_next
+from lora_factory.cli.options import (
+    Commands,
+    add_generator,
+    add_options,
+    add_rank,
+    add_required,
+    add_sampling,
+    command,
+    given_examples,
+    in_flags,
+    read_options,
+)
+from lora_factory.cli.output import plain_warnings, say, say_next
 from lora_factory.cli.parser import CommandParser
 from lora_factory.cli.publish import add_push_flags, publish
 from lora_factory.cli.serve import add_app, add_serve, add_try
 from lora_factory.cli.tasks import add_check, add_init
 from lora_factory.cli.zoo import add_import, add_zoo
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.terminal import console
 
 if TYPE_CHECKING:
     from lora_factory.evaluation.perplexity import TextScore
-    from lora_factory.tasks.examples import Example
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lora_factory.utils.progress import hide_progress
 
             hide_progress()
-        return options.run(options) or 0
+        with plain_warnings():
+            return options.run(options) or 0
     except LoraFactoryError as error:
         text, colon, example = in_flags(str(error), options).partition(":\n")  # an example is to be pasted as it is
         say(f"error: {' '.join(text.split())}{colon}{example}", stderr=True)
@@ -77,7 +89,7 @@ def _continues(options: argparse.Namespace) -> bool:
     """Return whether a command that is started again continues."""
     if options.run is _train:  # training through the base alone keeps what is done
         return bool(options.base_steps or not options.zoo)
-    return bool(options.continues or (options.run is _evaluate and options.generator))
+    return bool(options.continues or (options.run is _evaluate and options.generator and not options.text))
 
 
 def build_parser() -> CommandParser:
@@ -167,7 +179,7 @@ def _add_train(commands: Commands) -> None:
 
 def _add_generate(commands: Commands) -> None:
     generate = command(commands, "generate", _generate, "write an adapter from a description")
-    add_required(generate, "--generator", "folder or Hub id of a generator")
+    add_generator(generate)
     generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
     generate.add_argument(
         "--texts",
@@ -198,24 +210,14 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument(
         "--overwrite", action="store_true", help="replace a generated adapter in --output-dir (default: refuse to)"
     )
-    generate.add_argument(
-        "--rank", type=int, help="rank of the adapter, if it is to be lower than the generator's (default: the same)"
-    )
-    generate.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the latent noise (default: 0)")
-    generate.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task (default: 0.0)",
-    )
+    add_rank(generate)
+    add_sampling(generate)
 
 
 def _add_explain(commands: Commands) -> None:
     explain = command(commands, "explain", _explain, "say how far a description is from what a generator knows")
-    add_required(explain, "--generator", "folder or Hub id of a generator")
+    add_generator(explain)
     add_required(explain, "--text", "description of a task, in a sentence")
-    explain.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -225,7 +227,16 @@ def _add_evaluate(commands: Commands) -> None:
     what.add_argument(
         "--adapter", action="append", metavar="FOLDER", help="PEFT folder to score; give it again for several"
     )
-    what.add_argument("--generator", help="folder of a generator to compare with every baseline and control")
+    what.add_argument(
+        "--generator",
+        help="folder of a generator, to compare with every baseline and control; with --text: folder or Hub id",
+    )
+    evaluate.add_argument(
+        "--text",
+        action="append",
+        help="with --generator: score the adapter that it writes for this description, and no other method; give it "
+        "again for several",
+    )
     evaluate.add_argument(
         "--base-model",
         help="Hub id or folder of the base model (default: the one that the adapter or generator names)",
@@ -233,8 +244,8 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
     evaluate.add_argument(
         "--zoo",
-        help="with --generator: folder of the zoo that it was trained on (required); with --adapter: of the zoo whose "
-        "records say whether its runs learned in a chat template (default: none)",
+        help="with --generator and no --text: folder of the zoo that it was trained on (required); with --adapter: of "
+        "the zoo whose records say whether its runs learned in a chat template (default: none)",
     )
     evaluate.add_argument(
         "--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo (default: none)"
@@ -268,14 +279,7 @@ def _add_push(commands: Commands) -> None:
     push = command(commands, "push", _push, "push a generator, or an adapter that it writes, to the Hub")
     add_required(push, "--generator", "folder or Hub id of a generator")
     push.add_argument("--text", help="push the adapter that the generator writes for this description (default: none)")
-    push.add_argument("--seed", type=int, default=0, help="with --text: seed of the latent noise (default: 0)")
-    push.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="with --text: scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task "
-        "(default: 0.0)",
-    )
+    add_sampling(push, "with --text: ")
     push.add_argument(
         "--comparison", help="comparison.json that evaluate wrote, for the card of the generator (default: none)"
     )
@@ -320,7 +324,9 @@ def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
     from rich.text import Text
 
     if failed:
-        table = Table("failed run", "reason")
+        table = Table()
+        for heading in ("failed run", "reason"):
+            table.add_column(heading, overflow="fold")
         for name, reason in failed.items():
             table.add_row(Text(name), Text(reason))
         console().print(table)
@@ -382,7 +388,7 @@ def _generate(options: argparse.Namespace) -> None:
     generator.save_adapter(
         options.text,
         options.output_dir,
-        examples=_read_examples(options.examples) if options.examples else None,
+        examples=given_examples(options),
         images=[local_path(image) for image in options.images] if options.images else None,
         base_model=options.base_model,
         overwrite=options.overwrite,
@@ -400,7 +406,7 @@ def _generate(options: argparse.Namespace) -> None:
         lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
     if made["rank"] is not None:
         lines.append(f"rank {made['rank']} loses {100 * made['rank_error']:.2g} % of the squared norm of the update")
-    say(*lines)
+    say(*lines, wrap=True)
     say_next(options, "evaluate", "--adapter", options.output_dir, "--tasks", "tasks.yaml")
 
 
@@ -420,12 +426,6 @@ def _generate_many(options: argparse.Namespace) -> None:
     say(f"wrote {len(folders)} adapters to {options.output_dir}: {few([folder.name for folder in folders])}")
 
 
-def _read_examples(file: str) -> list[Example]:
-    from lora_factory.tasks.text import read_examples
-
-    return read_examples(file)
-
-
 def _explain(options: argparse.Namespace) -> None:
     with no_collection():
         from lora_factory.generator.writer import AdapterWriter
@@ -437,14 +437,16 @@ def _explain(options: argparse.Namespace) -> None:
         share = f"{100 * found['farther_than']:.0f} %"
         lines.append(f"{share} of the known tasks are nearer than that to their own nearest neighbour")
     lines.append(f"it changes {found['use']:.2f} times as much as a known task's description does (median)")
-    say(*lines)
+    say(*lines, wrap=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.generator:
+    if options.text and not options.generator:
+        raise LoraFactoryError("--text needs --generator, the generator that writes the adapter")
+    if options.generator and not options.text:
         _compare(options)
     else:
-        _evaluate_adapters(options)
+        _score(options)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -479,7 +481,8 @@ def _compare(options: argparse.Namespace) -> None:
     say(f"wrote {write_report(comparison, options.output)}")
 
 
-def _evaluate_adapters(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace) -> None:
+    """Score adapters in folders, or those that a generator writes for texts."""
     from lora_factory.tasks.images import language_tasks
     from lora_factory.tasks.task_file import load_tasks
     from lora_factory.utils.files import write_json
@@ -488,18 +491,17 @@ def _evaluate_adapters(options: argparse.Namespace) -> None:
 
     tasks = language_tasks(load_tasks(options.tasks))
     results = check_reports(options.output, "evaluation.json") / "evaluation.json"
-    from lora_factory.evaluation.perplexity import evaluate_adapters
+    zoo = AdapterZoo(options.zoo) if options.zoo else None
+    from lora_factory.evaluation.perplexity import evaluate_adapters, evaluate_texts
+    from lora_factory.generator.writer import AdapterWriter
 
     with console().status("scoring") as status:
-        scores = evaluate_adapters(
-            options.adapter,
-            tasks,
-            base_model=options.base_model,
-            max_tokens=options.max_tokens,
-            window=options.window,
-            zoo=AdapterZoo(options.zoo) if options.zoo else None,
-            progress=status.update,
-        )
+        how: dict[str, Any] = {"max_tokens": options.max_tokens, "window": options.window, "progress": status.update}
+        if options.text:
+            generator = AdapterWriter.open(options.generator)
+            scores = evaluate_texts(generator, options.text, tasks, options.base_model, **how)
+        else:
+            scores = evaluate_adapters(options.adapter, tasks, options.base_model, zoo=zoo, **how)
     write_json(
         results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},

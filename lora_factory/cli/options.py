@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_factory.arguments import (
     GROUPS,
@@ -20,6 +20,9 @@ from lora_factory.arguments import (
 )
 from lora_factory.cli.config import add_config
 from lora_factory.cli.parser import CommandParser
+
+if TYPE_CHECKING:
+    from lora_factory.tasks.examples import Example
 
 Options = TypeVar(
     "Options", CollectArguments, CompareArguments, DemoArguments, ImportArguments, ServeArguments, TrainArguments
@@ -44,6 +47,49 @@ def command(
 def add_required(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
     """Add a flag that must be given."""
     parser.add_argument(flag, required=True, help=f"{text} (required)")
+
+
+def add_generator(parser: argparse.ArgumentParser, absent: str = "") -> None:
+    """Add ``--generator`` and ``--revision``.
+
+    Args:
+        parser: The command's.
+        absent: What happens without ``--generator``; by default it must be given.
+    """
+    text = "folder or Hub id of a generator"
+    if absent:
+        parser.add_argument("--generator", help=f"{text} (default: {absent})")
+    else:
+        add_required(parser, "--generator", text)
+    parser.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, condition: str = "") -> None:
+    """Add ``--seed`` and ``--temperature``; a condition stands before what they do."""
+    parser.add_argument("--seed", type=int, default=0, help=f"{condition}seed of the latent noise (default: 0)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help=f"{condition}scale of the latent noise; 0: none; 1: adapters spread as the snapshots of a task "
+        "(default: 0.0)",
+    )
+
+
+def add_rank(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rank``."""
+    parser.add_argument(
+        "--rank", type=int, help="rank of the adapter, if it is to be lower than the generator's (default: the same)"
+    )
+
+
+def given_examples(options: argparse.Namespace) -> list[Example] | None:
+    """The examples in the file that ``--examples`` names; None where it names none."""
+    if not options.examples:
+        return None
+    from lora_factory.tasks.text import read_examples
+
+    return read_examples(options.examples)
 
 
 def add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
@@ -89,10 +135,8 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
         message: What the error says.
         options: The command's parsed flags.
     """
-    internal, in_file = (
-        ("run", "continues", "config_options", "quiet"),
-        frozenset(getattr(options, "config_options", ())),
-    )
+    internal = ("run", "continues", "config_options", "quiet")
+    in_file = frozenset(getattr(options, "config_options", ()))
     names = sorted((name for name in vars(options) if name not in internal), key=len, reverse=True)
     before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
 

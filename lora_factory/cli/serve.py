@@ -7,10 +7,21 @@ import contextlib
 import signal
 import threading
 
-from lora_factory.arguments import ServeArguments
-from lora_factory.cli.options import Commands, add_options, add_required, command, read_options
-from lora_factory.cli.output import console, say
+from lora_factory.arguments import APP_PORT, ServeArguments
+from lora_factory.cli.options import (
+    Commands,
+    add_generator,
+    add_options,
+    add_rank,
+    add_required,
+    add_sampling,
+    command,
+    given_examples,
+    read_options,
+)
+from lora_factory.cli.output import say
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.terminal import console
 
 _TWO_COLUMNS = 100  # characters of the terminal from which answers stand side by side
 
@@ -18,7 +29,7 @@ _TWO_COLUMNS = 100  # characters of the terminal from which answers stand side b
 def add_try(commands: Commands) -> None:
     """Add ``try``."""
     trial = command(commands, "try", _try, "answer a prompt with the base model and with a generated adapter")
-    add_required(trial, "--generator", "folder or Hub id of a generator")
+    add_generator(trial)
     add_required(trial, "--prompt", "question to both, or the beginning of a text that both continue")
     trial.add_argument("--text", help="description of the task, in a sentence (default: none)")
     trial.add_argument(
@@ -33,33 +44,25 @@ def add_try(commands: Commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="put the prompt into the tokenizer's chat template (default: if it has one)",
     )
-    trial.add_argument(
-        "--rank", type=int, help="rank of the adapter, if it is to be lower than the generator's (default: the same)"
-    )
-    trial.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
-    trial.add_argument("--seed", type=int, default=0, help="seed of the adapter's latent noise (default: 0)")
-    trial.add_argument(
-        "--temperature", type=float, default=0.0, help="scale of the adapter's latent noise; 0: none (default: 0.0)"
-    )
+    add_rank(trial)
+    add_sampling(trial)
 
 
 def add_serve(commands: Commands) -> None:
     """Add ``serve``."""
     serve = command(commands, "serve", _serve, "serve adapters and their answers over HTTP, in OpenAI's form")
-    add_required(serve, "--generator", "folder or Hub id of a generator")
-    serve.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
+    add_generator(serve)
     add_options(serve, ServeArguments)
 
 
 def add_app(commands: Commands) -> None:
     """Add ``app``."""
     app = command(commands, "app", _app, "open a page in the browser that writes adapters and compares their answers")
-    app.add_argument("--generator", help="folder or Hub id of a generator (default: the page says how to get one)")
-    app.add_argument("--revision", help="branch, tag or commit of a generator on the Hub (default: main)")
+    add_generator(app, "the page says how to get one")
     app.add_argument(
         "--base-model", help="Hub id or folder of the base model (default: the one that the generator names)"
     )
-    app.add_argument("--port", type=int, default=7860, help="TCP port on this machine (default: 7860)")
+    app.add_argument("--port", type=int, default=APP_PORT, help=f"TCP port on this machine (default: {APP_PORT})")
 
 
 def _try(options: argparse.Namespace) -> None:
@@ -67,13 +70,12 @@ def _try(options: argparse.Namespace) -> None:
         raise LoraFactoryError("nothing to make an adapter of; give --text, --examples or both")
     from lora_factory.generator.modeling import CVAELoRAGenerator
     from lora_factory.serving.trial import try_adapter
-    from lora_factory.tasks.text import read_examples
 
     trial = try_adapter(
         CVAELoRAGenerator.from_pretrained(options.generator, revision=options.revision),
         options.prompt,
         options.text,
-        examples=read_examples(options.examples) if options.examples else None,
+        examples=given_examples(options),
         base_model=options.base_model,
         max_new_tokens=options.max_new_tokens,
         chat_template=options.chat_template,

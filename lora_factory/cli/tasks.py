@@ -44,17 +44,19 @@ def _check(options: argparse.Namespace) -> None:
     for name, task in size.tasks.items():
         rows = ", ".join(f"{count:,} {split}" for split, count in task.examples.items())
         train = f"{task.sequences:,} training sequences, {task.tokens:,} tokens, {task.steps:,} steps per run"
-        say(f"{name}: {rows}; {train}")
+        say(f"{name}: {rows}; {train}", wrap=True)
     say(
         f"{size.runs} runs of {size.weights:,} weights: about {_time(size.seconds)} by one process here, "
-        f"{size.memory / 1e9:.1f} GB of memory, {size.disk / 1e6:,.1f} MB of disk"
+        f"{size.memory / 1e9:.1f} GB of memory, {size.disk / 1e6:,.1f} MB of disk",
+        wrap=True,
     )
-    words = ("--tasks", options.tasks, "--base-model", options.base_model, "--output-dir", "zoo")
-    say_next(options, "collect", *words)
+    words = ("--tasks", options.tasks, "--base-model", options.base_model)
+    settings = ("--config", options.config) if options.config else ()  # those that were measured
+    say_next(options, "collect", *words, *settings, "--output-dir", "zoo")
 
 
 def _time(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"

@@ -6,9 +6,10 @@ import argparse
 
 from lora_factory.arguments import ImportArguments
 from lora_factory.cli.options import Commands, add_options, add_required, command, read_options
-from lora_factory.cli.output import console, say, say_next
+from lora_factory.cli.output import say, say_next
 from lora_factory.cli.publish import add_push_flags, publish
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.terminal import console
 
 
 def add_import(commands: Commands) -> None:

@@ -39,6 +39,7 @@ from lora_factory.reporting.summary import (
 )
 from lora_factory.tasks.task import Task
 from lora_factory.training.train import train_generator, training_history
+from lora_factory.utils import terminal
 from lora_factory.utils.files import write_json
 from lora_factory.utils.folders import GENERATOR, check_folder, check_reports
 from lora_factory.utils.paths import local_path
@@ -112,8 +113,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         The content of ``results.json``: scores by method and task, headroom, seconds, versions. The output folder
         holds ``comparison.json`` as well.
     """
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
+    console = terminal.console(width=120)
     size = FAST if arguments.fast else FULL
     folder = local_path(arguments.output_dir) / ("fast" if arguments.fast else "full")
     check_reports(folder, "cells.jsonl", "comparison.json", "results.json")

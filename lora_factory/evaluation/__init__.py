@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy(
         "cond_p_diff": "CondPDiff",
         "detection": "Detection detect mean_average_precision score_detections",
         "fold": "Fold",
-        "perplexity": "TextScore evaluate_adapters score_examples score_task",
+        "perplexity": "TextScore evaluate_adapters evaluate_texts score_examples score_task",
     },
 )

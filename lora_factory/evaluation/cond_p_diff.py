@@ -22,6 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.networks import ConditionStandardiser
+from lora_factory.utils.extras import require
 from lora_factory.utils.files import atomic_folder, write_json
 from lora_factory.utils.folders import FolderKind
 from lora_factory.utils.paths import local_path
@@ -362,11 +363,8 @@ def _sinusoids(times: Tensor, width: int) -> Tensor:
 
 def _scheduler(*, deterministic: bool = False) -> Any:  # noqa: ANN401 - diffusers hides its schedulers' methods
     """The published noise schedule, T = 1000 and linear in beta, from diffusers: DDPM, or DDIM where deterministic."""
-    try:
-        from diffusers import DDIMScheduler, DDPMScheduler
-    except ImportError as error:
-        raise LoraFactoryError(
-            "COND P-DIFF samples through diffusers, which is not installed: pip install 'lora-factory[baselines]'"
-        ) from error
+    require("baselines", "COND P-DIFF", "diffusers")
+    from diffusers import DDIMScheduler, DDPMScheduler
+
     kind = DDIMScheduler if deterministic else DDPMScheduler
     return kind(DIFFUSION_TIMES, 1e-4, 0.02, "linear", clip_sample=False, prediction_type="sample")

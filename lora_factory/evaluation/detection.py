@@ -15,6 +15,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import ImageInputs, frozen
 from lora_factory.tasks.boxes import Box, text_to_boxes
 from lora_factory.tasks.examples import ImageExample
+from lora_factory.utils.extras import require
 
 _IOU_50, _IOU_75 = 0, 5  # their indices among COCO's thresholds
 
@@ -48,16 +49,13 @@ def mean_average_precision(
         each of them per label, for example ``map_50/dog``.
 
     Raises:
-        LoraFactoryError: When the numbers of images differ, no image has a box, or torchmetrics is not installed.
+        LoraFactoryError: When the numbers of images differ, no image has a box, or a package is missing.
     """
     if len(found) != len(truth):
         raise LoraFactoryError(f"{len(found)} predictions and {len(truth)} references; give one reference per image")
-    try:
-        from torchmetrics.detection import MeanAveragePrecision as Backend
-    except ImportError as error:
-        raise LoraFactoryError(
-            f"mean average precision needs {error.name}: pip install 'lora-factory[images]'"
-        ) from error
+    require("images", "mean average precision", "torchmetrics", "faster_coco_eval")
+    from torchmetrics.detection import MeanAveragePrecision as Backend
+
     labels = sorted({label for row in truth for label, _ in row})
     if not labels:
         raise LoraFactoryError(f"no box in {len(truth)} references; mean average precision needs one")

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
 from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
+from lora_factory.tasks.given import as_texts
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import check_tasks
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import read_json_object
 from lora_factory.zoo.store import RECORD_FILE, ZOO_FILE, AdapterZoo
+
+if TYPE_CHECKING:
+    from lora_factory.generator.writer import AdapterWriter
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,62 @@ def evaluate_adapters(
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     named = None if base_model is None else str(base_model)
     loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
-    layout, chat_template = next(iter(loaded.values()))[0], _learned_in_chat(adapters, zoo)
+    how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
+    return _score_each(loaded, tasks, base_model, chat_template=_learned_in_chat(adapters, zoo), **how)
+
+
+def evaluate_texts(
+    generator: AdapterWriter,
+    texts: Sequence[str],
+    tasks: Sequence[Task],
+    base_model: str | Path | None = None,
+    *,
+    max_tokens: int | None = None,
+    window: int = 512,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, TextScore]]:
+    """Score a base model and the adapters that a generator writes for texts on every task's test split.
+
+    No adapter is written to disk. Texts of the tasks are put into the chat template if the generator's adapters are
+    used in it.
+
+    Args:
+        generator: Writes the adapters.
+        texts: What each adapter is for.
+        tasks: Tasks with test splits.
+        base_model: Hub id or folder of the base model; default: the one that the generator names.
+        max_tokens: As in `evaluate_adapters`.
+        window: As there.
+        progress: As there.
+
+    Returns:
+        Scores by model (``"base model"``, then the texts) and task name.
+
+    Raises:
+        LoraFactoryError: When a text is empty, or as `evaluate_adapters`.
+    """
+    texts = [*dict.fromkeys(as_texts(texts))]
+    if not texts or not tasks:
+        raise LoraFactoryError(f"{len(texts)} texts and {len(tasks)} tasks: give at least one of each")
+    made = zip(texts, generator.generate_adapters(texts), strict=True)
+    loaded = {text: (generator.layout, state_dict) for text, state_dict in made}
+    in_chat = bool(generator.config.chat_template)
+    how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
+    return _score_each(loaded, tasks, base_model, chat_template=in_chat, **how)
+
+
+def _score_each(
+    adapters: Mapping[str, tuple[AdapterLayout, dict[str, Tensor]]],
+    tasks: Sequence[Task],
+    base_model: str | Path | None,
+    *,
+    max_tokens: int | None,
+    window: int,
+    chat_template: bool,
+    progress: Callable[[str], None] | None,
+) -> dict[str, dict[str, TextScore]]:
+    """Scores of the base model and of adapters by name; see `evaluate_adapters`."""
+    layout = next(iter(adapters.values()))[0]
     check_tasks(tasks, lambda task: task.examples("test"))
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
@@ -188,7 +249,7 @@ def evaluate_adapters(
 
     scores = {"base model": score("base model", model)}
     slot: AdapterSlot | None = None
-    for name, (layout, state_dict) in loaded.items():
+    for name, (layout, state_dict) in adapters.items():
         if slot is None or slot.layout.fingerprint() != layout.fingerprint():
             model = slot.model.unload() if slot else model
             slot = AdapterSlot(attach_adapter(model, layout, state_dict), layout)

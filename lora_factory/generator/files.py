@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
 from huggingface_hub.errors import (
@@ -29,7 +28,7 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.modules import check_types
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
-from lora_factory.hub.errors import explain
+from lora_factory.hub.errors import explain, http
 from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import (
     MAX_CONFIG_BYTES,
@@ -129,7 +128,7 @@ class GeneratorSource:
         Raises:
             LoraFactoryError: When it is no ordinary file of the folder, or larger.
             OSError: When it cannot be found.
-            httpx2.HTTPError: When the Hub does not send it.
+            http.HTTPError: When the Hub does not send it.
         """
         if self.is_folder:
             return checked_file(Path(self.name), name, limit)
@@ -149,7 +148,7 @@ class GeneratorSource:
             try:
                 url = hf_hub_url(self.name, name, revision=revision)
                 size = get_hf_file_metadata(url, token=self.token, timeout=_REQUEST_SECONDS).size or 0
-            except (httpx2.TransportError, HfHubHTTPError) as error:
+            except (http.TransportError, HfHubHTTPError) as error:
                 if self.force_download:
                     raise
                 try:
@@ -230,7 +229,7 @@ def read_training_record(source: GeneratorSource) -> dict[str, Any] | None:
         return read_json_object(source.file(TRAINING_FILE, MAX_CONFIG_BYTES))
     except EntryNotFoundError:  # also when it is not in the cache and nobody can be asked
         return None
-    except (LoraFactoryError, OSError, httpx2.HTTPError) as error:
+    except (LoraFactoryError, OSError, http.HTTPError) as error:
         warnings.warn(f"{TRAINING_FILE} is left out, a push goes without it: {error}", stacklevel=3)
         return None
 

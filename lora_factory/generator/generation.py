@@ -38,7 +38,8 @@ from lora_factory.utils.versions import versions
 if TYPE_CHECKING:
     from lora_factory.models.losses import FrozenBase
 
-BATCH_WEIGHTS = 1 << 24  # that are written at once for several texts: 64 MB
+# Written at once for several texts: 64 MB. From 2^18 to 2^26 the time per text is the same (100 texts, 115,200 each).
+BATCH_WEIGHTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -154,20 +155,19 @@ def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator
     Raises:
         LoraFactoryError: As `fulfil`.
     """
-    for order in orders[:1]:
-        check_rank(generator, order.rank)
-    texts = [text for order in orders for text in order.texts]
+    if not orders:
+        return
+    first, texts = orders[0], [text for order in orders for text in order.texts]
+    check_rank(generator, first.rank)
     vectors = generator.text_encoder.encode(texts)
-    for row in vectors[:1]:
-        check_conditions({"text": row}, generator.config.modalities or {})
+    check_conditions({"text": vectors[0]}, generator.config.modalities or {})
     _warn_of_strangers(generator, texts, vectors.to(generator.center))
     count = max(1, BATCH_WEIGHTS // generator.layout.size)
     for start in range(0, len(texts), count):
         rows = vectors[start : start + count]
-        one_each = replace(orders[0], text=texts[0])
-        made = _weights(generator, one_each, {"text": rows.to(generator.center)}, each=True)
+        made = _weights(generator, first, {"text": rows.to(generator.center)}, each=True)
         for row, weights in zip(rows, made, strict=True):
-            layout, state_dict, lost = _of_rank(generator.layout, weights, orders[0].rank)
+            layout, state_dict, lost = _of_rank(generator.layout, weights, first.rank)
             yield Made(layout, state_dict, {"text": row}, {}, lost)
 
 

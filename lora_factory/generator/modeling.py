@@ -295,7 +295,7 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
         """
         options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
         save_directory = check_saving(save_directory)
-        with storage_errors(save_directory):
+        with storage_errors(save_directory), quiet_transformers():
             super().save_pretrained(save_directory, *args, **kwargs)
         if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
             share_file(weights)

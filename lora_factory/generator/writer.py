@@ -22,6 +22,7 @@ from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import atomic_folder, write_text
 from lora_factory.utils.folders import ADAPTER, check_folder
 from lora_factory.utils.paths import local_path, safe_name
+from lora_factory.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -164,7 +165,10 @@ class AdapterWriter(ConditionalVAE):
         for output in outputs:
             handwritten(output)
         origins = origins_of(self)
-        for output, order, made in zip(outputs, orders.values(), fulfil_texts(self, [*orders.values()]), strict=True):
+        made_ones = progress_bar(
+            fulfil_texts(self, [*orders.values()]), total=len(orders), desc="write adapters", unit="adapters"
+        )
+        for output, order, made in zip(outputs, orders.values(), made_ones, strict=True):
             with atomic_folder(output, ADAPTER, inputs=self._inputs(), **kept) as folder:
                 _write_card(folder, output, record(self, folder, order, made), origins)
         return folders

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
-import httpx2
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -34,7 +33,7 @@ from safetensors import SafetensorError
 from lora_factory._version import __version__
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.hub.cards import has_handwriting, keep_handwritten
-from lora_factory.hub.errors import LOG_IN, explain
+from lora_factory.hub.errors import LOG_IN, explain, http
 from lora_factory.utils.files import share_file, write_text
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, reading
 
@@ -50,7 +49,7 @@ Result = TypeVar("Result")
 _REQUEST_SECONDS = 10.0
 _WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds before each repetition of a request, as in huggingface_hub.utils
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-_PASSING_ERRORS = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, json.JSONDecodeError)
+_PASSING_ERRORS = (http.TimeoutException, http.NetworkError, http.RemoteProtocolError, json.JSONDecodeError)
 
 
 class PushOptions(TypedDict, total=False):
@@ -354,7 +353,7 @@ def about_model(model: str, token: str | bool | None = None) -> tuple[str | None
     """The licence in the card of a model on the Hub, and the head of its configuration; None where that is unknown."""
     try:
         about = HfApi(token=token).model_info(model, timeout=_REQUEST_SECONDS)
-    except (httpx2.HTTPError, OSError, ValueError):
+    except (http.HTTPError, OSError, ValueError):
         return None, None
     values = about.card_data.to_dict() if about.card_data else {}
     license = values.get("license_name") if values.get("license") == "other" else values.get("license")
@@ -433,7 +432,7 @@ class _Commit:
                     raise
                 try:
                     arrived = self._arrived()
-                except (httpx2.HTTPError, OSError, ValueError) as unknown:
+                except (http.HTTPError, OSError, ValueError) as unknown:
                     raise LoraFactoryError(
                         f"{explain(error, self.where['repo_id'])}; whether the commit has arrived is not known, since "
                         f"the Hub does not say; look at {self._url}/commits/{self.revision or 'main'} first"

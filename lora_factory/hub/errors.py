@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import httpx2
+from importlib import import_module
+from typing import Any
+
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -13,6 +15,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+# The HTTP client of the installed huggingface_hub: httpx up to 1, httpx2 from 2 on; both name their errors alike.
+http: Any = import_module(HfHubHTTPError.__bases__[0].__module__)
 
 LOG_IN = "log in with: hf auth login, or pass token="
 _BY_STATUS = {
@@ -58,7 +63,7 @@ def explain(error: BaseException, repo_id: str) -> str:
         if status == 403 and error.response.request.method in ("GET", "HEAD"):
             hint = f"you may not read it; ask its owner for access, and {LOG_IN}"
         return f"the Hub answers {status} ({error.server_message or _first_line(error)}); {hint}".rstrip("; ")
-    if isinstance(error, httpx2.HTTPError | ConnectionError):
+    if isinstance(error, http.HTTPError | ConnectionError):
         return f"the connection to the Hub failed ({_first_line(error) or type(error).__name__}); check the network"
     if isinstance(error, LookupError | TypeError | AttributeError):
         return f"the Hub gave an answer that is not understood ({type(error).__name__}: {error}); try again later"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
@@ -31,7 +29,7 @@ from transformers import (
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.hub.errors import explain
+from lora_factory.hub.errors import explain, http
 from lora_factory.models.embedded import (
     _BASE_MODEL_PACKAGE,
     EMBEDDED_BASE_MODEL,
@@ -40,6 +38,7 @@ from lora_factory.models.embedded import (
     _package_folder,
     embedded_base_model,
 )
+from lora_factory.utils.extras import require
 from lora_factory.utils.quiet import quiet_transformers
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -217,7 +216,7 @@ def check_on_hub(name: str, revision: str | None, noun: str) -> None:
         url = hf_hub_url(name, "config.json", revision=revision)
         commit = get_hf_file_metadata(url, timeout=_REQUEST_SECONDS).commit_hash
         _LOGGER.warning("downloading the %s %s at commit %s", noun, name, commit)
-    except (httpx2.HTTPError, OSError, ValueError) as error:
+    except (http.HTTPError, OSError, ValueError) as error:
         raise LoraFactoryError(
             f"cannot load the {noun} {name!r}: it is neither a folder nor in the Hub's cache, and"
             f" {explain(error, name)}. What comes without the Hub, a language model and a text encoder:\n"
@@ -256,8 +255,7 @@ def _quantized(bits: str, dtype: str | torch.dtype, device: str | torch.device) 
     """The options of `from_pretrained` that quantise a model while it is read."""
     if bits not in ("4bit", "8bit"):
         raise LoraFactoryError(f"quantization={bits!r}: choose '4bit' or '8bit'")
-    if find_spec("bitsandbytes") is None:
-        raise LoraFactoryError(f"quantization={bits!r} needs bitsandbytes; run: pip install bitsandbytes")
+    require("quantization", f"quantization={bits!r}", "bitsandbytes")
     # Its 8-bit layers say at every step that they round their inputs.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype

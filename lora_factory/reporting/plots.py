@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.extras import require
 from lora_factory.utils.printable import printable
 
 if TYPE_CHECKING:
@@ -76,13 +76,9 @@ def svg_settings() -> Iterator[None]:
     Raises:
         LoraFactoryError: If matplotlib or scikit-learn is missing.
     """
-    try:
-        import sklearn  # noqa: F401
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise LoraFactoryError(
-            f"{error.name} is not installed, and the report's plots need it: pip install 'lora-factory[report]'"
-        ) from error
+    require("report", "the report", "matplotlib", "sklearn")
+    from matplotlib import rc_context
+
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-factory", "text.parse_math": False}):
         yield
 

@@ -62,7 +62,8 @@ def terminal_tables(comparison: Mapping[str, Any], width: int) -> list[RichTable
     told = (f"{'! ' if finding.warning else ''}{finding.text}" for finding in findings(comparison))
     words = "\n".join([verdict(summarise(comparison)), *told])
     tables = [part for table in comparison_tables(comparison) for part in rich_tables(table, width)]
-    tables[0].caption = Text(words)
+    if tables:
+        tables[0].caption = Text(words)
     return tables
 
 
@@ -138,9 +139,14 @@ def headroom_bars(summaries: Sequence[MethodSummary]) -> dict[str, Any]:
         ``methods``, a list of `Bars`; ``groups`` that have one; ``zero`` and ``one``, where these are on the axis.
     """
     ordered = by_headroom(summaries)
-    found = [(summary, group, it.headroom) for summary in ordered for group, it in summary.groups.items() if it]
-    means = [interval.mean for _, _, interval in found if math.isfinite(interval.mean)]
-    low, high = max(-0.5, min(0.0, *means, 0.0)), min(1.5, max(1.0, *means, 1.0))
+    measured = {
+        summary.method: {
+            group: it.headroom for group, it in summary.groups.items() if it and math.isfinite(it.headroom.mean)
+        }
+        for summary in ordered
+    }
+    means = [interval.mean for groups in measured.values() for interval in groups.values()]
+    low, high = max(-0.5, min([0.0, *means])), min(1.5, max([1.0, *means]))
 
     def place(value: float) -> float:
         return round(100 * (min(high, max(low, value)) - low) / (high - low), 2)
@@ -149,8 +155,7 @@ def headroom_bars(summaries: Sequence[MethodSummary]) -> dict[str, Any]:
     for summary in ordered:
         bars = tuple(
             (group, min(place(0), place(it.mean)), abs(place(it.mean) - place(0)), str(it))
-            for other, group, it in found
-            if other is summary and math.isfinite(it.mean)
+            for group, it in measured[summary.method].items()
         )
         kind = "ours" if summary.method in OURS else "marked" if summary.beats_generator else ""
         if bars:
@@ -209,8 +214,11 @@ def _narrow(table: Table, width: int) -> list[Table]:
     """Cut a table into parts that are narrow enough, without its empty columns; each repeats the first column."""
     widths = []
     for index, column in enumerate(table.columns):
-        longest = max(len(row[index]) for row in table.rows)
-        widths.append(max(len(column.group), len(column.name), min(longest, _WORDY) if column.wordy else longest))
+        texts = [row[index] for row in table.rows]
+        needed = max(map(len, texts))
+        if index == 0 or column.wordy:  # no word is broken
+            needed = min(needed, max([_WORDY, *(len(word) for text in texts for word in text.split())]))
+        widths.append(max(len(column.group), len(column.name), needed))
     parts: list[list[int]] = [[0]]
     for index in range(1, len(table.columns)):
         if not any(row[index] for row in table.rows):

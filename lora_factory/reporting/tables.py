@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean
@@ -120,7 +120,7 @@ def _headroom_table(summaries: Sequence[MethodSummary]) -> Table:
         worst = ["" if it is None else f"{format_number(it.worst_headroom)} {it.worst_task}" for it in found]
         add(Column("Worst", name, wordy=True), worst)
     beaten = [" and ".join(summary.beats_generator) for summary in summaries]
-    add(Column("Note", wordy=True), [f"beats the generator ({groups})" if groups else "" for groups in beaten])
+    add(Column("Note", wordy=True), [f"beats the generator ({where})" if where else "" for where in beaten])
     cells = [sum(group.cells for group in summary.groups.values() if group) for summary in summaries]
     add(Column("Cells"), list(map(str, cells)))
     add(Column("Failed"), [str(summary.failed or "") for summary in summaries])
@@ -165,8 +165,7 @@ def _task_table(comparison: Mapping[str, Any], group: str) -> Table:
             means = _means((cell["method"], cell.get(key)) for cell in cells if cell["task"] == task)
             column = [format_number(means.get(method), digits) for method in methods]
             rivals = {row: means[method] for row, method in enumerate(methods) if method in means.keys() - ORIGINALS}
-            top = format_number(choose(rivals.values(), default=None), digits)
-            best |= {(row, len(columns)) for row in rivals if column[row] == top}
+            best |= {(row, len(columns)) for row in best_rows(rivals, column, choose)}
             columns.append(Column(name, task))
             texts.append(column)
     return Table(
@@ -178,6 +177,21 @@ def _task_table(comparison: Mapping[str, Any], group: str) -> Table:
         frozenset(best),
         ours=frozenset(row for row, method in enumerate(methods) if method in OURS),
     )
+
+
+def best_rows(values: Mapping[int, float], texts: Sequence[str], choose: Callable[..., int]) -> list[int]:
+    """The rows that read as the best one does; none where all of them do.
+
+    Args:
+        values: The figure of every row that competes.
+        texts: What is printed for it, of every row.
+        choose: ``min`` or ``max``.
+    """
+    if not values:
+        return []
+    top = texts[choose(values, key=values.__getitem__)]
+    rows = [row for row in values if texts[row] == top]
+    return rows if len(rows) < len(values) else []
 
 
 def _storage_table(storage: Sequence[Mapping[str, Any]]) -> Table:

@@ -8,23 +8,24 @@ import html
 import logging
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from importlib.util import find_spec
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from lora_factory.arguments import APP_PORT
 from lora_factory.errors import LoraFactoryError
 from lora_factory.serving.limits import MAX_TEXT
+from lora_factory.utils.extras import require
 from lora_factory.utils.printable import printable
 from lora_factory.utils.safe_files import is_hub_id
 
 if TYPE_CHECKING:
+    from lora_factory.generator.generation import Order
     from lora_factory.serving.kept_adapters import WrittenAdapter
     from lora_factory.serving.side_by_side import Closeness, SideBySide
 
 HOST = "127.0.0.1"
-DEFAULT_PORT = 7860
 _FILES_KEPT = (600, 3600)  # seconds between two looks for old files; seconds that a file is kept
 _SESSIONS = 16  # whose last adapter stays in memory
 _LOGGER = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def open_app(
     *,
     base_model: str | Path | None = None,
     revision: str | None = None,
-    port: int = DEFAULT_PORT,
+    port: int = APP_PORT,
 ) -> Iterator[str]:
     """Serve the app to this machine while the block runs.
 
@@ -85,8 +86,7 @@ def open_app(
     """
     if not 1 <= port <= 65535:
         raise LoraFactoryError(f"port={port} must be from 1 to 65535")
-    if find_spec("gradio") is None:
-        raise LoraFactoryError("the app needs gradio; run: pip install 'lora-factory[app]'")
+    require("app", "the app", "gradio")
     with tempfile.TemporaryDirectory(prefix="lora-factory-app-") as folder, contextlib.ExitStack() as stack:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read when gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))
@@ -379,7 +379,7 @@ class _Form:
                 yield {
                     self.closeness: _shown(closeness_html(closeness)),
                     self.notice: _shown(note_html("The models answer …") if prompt.strip() else ""),
-                    self.adapted: gradio.Textbox(info=_written_for(order.text)),
+                    self.adapted: gradio.Textbox(info=_written_for(order)),
                     self.made: made,
                     self.download: gradio.DownloadButton(interactive=True, value=str(archive)),
                     self.push: gradio.Button(interactive=True),
@@ -451,13 +451,11 @@ def error_html(error: object) -> str:
     return f'<div class="lf-note error" role="alert"><p>{_text(text[:1].upper() + text[1:])}.</p></div>'
 
 
-def _written_for(text: str | Mapping[str, float] | None) -> str:
+def _written_for(order: Order) -> str:
     """What an adapter is for, on one line: the fields may have been changed since."""
-    if text is None:
-        return "Written for the examples."
-    parts = {text: 1.0} if isinstance(text, str) else text
-    quoted = (f"“{shorten(printable(one), 60, placeholder=' …')}”" for one in parts)
-    return f"Written for {' and '.join(quoted)}."
+    named = [f"“{shorten(printable(text), 60, placeholder=' …')}”" for text in order.texts]
+    named += ["the examples"] * (order.examples is not None) + ["the images"] * (order.images is not None)
+    return f"Written for {' and '.join(named)}."
 
 
 def _text(text: str) -> str:

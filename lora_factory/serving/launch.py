@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora_factory.arguments import ServeArguments
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.extras import require
 
 TOKEN_VARIABLE = "LORA_FACTORY_TOKEN"
 CONNECTIONS = 512  # at most; more are answered with status 503
@@ -33,8 +33,7 @@ def serve(generator: str | Path, arguments: ServeArguments | None = None, *, rev
     arguments = arguments or ServeArguments()
     token = os.environ.get(TOKEN_VARIABLE) or None
     check_address(arguments.host, token)
-    if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
-        raise LoraFactoryError(f"the server needs {' and '.join(missing)}; run: pip install 'lora-factory[serve]'")
+    require("serve", "the server", "fastapi", "uvicorn")
     import uvicorn
 
     from lora_factory.generator.modeling import CVAELoRAGenerator

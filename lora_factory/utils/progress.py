@@ -34,12 +34,21 @@ def progress_bar(*args: Any, disable: bool = False, **options: Any) -> Any:  # n
     options = {"delay": DELAY, "unit": "steps", **options}
     watched = sys.stderr is not None and sys.stderr.isatty()
     if watched or "ipykernel" in sys.modules:
-        bar: Any = bar_class
+        bar: Any = _Bar
         return bar(*args, disable=disable or _quiet, **options)
     return _Lines(*args, disable=disable or _quiet, **options)
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]  # it takes no parameter when the program runs
+class _Bar(bar_class):  # type: ignore[type-arg]  # it takes no parameter when the program runs
+    """A bar that nothing draws before its delay has passed: ``close`` would leave it on the line of what follows."""
+
+    def refresh(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
+        """Draw the bar, if it is time."""
+        if not self.delay or self._time() >= self.start_t + self.delay:  # type: ignore[attr-defined]
+            super().refresh(*args, **options)
+
+
+class _Lines(tqdm):  # type: ignore[type-arg]  # as above
     """A bar that prints a line of its own every `SECONDS`, and none if it ends before the first."""
 
     _printed = math.inf

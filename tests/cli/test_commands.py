@@ -291,6 +291,19 @@ def test_from_tasks_to_an_adapter_without_a_zoo(
     words = ["generate", "--generator", "generator", "--text", TRAINING_TEXT[0][:30], "--output-dir", "adapter"]
     assert cli.main(words) == 0
     assert capsys.readouterr().out.startswith("wrote adapter\nnearest tasks, by cosine distance: fox (0.00), code (")
+    words = ["evaluate", "--tasks", str(tasks_file), "--base-model", str(pico_model_folder), "--output"]
+    assert cli.main([*words, "folder", "--adapter", "adapter"]) == 0
+    texts = ["--text", TRAINING_TEXT[0][:30], "--text", "Something else"]
+    assert cli.main([*words, "text", "--generator", "generator", *texts]) == 0
+    folder, text = (json.loads(Path(name, "evaluation.json").read_text()) for name in ("folder", "text"))
+    assert list(text) == ["base model", TRAINING_TEXT[0][:30], "Something else"]
+    assert text["base model"] == folder["base model"] != folder["adapter"]
+    for task, score in folder["adapter"].items():
+        assert text[TRAINING_TEXT[0][:30]][task]["loss"] == pytest.approx(score["loss"], rel=1e-5)
+    assert text["Something else"] != text[TRAINING_TEXT[0][:30]]
+    capsys.readouterr()
+    assert cli.main([*words, "neither", "--adapter", "adapter", *texts]) == 2
+    assert "--text needs --generator" in capsys.readouterr().err
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(pico_model_folder), "adapter")
     assert model.peft_config["default"].r == 4
 

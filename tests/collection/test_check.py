@@ -54,7 +54,9 @@ def test_the_command_prints_rows_tokens_and_needs(
     save_tasks(tasks("poems", "letters"), tmp_path / "tasks.yaml")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    words = ["check", "--tasks", "tasks.yaml", "--base-model", str(pico_model_folder), "--sequence-length", "16"]
+    Path("small.yaml").write_text("sequence_length: 16")
+    before.append(tmp_path / "small.yaml")
+    words = ["check", "--tasks", "tasks.yaml", "--base-model", str(pico_model_folder), "--config", "small.yaml"]
     assert cli.main(words) == 0
     poems, letters, needs, following = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"poems: \d+ train, .* training sequences, [\d,]+ tokens, \d+ steps per run", poems)
@@ -63,4 +65,5 @@ def test_the_command_prints_rows_tokens_and_needs(
         r"2 runs of [\d,]+ weights: about .* by one process here, .* GB of memory, .* MB of disk", needs
     )
     assert following.startswith("next: lora-factory collect --tasks tasks.yaml --base-model ")
-    assert sorted(tmp_path.rglob("*")) == before
+    assert following.endswith(" --config small.yaml --output-dir zoo")
+    assert sorted(tmp_path.rglob("*")) == sorted(before)

@@ -12,13 +12,29 @@ from lora_factory.generator.modeling import CVAELoRAGenerator
 
 
 def make_generator(
-    layout: AdapterLayout, encoder: Path, decoder: str = "core", *, text: int = 32, hidden: int = 64
+    layout: AdapterLayout,
+    encoder: Path,
+    decoder: str = "core",
+    *,
+    text: int = 32,
+    hidden: int = 64,
+    images: tuple[Path, int] | None = None,
 ) -> CVAELoRAGenerator:
-    """An untrained generator of weights of a real adapter's size that differ from text to text."""
+    """An untrained generator of weights of a real adapter's size that differ from text to text.
+
+    Args:
+        layout: The adapters'.
+        encoder: Folder of the text encoder.
+        decoder: "core" or "conv1d".
+        text: Width of the text encoder's vectors.
+        hidden: Width of the vectors of examples.
+        images: Folder of an image encoder and the width of its vectors; default: it reads no images.
+    """
     config = CVAELoRAConfig(
         layout=layout.to_dict(),
-        modalities={"text": text, "hidden": hidden},
+        modalities={"text": text, "hidden": hidden} | ({"image": images[1]} if images else {}),
         text_encoder=str(encoder),
+        image_encoder=str(images[0]) if images else None,
         tasks=[{"name": name, "descriptions": [name], "license": None} for name in ("poems", "code", "law")],
         decoder=decoder,
         width=32,

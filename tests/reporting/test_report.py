@@ -265,6 +265,19 @@ def test_what_beats_the_generator_is_marked() -> None:
     assert "beats the generator (seen and unseen)" in terminal(comparison)
 
 
+@needs_extra
+@pytest.mark.parametrize("lead", [0.0, 0.5])
+def test_no_winner_is_marked_among_equals(lead: float) -> None:
+    comparison = make_comparison(dict.fromkeys(LOSSES, 2.0) | {"generated": 2.0 - lead})
+    bold, shown = bool(lead), Console(width=200, record=True, force_terminal=True, file=open("/dev/null", "w"))
+    for table in terminal_tables(comparison, 200)[1:]:
+        shown.print(table)
+    section = markdown_tables(comparison).partition("## Each unseen task")[2]
+    assert ("**" in section) is bold
+    assert (f"\x1b[1m{math.exp(1.5):.2f}" in shown.export_text(styles=True)) is bold
+    assert ('<td class="best">' in html_page(comparison)) is bold
+
+
 def test_a_lead_that_may_be_noise_is_called_so() -> None:
     comparison = make_comparison()
     for entry in comparison["cells"]:
@@ -477,6 +490,6 @@ def test_missing_extra_is_named_and_the_tables_are_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(LoraFactoryError, match=r"matplotlib .* pip install 'lora-factory\[report\]'"):
+    with pytest.raises(LoraFactoryError, match="the report needs matplotlib"):
         write_report(make_comparison(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]

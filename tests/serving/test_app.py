@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +17,20 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.generators import make_generator
 from helpers.hub import ask, publish_base
-from helpers.models import TRAINING_TEXT
+from helpers.images import bright_or_dark, save_classifier
+from helpers.models import TRAINING_TEXT, attach
+from helpers.training import save_word_encoder
 from hub_server.local import LocalHub
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 from lora_factory import CVAELoRAGenerator
+from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.cli.commands import main
 from lora_factory.errors import LoraFactoryError
+from lora_factory.models.image_encoders import ImageEncoder
 from lora_factory.models.loading import load_base_model
 from lora_factory.serving import app as app_module
 from lora_factory.serving.app import closeness_html, error_html, open_app
@@ -178,7 +185,7 @@ def test_the_command_says_what_is_missing(
 ) -> None:
     assert main(["app", "--port", "0"]) == 2
     assert "--port 0 must be from 1 to 65535" in capsys.readouterr().err
-    monkeypatch.setattr(app_module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "--generator", str(generator_folder)]) == 2
     assert "pip install 'lora-factory[app]'" in capsys.readouterr().err
 
@@ -240,3 +247,42 @@ def test_a_click_through(generator_folder: Path, tmp_path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         browser.close()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; make browser installs it")
+def test_images_are_dropped_and_answered(base_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    layout = attach(LlamaForCausalLM.from_pretrained(base_folder))[1]
+    named = AdapterLayout.from_dict(layout.to_dict() | {"base_model": str(base_folder)})
+    encoder, eye = save_word_encoder(tmp_path / "encoder"), save_classifier(tmp_path / "eye")
+    generator = make_generator(named, encoder, text=128, hidden=96, images=(eye, ImageEncoder(str(eye)).width))
+    generator.scale.mul_(20)
+    generator.save_pretrained(tmp_path / "generator")
+    files = []
+    for number, bright in enumerate((True, False)):
+        files.append(tmp_path / f"{number}.png")
+        bright_or_dark(number, bright=bright).resize((64, 64)).save(files[-1])
+    made = []
+    with open_app(tmp_path / "generator", port=free_port()) as address, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for file in files:
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.set_default_timeout(20_000)
+            page.goto(address)
+            page.get_by_role("button", name="Examples and images").click()
+            page.locator("#images input[type=file]").set_input_files(str(file))
+            playwright.expect(page.locator("#images img")).to_be_visible()
+            page.fill("#prompt textarea", "Hello")
+            page.click("#run")
+            playwright.expect(page.locator("#adapted textarea")).not_to_have_value("")
+            playwright.expect(page.locator("#stop")).to_be_hidden()
+            assert page.input_value("#base textarea") != page.input_value("#adapted textarea")
+            playwright.expect(page.locator("#adapted")).to_contain_text("Written for the images.")
+            with page.expect_download() as download:
+                page.click("#download")
+            made.append(json.loads(zipfile.ZipFile(download.value.path()).read("adapter/generation.json")))
+        browser.close()
+    assert [generation["conditions"] for generation in made] == [["image"], ["image"]]
+    assert made[0]["sha256"] != made[1]["sha256"]

@@ -23,13 +23,12 @@ import httpx2
 from helpers.serving import Running, running
 
 from lora_factory import CVAELoRAGenerator
-from lora_factory.arguments import ServeArguments
 from lora_factory.cli.commands import main, parse
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.decoding import Prompt, chat_tokens, decode
 from lora_factory.models.inputs import text_tokens
 from lora_factory.models.loading import load_base_model
-from lora_factory.serving.launch import check_address, serve
+from lora_factory.serving.launch import check_address
 
 TEXTS = ("Permission is hereby granted", "def add(left, right)", "The old man reads a letter")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -315,12 +314,6 @@ def test_other_machines_need_a_token(
     check_address("0.0.0.0", "secret")
     with pytest.raises(LoraFactoryError, match="printable ASCII"):
         check_address("0.0.0.0", "two words")
-
-
-def test_a_missing_package_is_named(generator_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_factory.serving.launch.find_spec", lambda name: None)
-    with pytest.raises(LoraFactoryError, match=r"pip install 'lora-factory\[serve\]'"):
-        serve(generator_folder, ServeArguments())
 
 
 LONG: dict[str, Any] = {"max_tokens": 400}  # the pico model repeats itself and never ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_what_is_done_at_once_leaves_no_line(clock: list[float], capsys: pytest.
     bar.refresh()
     bar.close()
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_nothing_of_what_is_done_at_once(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for step in (0.1, 1.0):
+        bar = progress.progress_bar(total=3, desc="measure")
+        for _ in range(3):
+            clock[0] += step
+            bar.update()
+            bar.set_postfix(loss="1.5")
+        bar.close()
+        shown = capsys.readouterr().err
+        assert shown.endswith("\n") is ("measure" in shown) is (step == 1.0)
 
 
 def test_a_bar_within_a_bar_prints_lines_of_its_own(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Models of real architectures with random weights, made on the spot: what the examples' --smoke runs on, offline."""
+"""Models of real architectures with random weights, made on the spot: what --smoke and tests run on, offline."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -10,6 +10,10 @@ from lora_factory.evaluation.baselines import uniform_soup
 from lora_factory.evaluation.cond_p_diff import train_cond_p_diff
 
 GENERATOR_EPOCHS, GENERATOR_BATCH = 2000, 50
+SMOKE_REMARK = (
+    "This is a smoke run, on random tiny models and made-up data: it proves only that the code runs. Its figures say "
+    "nothing about any method."
+)
 TEXT_ENCODER = "open_clip:ViT-B-32:openai"  # the paper says CLIP, not which one
 
 

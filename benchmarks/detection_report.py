@@ -14,7 +14,7 @@ from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.evaluation.detection import Detection, detect, score_detections
 from lora_factory.reporting.plots import COLOURS, INK, PAPER, Plot, render, shortened, svg_settings
 from lora_factory.reporting.report import markdown_table, render_page
-from lora_factory.reporting.tables import Column, Table
+from lora_factory.reporting.tables import Column, Table, best_rows
 from lora_factory.tasks.examples import ImageExample
 from lora_factory.tasks.task import Task
 from lora_factory.utils.files import write_json, write_text
@@ -33,11 +33,13 @@ def compare_detection(
     *,
     max_new_tokens: int,
     settings: Mapping[str, Any],
+    remark: str = "",
 ) -> dict[str, Any]:
     """Score adapters on the test splits of detection tasks and write ``detection.json`` and ``detection.md``.
 
     ``methods`` has the adapter's weights, shape ``(D,)``, per method and task; None stands for the base model alone.
-    The result holds mAP, mAP50 and mAP75 per method and task, and the first test image of every task with all boxes.
+    ``remark`` ends the table's note. The result holds mAP, mAP50 and mAP75 per method and task, and the first test
+    image of every task with all boxes.
     """
     folder = check_reports(output_dir, "detection.json", "detection.md")
     cells, found = [], {}
@@ -54,6 +56,7 @@ def compare_detection(
         "methods": list(methods),
         "tasks": [task.name for task in tasks],
         "settings": dict(settings),
+        "remark": remark,
         "images": {task.name: len(task.examples("test")) for task in tasks},
         "cells": cells,
         "pictures": [
@@ -96,11 +99,14 @@ def detection_table(result: Mapping[str, Any]) -> Table:
         for heading, key in (("mAP50", "map_50"), ("mAP75", "map_75")):
             columns.append(Column(heading, task))
             values = [cells[method, task][key] for method in result["methods"]]
-            best |= {(row, len(columns) - 1) for row, value in enumerate(values) if value == max(values)}
-            for row, value in zip(rows, values, strict=True):
-                row.append(f"{value:.3f}")
+            texts = [f"{value:.3f}" for value in values]
+            best |= {(row, len(columns) - 1) for row in best_rows(dict(enumerate(values)), texts, max)}
+            for row, text in zip(rows, texts, strict=True):
+                row.append(text)
     images = ", ".join(f"{task} {count}" for task, count in result["images"].items())
-    note = f"COCO's average precision at an overlap of 0.5 and 0.75 on test images ({images})."
+    note = (
+        f"COCO's average precision at an overlap of 0.5 and 0.75 on test images ({images}). {result['remark']}".strip()
+    )
     title = f"Detection on {result['base_model']}"
     return Table(title, note, tuple(columns), tuple(map(tuple, rows)), frozenset(best))
 

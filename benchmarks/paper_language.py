@@ -1,7 +1,7 @@
 """The paper's second experiment: adapters for Llama-3-8B on five subsets of the Pile, generated from descriptions.
 
-    python examples/language_pile_llama3.py            # from the Hub, on a GPU, with access to Llama 3
-    python examples/language_pile_llama3.py --smoke    # the same code offline, on a random tiny Llama
+    python benchmarks/paper_language.py            # from the Hub, on a GPU, with access to Llama 3
+    python benchmarks/paper_language.py --smoke    # the same code offline, on a random tiny Llama
 
 From the paper: rank 2, 150 epochs with the last 50 kept, the 12-layer 1-D CNN with its loss (KL weight 0.005),
 2,000 epochs of the generator, CLIP's text encoder. Its "Books" (Books3) is no longer given out; court opinions stand
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
-from paper_recipe import GENERATOR_EPOCHS, TEXT_ENCODER, paper_generator, paper_methods
+from paper_recipe import GENERATOR_EPOCHS, SMOKE_REMARK, TEXT_ENCODER, paper_generator, paper_methods
 from tiny_models import tiny_llama, tiny_text_encoder
 
 from lora_factory import CollectArguments, Task, collect_adapters, train_generator
@@ -92,7 +92,8 @@ def main() -> None:
         options.output / "language.json",
         [{"method": method, "task": task} | score.to_dict() for (method, task), score in cells.items()],
     )
-    print(markdown_table(language_table(list(methods), tasks, cells)))
+    table = language_table(list(methods), tasks, cells, SMOKE_REMARK if options.smoke else "")
+    print(f"{markdown_table(table)}\n\n{table.note}")
     record = zoo.record(zoo.tasks[0], "seed-0")
     print(json.dumps({"seed": record.seed, **record.versions}))
 
@@ -124,7 +125,7 @@ def made_up_texts() -> dict[str, list[str]]:
     return {"ArXiv": formula, "Ubuntu IRC": chat}
 
 
-def language_table(methods: list[str], tasks: list[Task], cells: dict) -> Table:
+def language_table(methods: list[str], tasks: list[Task], cells: dict, remark: str) -> Table:
     """Table 2's layout: perplexity and bits per character of every method and subset."""
     columns = [Column("method"), *(Column(name, task.name) for task in tasks for name in ("PPL", "BPC"))]
     rows = []
@@ -132,7 +133,8 @@ def language_table(methods: list[str], tasks: list[Task], cells: dict) -> Table:
         scores = [cells[method, task.name] for task in tasks]
         figures = [f"{figure:.3f}" for score in scores for figure in (score.perplexity, score.bits_per_character)]
         rows.append((method, *figures))
-    return Table("Language modelling", "", tuple(columns), tuple(rows))
+    note = f"Perplexity and bits per character of the test split; lower is better. {remark}".strip()
+    return Table("Language modelling", note, tuple(columns), tuple(rows))
 
 
 if __name__ == "__main__":
