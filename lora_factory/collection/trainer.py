@@ -280,7 +280,7 @@ class LoRATrainer:
         validation: list[TokenSequence],
         train: list[TokenSequence],
     ) -> None:
-        """Refuse a run that diverged: it is in the slot still.
+        """Refuse a run that diverged.
 
         Its weights must be finite in half precision, in which adapters are served. Where its validation loss is above
         the base model's, its loss on as many of its training sequences must not be: a run that has overfitted a small
@@ -294,13 +294,14 @@ class LoRATrainer:
                 f"{label}: it ended with a validation loss of {loss:.4g} and weights up to {largest:.3g}, which half "
                 f"precision cannot hold; {advice}"
             )
-        some = train[: len(validation)]
-        trained = self.loss(some)
         self.slot.load(self.initial)
         base = self.loss(validation)
         if not loss > base:
             return
-        if trained > (before := self.loss(some)):
+        some = train[: len(validation)]
+        before = self.loss(some)
+        self.slot.load(final)
+        if (trained := self.loss(some)) > before:
             raise LoraFactoryError(
                 f"{label}: it ended worse than the base model: validation loss {loss:.4f}, the base model's "
                 f"{base:.4f}; training loss {trained:.4f}, the base model's {before:.4f}; {advice}"

@@ -185,6 +185,7 @@ result |= {{
     assert len(hub.log.matching("/alice/unreachable/")) == 1, "one question, no repetitions"
     kept = Path(re.search(r"kept in (\S+),", result["down"])[1])
     assert set(contents(kept)) == set(hub.files("alice/dropped"))
+    assert kept.is_relative_to(hub.folder), "nothing is left in the machine's own folder"
 
     card = hub.files("alice/existing")["README.md"].decode()
     assert "Written by hand.\n" in card and "To the caterpillar.\n" in card and "## no heading" in card
