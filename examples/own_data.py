@@ -3,7 +3,7 @@
     python examples/own_data.py
 
 The tasks share their prompts, so only the condition tells the answer. The other examples read what this one writes
-into the folder examples-output. Takes two minutes on two CPU cores.
+into the folder examples-output. Takes a minute on two CPU cores.
 """
 
 from datetime import date, timedelta
