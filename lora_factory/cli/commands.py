@@ -443,6 +443,9 @@ def _explain(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.text and not options.generator:
         raise LoraFactoryError("--text needs --generator, the generator that writes the adapter")
+    for name in ("zoo", "unseen_tasks", "unseen_zoo") if options.text else ():
+        if getattr(options, name):
+            raise LoraFactoryError(f"--text scores adapters alone, without {name}=; leave one of them out")
     if options.generator and not options.text:
         _compare(options)
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from lora_factory.zoo.store import RECORD_FILE, ZOO_FILE, AdapterZoo
 
 if TYPE_CHECKING:
     from lora_factory.generator.writer import AdapterWriter
+
+BASE = "base model"  # the name of its row among the scores
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def evaluate_adapters(
     named = None if base_model is None else str(base_model)
     loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
     how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
-    return _score_each(loaded, tasks, base_model, chat_template=_learned_in_chat(adapters, zoo), **how)
+    in_chat = _learned_in_chat(adapters, zoo)
+    return _score_each([*loaded], loaded.values(), tasks, base_model, chat_template=in_chat, **how)
 
 
 def evaluate_texts(
@@ -209,17 +213,17 @@ def evaluate_texts(
         LoraFactoryError: When a text is empty, or as `evaluate_adapters`.
     """
     texts = [*dict.fromkeys(as_texts(texts))]
-    if not texts or not tasks:
-        raise LoraFactoryError(f"{len(texts)} texts and {len(tasks)} tasks: give at least one of each")
-    made = zip(texts, generator.generate_adapters(texts), strict=True)
-    loaded = {text: (generator.layout, state_dict) for text, state_dict in made}
+    if not tasks:
+        raise LoraFactoryError(f"{len(texts)} texts and no task: give at least one of each")
+    made = ((generator.layout, state_dict) for state_dict in generator.generate_adapters(texts))
     in_chat = bool(generator.config.chat_template)
     how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
-    return _score_each(loaded, tasks, base_model, chat_template=in_chat, **how)
+    return _score_each(texts, made, tasks, base_model, chat_template=in_chat, **how)
 
 
 def _score_each(
-    adapters: Mapping[str, tuple[AdapterLayout, dict[str, Tensor]]],
+    names: Sequence[str],
+    adapters: Iterable[tuple[AdapterLayout, dict[str, Tensor]]],
     tasks: Sequence[Task],
     base_model: str | Path | None,
     *,
@@ -228,8 +232,15 @@ def _score_each(
     chat_template: bool,
     progress: Callable[[str], None] | None,
 ) -> dict[str, dict[str, TextScore]]:
-    """Scores of the base model and of adapters by name; see `evaluate_adapters`."""
-    layout = next(iter(adapters.values()))[0]
+    """Scores of the base model and of adapters by name; see `evaluate_adapters`.
+
+    Adapters are taken one by one, the first before the base model is loaded.
+    """
+    if BASE in names:
+        raise LoraFactoryError(f"{BASE!r} names the row of the base model itself; name the adapter in another way")
+    adapters = iter(adapters)
+    first = next(adapters)
+    layout = first[0]
     check_tasks(tasks, lambda task: task.examples("test"))
     if base_model is None:
         model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
@@ -247,9 +258,9 @@ def _score_each(
             row[task.name] = score_task(model, tokenizer, task, **options)
         return row
 
-    scores = {"base model": score("base model", model)}
+    scores = {BASE: score(BASE, model)}
     slot: AdapterSlot | None = None
-    for name, (layout, state_dict) in adapters.items():
+    for name, (layout, state_dict) in zip(names, chain([first], adapters), strict=True):
         if slot is None or slot.layout.fingerprint() != layout.fingerprint():
             model = slot.model.unload() if slot else model
             slot = AdapterSlot(attach_adapter(model, layout, state_dict), layout)

@@ -304,6 +304,11 @@ def test_from_tasks_to_an_adapter_without_a_zoo(
     capsys.readouterr()
     assert cli.main([*words, "neither", "--adapter", "adapter", *texts]) == 2
     assert "--text needs --generator" in capsys.readouterr().err
+    assert cli.main([*words, "neither", "--generator", "generator", *texts, "--zoo", "zoo"]) == 2
+    assert "--text scores adapters alone, without --zoo" in capsys.readouterr().err
+    assert cli.main([*words, "neither", "--generator", "generator", "--text", "base model"]) == 2
+    assert "names the row of the base model itself" in capsys.readouterr().err
+    assert not Path("neither/evaluation.json").exists()
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(pico_model_folder), "adapter")
     assert model.peft_config["default"].r == 4
 

@@ -320,7 +320,11 @@ def one_step(folder: Path, mesh: DeviceMesh | None) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "named", "module"),
     [
-        ({"quantization": "4bit"}, "needs bitsandbytes", "lora_factory.utils.extras.find_spec"),
+        (
+            {"quantization": "4bit"},
+            r"bitsandbytes; run: pip install 'lora-factory\[quantization\]'",
+            "lora_factory.utils.extras.find_spec",
+        ),
         ({"report_to": ("wandb",)}, "pip install wandb", "lora_factory.collection.progress.get_available_trackers"),
     ],
 )

@@ -170,5 +170,5 @@ def test_a_loss_that_is_not_finite_is_named(zoo) -> None:
 
 def test_missing_diffusers_is_named_before_any_work(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(LoraFactoryError, match="COND P-DIFF needs diffusers"):
+    with pytest.raises(LoraFactoryError, match=r"diffusers; run: pip install 'lora-factory\[baselines\]'"):
         train_cond_p_diff(*zoo, autoencoder_steps=10**9)

@@ -490,6 +490,6 @@ def test_missing_extra_is_named_and_the_tables_are_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(LoraFactoryError, match="the report needs matplotlib"):
+    with pytest.raises(LoraFactoryError, match=r"matplotlib; run: pip install 'lora-factory\[report\]'"):
         write_report(make_comparison(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
