@@ -320,18 +320,25 @@ LONG: dict[str, Any] = {"max_tokens": 400}  # the pico model repeats itself and 
 
 
 def test_a_full_queue_refuses_and_a_stop_answers_what_was_taken(generator_folder: Path) -> None:
-    with running(generator_folder, batch_size=1, queue=2, max_new_tokens=400) as server:
-        with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda _: complete(server, **LONG), range(6)))
-        statuses = [answer.status_code for answer in answers]
-        assert set(statuses) == {200, 429} and statuses.count(200) >= 2
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert "2 requests wait already" in error_of(refused) and refused.headers["Retry-After"]
-        with ThreadPoolExecutor(3) as pool:
-            taken = [pool.submit(complete, server, **LONG) for _ in range(3)]
-            while server.metrics()["lora_factory_queue_length"] < 2:
+    with (
+        running(generator_folder, batch_size=1, queue=2, max_new_tokens=400) as server,
+        ThreadPoolExecutor(6) as pool,
+    ):
+
+        def wait_for(metric: str, value: int) -> None:
+            while server.metrics()[metric] < value:
                 assert not any(one.done() for one in taken)
-            server.stop()
+
+        for batches in (0, 3):
+            taken = [pool.submit(complete, server, **LONG)]
+            wait_for("lora_factory_batches_total", batches + 1)  # the model answers the first one, which waits no more
+            taken += [pool.submit(complete, server, **LONG) for _ in range(2)]
+            wait_for("lora_factory_queue_length", 2)
+            refused = complete(server, **LONG)
+            assert refused.status_code == 429
+            assert "2 requests wait already" in error_of(refused) and refused.headers["Retry-After"]
+            if batches:
+                server.stop()
             assert [one.result().status_code for one in taken] == [200] * 3
         server.thread.join()
         with pytest.raises(httpx2.ConnectError):
