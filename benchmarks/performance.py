@@ -11,7 +11,9 @@ extrapolated to the steps of a demo run. The latter two need the embedded base m
 In a warm process: weights and folders for adapters of three sizes, beside the limits of the machine: a copy of the
 weights in memory, and writing and syncing as many bytes. Then growth with the number of weights, tasks and layers,
 with the slope between the logarithms of size and time: 1 is linear. The peak of memory while the largest adapter is
-written is that of a process of its own, less its peak before that.
+written is that of a process of its own, less its peak before that. Last, a training step through the embedded base
+model with a core for each of eight tasks, beside one of a plain PEFT LoRA of the same modules and rank on as many
+tokens, each in a process of its own.
 
 Generators have random weights, which cost what trained ones do. Seconds are medians; memory is the peak of the
 resident set.
@@ -21,11 +23,13 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -56,7 +60,8 @@ LLAMA3_ALL = {
     "down_proj": (14336, 4096),
 }
 FINE_TUNING_STEPS, WARM_UP = 5, 2  # measured
-ROLES = ("text-to-lora", "fine-tuning", "memory")
+TRAINED_RANK, TRAINED_TASKS, TRAINED_LENGTH = 16, 8, 64  # of a step through the base; two sequences per task
+ROLES = ("text-to-lora", "fine-tuning", "memory", "plain-step", "core-step")
 
 
 def main() -> None:
@@ -70,6 +75,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if options.role:
         ways = {"text-to-lora": text_to_lora, "fine-tuning": fine_tuning, "memory": lambda: memory(options.folder)}
+        ways |= {"plain-step": plain_step, "core-step": core_step}
         print(json.dumps(ways[options.role]()))
         return
     results: dict[str, Any] = {
@@ -89,6 +95,14 @@ def main() -> None:
         make_generator(make_layout(32, LLAMA3_ALL, 16)).save_pretrained(options.folder / "large")
     command = [sys.executable, __file__, "--folder", str(options.folder), "--role", "memory"]
     results["memory"] = timed_process(command)
+    if has_base():
+        rounds = [
+            {role: timed_process([sys.executable, __file__, "--role", role]) for role in ROLES[3:]} for _ in range(3)
+        ]
+        results["steps"] = {
+            role: {key: median(taken[role][key] for taken in rounds) for key in ("step_seconds", "peak_mb")}
+            for role in ROLES[3:]
+        }
     show(results)
     if options.json:
         write_json(options.json, results)
@@ -244,6 +258,62 @@ def fine_tuning() -> dict[str, float]:
     return {"rest": step * (steps - len(seconds)), "step_seconds": step, "steps": steps}
 
 
+def plain_step() -> dict[str, float]:
+    """Steps of one LoRA for all tasks, in plain PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    from lora_factory.models.embedded import EMBEDDED_BASE_MODEL
+    from lora_factory.models.loading import load_base_model
+
+    base, _ = load_base_model(EMBEDDED_BASE_MODEL)
+    config = LoraConfig(r=TRAINED_RANK, lora_alpha=TRAINED_RANK, target_modules="all-linear")
+    model = get_peft_model(base, config).train()
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    times = [time.perf_counter()]
+    for _ in range(WARM_UP + FINE_TUNING_STEPS):
+        tokens = torch.randint(100, 40_000, (2 * TRAINED_TASKS, TRAINED_LENGTH))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        times.append(time.perf_counter())
+    return {"step_seconds": median(end - start for start, end in pairwise(times[WARM_UP:]))}
+
+
+def core_step() -> dict[str, float]:
+    """Steps of a generator's training through the base, each task with its own core."""
+    from accelerate import Accelerator
+
+    from lora_factory.arguments import CollectArguments, TrainArguments
+    from lora_factory.collection.trainer import open_trainer
+    from lora_factory.models.embedded import EMBEDDED_BASE_MODEL
+    from lora_factory.tasks.task import Task
+    from lora_factory.training.from_data import train_through_base
+    from lora_factory.training.train import build_generator
+    from lora_factory.utils.checkpoint import TrainingCheckpoint
+
+    lora = {"rank": TRAINED_RANK, "lora_alpha": TRAINED_RANK, "sequence_length": TRAINED_LENGTH}
+    arguments = TrainArguments(base_steps=WARM_UP + FINE_TUNING_STEPS, base_tasks=TRAINED_TASKS, **lora)
+    accelerator, words = Accelerator(cpu=True), ["alpha", "beta", "gamma", "delta"]
+    texts = [" ".join(random.Random(n).choices(words, k=400)) for n in range(4 * TRAINED_TASKS)]
+    tasks = [Task.from_examples(f"t{n}", [f"task {n}"], texts[n::TRAINED_TASKS]) for n in range(TRAINED_TASKS)]
+    trainer = open_trainer(EMBEDDED_BASE_MODEL, CollectArguments(**lora), accelerator, tasks)
+    about = [{"name": task.name, "descriptions": list(task.descriptions)} for task in tasks]
+    generator = build_generator(None, arguments, {"text": 384}, trainer.layout, about)
+    features = {"text": {task.name: generator.text_encoder.encode(list(task.descriptions)) for task in tasks}}
+    generator.fit_conditions(features)
+    times = []
+
+    class Clock(TrainingCheckpoint):
+        """Takes the time where a training would save its state."""
+
+        def save_now_and_then(self, *_: Any) -> None:
+            times.append(time.perf_counter())
+
+    with TemporaryDirectory() as folder:
+        train_through_base(generator, trainer, tasks, features, arguments, checkpoint=Clock(folder, ""))
+    return {"step_seconds": median(end - start for start, end in pairwise(times[WARM_UP - 1 :]))}
+
+
 def memory(folder: Path) -> dict[str, float]:
     """The peak of memory while the largest adapter is written, beyond that of the opened generator, in its sizes."""
     generator = AdapterWriter.open(folder / "large")
@@ -353,6 +423,14 @@ def show(results: dict[str, Any]) -> None:
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"peak memory of writing the largest: {results['memory']['peak_in_adapters']:.2f} of its size")
+    if steps := results.get("steps"):
+        plain, core = steps["plain-step"], steps["core-step"]
+        console.print(
+            f"a training step through the base, {2 * TRAINED_TASKS} sequences of {TRAINED_LENGTH} tokens: "
+            f"{core['step_seconds']:.2f} s and {core['peak_mb']:.0f} MB; plain LoRA "
+            f"{plain['step_seconds']:.2f} s and {plain['peak_mb']:.0f} MB; ratio "
+            f"{core['step_seconds'] / plain['step_seconds']:.2f}"
+        )
     facts = {**results["versions"], **results["machine"]}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
 

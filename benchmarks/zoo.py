@@ -8,6 +8,7 @@ files are hard links to them, so that the zoos take 2 GB of the disk, and after 
 page cache. Every line is measured in a process of its own; its memory is the peak of the resident set (VmHWM), of
 which the libraries alone take what the line of 0 tasks says. "fit" is the whole
 training on the zoo's weights: the joint factorisation, the cores of all snapshots, and a few steps of the network.
+"read" is no more than reading all files.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     if options.measure is not None:
         print(json.dumps(measure(options.folder / str(options.measure), options.measure)))
         return
-    columns = ("tasks", "open ms", "snapshot ms", "fit s", "peak memory GB")
+    columns = ("tasks", "open ms", "snapshot ms", "read s", "fit s", "peak memory GB")
     table = Table(title=f"{SNAPSHOTS} snapshots of {LAYOUT.size:,} weights per task")
     for column in columns:
         table.add_column(column, justify="right")
@@ -119,6 +120,12 @@ def measure(folder: Path, count: int) -> dict[str, float]:
             row = source.randrange(SNAPSHOTS)
             zoo.snapshots(source.choice(list(weights)), "seed-0", rows=slice(row, row + 1))
         note("snapshot ms", 1000 * timer.lap() / 50)
+        buffer = bytearray(1 << 24)
+        for path in sorted(folder.rglob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        note("read s", timer.lap())
         arguments = TrainArguments(steps=STEPS)
         layout = zoo.layout.with_rank(basis_rank(zoo, arguments))
         about = [{"name": task, "descriptions": [task]} for task in weights]

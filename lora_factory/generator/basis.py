@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -127,7 +127,7 @@ class CoreBasis(nn.Module):
 
     @torch.no_grad()
     def project(self, layout: AdapterLayout, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The cores that come nearest to adapters, ``K = B⁺ ΔW A⁺ / s``.
+        """The cores that come nearest to adapters, and how near.
 
         Args:
             layout: The adapters' layout: of any rank, without some of the modules if need be.
@@ -136,22 +136,38 @@ class CoreBasis(nn.Module):
         Returns:
             Cores ``(n, C)``, and for each adapter the share of its squared ΔW that lies outside the basis, ``(n,)``.
         """
-        thin, factors, parts = _thin(layout, vectors), self.layout.unflatten(self.factors.float()), []
+        cores, factors = self.projector(layout)(vectors), self.layout.unflatten(self.factors.float())
         kept, total = vectors.new_zeros(2, len(vectors), dtype=torch.float32)
-        for module, size in zip(self.layout.modules, self.sizes, strict=True):
-            if module.path not in thin:
-                parts.append(vectors.new_zeros(len(vectors), size, dtype=torch.float32))
-                continue
-            a, b = factors[module.key_a].flatten(1), factors[module.key_b].flatten(1)
-            own_a, own_b = thin[module.path]
-            left, right = b.mT @ b, a @ a.mT
-            core = _inverse(left) @ (b.mT @ own_b) @ (own_a @ a.mT) @ _inverse(right)
-            part = core.diagonal(dim1=1, dim2=2) if self.diagonal else core.flatten(1)
-            core = part.diag_embed() if self.diagonal else core
-            kept += (left @ core @ right * core).sum((1, 2))
-            total += ((own_a @ own_a.mT) * (own_b.mT @ own_b)).sum((1, 2))
-            parts.append(part / module.scaling)
-        return torch.cat(parts, 1), ((total - kept) / total.clamp_min(1e-30)).clamp(0, 1)
+        for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
+            a, b = factors[module.key_a].flatten(1), module.scaling * factors[module.key_b].flatten(1)
+            kept += (b.mT @ b @ core @ a @ a.mT * core).sum((1, 2))
+        for a, b in _thin(layout, vectors).values():
+            total += ((a @ a.mT) * (b.mT @ b)).sum((1, 2))
+        return cores, ((total - kept) / total.clamp_min(1e-30)).clamp(0, 1)
+
+    @torch.no_grad()
+    def projector(self, layout: AdapterLayout) -> Callable[[Tensor], Tensor]:
+        """The function from adapters ``(n, D)`` of a layout to the nearest cores ``(n, C)``, ``K = B⁺ ΔW A⁺ / s``."""
+        factors, inverses = self.layout.unflatten(self.factors.float()), {}
+        for module in self.layout.modules:
+            a, b = factors[module.key_a].flatten(1), module.scaling * factors[module.key_b].flatten(1)
+            inverses[module.path] = a.mT @ _inverse(a @ a.mT), _inverse(b.mT @ b) @ b.mT
+
+        @torch.no_grad()
+        def nearest(vectors: Tensor) -> Tensor:
+            parts, own = [], {module.path: module for module in layout.modules}
+            weights = layout.unflatten(vectors.float())
+            for wide, size in zip(self.layout.modules, self.sizes, strict=True):
+                if (module := own.get(wide.path)) is None:
+                    parts.append(vectors.new_zeros(len(vectors), size, dtype=torch.float32))
+                    continue
+                right, left = inverses[wide.path]
+                a, b = weights[module.key_a].flatten(2), weights[module.key_b].flatten(2)
+                core = (left @ b) @ (a @ right) * module.scaling
+                parts.append(core.diagonal(dim1=1, dim2=2) if self.diagonal else core.flatten(1))
+            return torch.cat(parts, 1)
+
+        return nearest
 
 
 def _thin(layout: AdapterLayout, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -103,7 +103,7 @@ class ConditionalVAE(nn.Module):
     def targets(self, adapters: torch.Tensor, layout: AdapterLayout | None = None) -> torch.Tensor:
         """What the network would have to make for adapters ``(n, D)`` of this or another layout: ``(n, targets)``."""
         layout = layout or self.layout
-        rows = layout.widen(adapters, self.layout) if self.basis is None else self.basis.project(layout, adapters)[0]
+        rows = layout.widen(adapters, self.layout) if self.basis is None else self.basis.projector(layout)(adapters)
         return (rows - self.center) / self.spread_over(self.scale)
 
     def spread_over(self, numbers: torch.Tensor) -> torch.Tensor:

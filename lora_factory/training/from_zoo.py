@@ -148,15 +148,17 @@ def _fit_basis(
     deviation = _per_module(generator, (cores - generator.center).square().mean(0)).sqrt()
     rounding = 1e-6 * cores.square().mean().sqrt().clamp_min(1e-6)  # all that equal adapters differ by
     generator.scale.copy_(deviation.clamp_min(torch.maximum(1e-3 * deviation.max(), rounding)))
-    standard = (cores - generator.center) / generator.spread_over(generator.scale)
+    scale = generator.spread_over(generator.scale)
+    standard = (cores - generator.center) / scale
     _, values, directions = torch.linalg.svd(standard, full_matrices=False)
     kept = min(len(network.decoder), int((values > 1e-5 * values[0]).sum()))
     network.decoder.zero_()
     network.decoder[:kept] = values[:kept, None] * directions[:kept] / math.sqrt(len(cores))
     codes, rest = {}, torch.zeros_like(generator.center)
+    nearest, inverse = basis.projector(zoo.layout), torch.linalg.pinv(network.decoder)
     for task, rows in weights.items():
-        targets = torch.cat([generator.targets(part, zoo.layout) for part in in_parts(rows)])
-        own = network.code(targets)
+        targets = (torch.cat([nearest(part) for part in in_parts(rows)]) - generator.center) / scale
+        own = targets @ inverse
         missed = targets - network.decode(own)
         codes[task] = torch.cat([missed.square().mean(-1, keepdim=True), own], 1)
         rest += (missed - missed.mean(0)).square().mean(0) / len(weights)
