@@ -32,7 +32,7 @@ from lora_factory.reporting.report import write_report
 from lora_factory.tasks.task_file import load_tasks, save_tasks
 from lora_factory.training.train import save_generator, train_generator
 from lora_factory.utils.files import atomic_folder, write_text
-from lora_factory.utils.folders import ADAPTER, GENERATOR, check_folder
+from lora_factory.utils.folders import ADAPTER, GENERATOR, check_folder, check_reports, check_saving
 from lora_factory.utils.paths import recorded_name
 from lora_factory.utils.safe_files import read_json
 from lora_factory.zoo.importing import AdapterSource, import_adapters
@@ -299,6 +299,20 @@ def test_home_is_expanded_everywhere(
     write_text("~/text.json", "{}")
     assert read_json("~/text.json") == {}
     assert not list(Path().iterdir())
+
+
+def test_a_file_in_the_place_of_a_report_s_folder_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(LoraFactoryError, match=r"file is there and is not a folder"):
+            check_reports(folder, "evaluation.json")
+    assert check_reports(tmp_path / "new" / "a", "evaluation.json") == tmp_path / "new" / "a"
+
+
+def test_a_generator_is_not_saved_over_a_record_of_the_user_s(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text("{}")
+    with pytest.raises(LoraFactoryError, match=r"training\.json is no generator's"):
+        check_saving(tmp_path)
 
 
 def test_a_local_base_is_recorded_as_one_and_not_pushed(

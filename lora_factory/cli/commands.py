@@ -382,10 +382,13 @@ def _generate(options: argparse.Namespace) -> None:
             raise LoraFactoryError("--texts goes without --text, --examples and --images; leave these out")
         _generate_many(options)
         return
+    for name, given in {"refine_steps": options.refine_steps > 0, "base_model": options.base_model}.items():
+        if given and options.examples is None:
+            raise LoraFactoryError(f"{name}= has no effect without --examples; give these, or leave it out")
     if all(value is None for value in one):
         raise LoraFactoryError("nothing to condition on; give --text, --examples, --images or several, or --texts")
     generator = AdapterWriter.open(options.generator, options.revision)
-    generator.save_adapter(
+    folder = generator.save_adapter(
         options.text,
         options.output_dir,
         examples=given_examples(options),
@@ -397,7 +400,7 @@ def _generate(options: argparse.Namespace) -> None:
         refine_steps=options.refine_steps,
         rank=options.rank,
     )
-    made = read_json(local_path(options.output_dir) / GENERATION_FILE)
+    made = read_json(folder / GENERATION_FILE)
     lines = [f"wrote {options.output_dir}"]
     if made["nearest_tasks"]:
         nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in made["nearest_tasks"])
@@ -505,11 +508,11 @@ def _score(options: argparse.Namespace) -> None:
             scores = evaluate_texts(generator, options.text, tasks, options.base_model, **how)
         else:
             scores = evaluate_adapters(options.adapter, tasks, options.base_model, zoo=zoo, **how)
+    _print_scores(scores)
     write_json(
         results,
         {model: {task: score.to_dict() for task, score in row.items()} for model, row in scores.items()},
     )
-    _print_scores(scores)
     say(f"wrote {results}")
 
 

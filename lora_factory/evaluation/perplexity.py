@@ -99,10 +99,13 @@ def score_examples(
     Raises:
         LoraFactoryError: When there is nothing to score, a size is out of range, or the chat template does not fit.
     """
+    if window < 2:
+        raise LoraFactoryError(f"window={window}: a token is predicted from those before it; give 2 or more")
     if not 0 < stride < window:
         raise LoraFactoryError(f"stride={stride}, window={window}: stride must be at least 1 and below window")
-    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-        raise LoraFactoryError(f"batch_size={batch_size}, max_tokens={max_tokens}: both must be at least 1")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise LoraFactoryError(f"{name}={value}: give 1 or more")
     if (limit := positions(model) or window) < window:
         window, stride = limit, max(1, stride * limit // window)
     windows: list[Window] = []

@@ -147,25 +147,33 @@ class CoreBasis(nn.Module):
 
     @torch.no_grad()
     def projector(self, layout: AdapterLayout) -> Callable[[Tensor], Tensor]:
-        """The function from adapters ``(n, D)`` of a layout to the nearest cores ``(n, C)``, ``K = B⁺ ΔW A⁺ / s``."""
-        factors, inverses = self.layout.unflatten(self.factors.float()), {}
+        """The function from adapters ``(n, D)`` of a layout to the nearest cores ``(n, C)``, ``K = B⁺ ΔW A⁺ / s``.
+
+        A diagonal core d solves ``(BᵀB ∘ AAᵀ) d = diag(Bᵀ ΔW Aᵀ) / s``.
+        """
+        factors, maps = self.layout.unflatten(self.factors.double()), {}
         for module in self.layout.modules:
             a, b = factors[module.key_a].flatten(1), module.scaling * factors[module.key_b].flatten(1)
-            inverses[module.path] = a.mT @ _inverse(a @ a.mT), _inverse(b.mT @ b) @ b.mT
+            grams = a @ a.mT, b.mT @ b
+            if self.diagonal:
+                parts = [a.mT, b.mT, _inverse(grams[0] * grams[1])]
+            else:
+                parts = [a.mT @ _inverse(grams[0]), _inverse(grams[1]) @ b.mT]
+            maps[module.path] = [part.float() for part in parts]
 
         @torch.no_grad()
         def nearest(vectors: Tensor) -> Tensor:
-            parts, own = [], {module.path: module for module in layout.modules}
+            cores, own = [], {module.path: module for module in layout.modules}
             weights = layout.unflatten(vectors.float())
             for wide, size in zip(self.layout.modules, self.sizes, strict=True):
                 if (module := own.get(wide.path)) is None:
-                    parts.append(vectors.new_zeros(len(vectors), size, dtype=torch.float32))
+                    cores.append(vectors.new_zeros(len(vectors), size, dtype=torch.float32))
                     continue
-                right, left = inverses[wide.path]
+                right, left, *diagonal = maps[wide.path]
                 a, b = weights[module.key_a].flatten(2), weights[module.key_b].flatten(2)
                 core = (left @ b) @ (a @ right) * module.scaling
-                parts.append(core.diagonal(dim1=1, dim2=2) if self.diagonal else core.flatten(1))
-            return torch.cat(parts, 1)
+                cores.append(core.diagonal(dim1=1, dim2=2) @ diagonal[0] if diagonal else core.flatten(1))
+            return torch.cat(cores, 1)
 
         return nearest
 
@@ -177,8 +185,8 @@ def _thin(layout: AdapterLayout, vectors: Tensor) -> dict[str, tuple[Tensor, Ten
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    """The pseudo-inverse of a symmetric (R, R) matrix; so ``B⁺`` is that of ``BᵀB``, times ``Bᵀ``."""
-    return torch.linalg.pinv(gram.double(), hermitian=True).to(gram)
+    """The pseudo-inverse of a float64 Gram matrix, for which what float32 factors lose in rounding counts as zero."""
+    return torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
 
 
 def _directions(rows: Tensor, count: int) -> Tensor:

@@ -78,7 +78,7 @@ class Order:
         for name, value in given.items():
             object.__setattr__(self, name, value)
         if self.rank == 0:
-            raise LoraFactoryError("rank=0 leaves no adapter; give 1 or more, or None for the generator's own rank")
+            raise LoraFactoryError("rank=0 leaves no adapter; give 1 or more, or leave it out for the generator's own")
 
     @property
     def texts(self) -> dict[str, float]:

@@ -208,7 +208,7 @@ class AdapterWriter(ConditionalVAE):
             seed: As there.
             temperature: As there.
             overwrite: Whether a generated adapter that is there already is replaced. Nothing else ever is, be it an
-                adapter that was trained; what people have added to its card stays.
+                adapter that was trained; the sections that people have added to its card stay.
             tokenizer: As there.
             refine_steps: As there.
             rank: As there.
@@ -228,7 +228,8 @@ class AdapterWriter(ConditionalVAE):
         with atomic_folder(output, ADAPTER, overwrite=overwrite, inputs=inputs) as folder:
             generation = write_adapter(self, folder, order, base)
             _write_card(folder, output, generation, origins_of(self))
-        return local_path(save_directory)
+        named = local_path(save_directory)
+        return named if named.is_dir() else output  # "missing/../adapter" is written, and leads nowhere
 
 
 def _write_card(folder: Path, output: Path, generation: Generation, origins: Origins) -> None:

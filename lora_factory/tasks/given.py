@@ -112,6 +112,8 @@ def as_named_texts(texts: object) -> dict[str, str]:
         raise LoraFactoryError(
             f'texts is {str(texts)[:80]!r}; give at least one description by its name: {{"legal": "Legal notices"}}'
         )
+    if blank := [name for name, text in texts.items() if text is None or (isinstance(text, str) and not text.strip())]:
+        raise LoraFactoryError(f"the text of {blank[0]!r} is empty; describe what that adapter is for")
     return {name: as_text(text) or "" for name, text in texts.items()}
 
 
@@ -127,6 +129,8 @@ def read_named_texts(file: str | Path) -> dict[str, str]:
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if doubled := [line for line, count in Counter(lines).items() if count > 1]:
         raise LoraFactoryError(f"{path} has the line {doubled[0][:80]!r} twice; give each description once")
+    if not lines:
+        raise LoraFactoryError(f"{path} holds no description; write one a line")
     return as_named_texts({name: text for text, name in task_names(lines).items()})
 
 

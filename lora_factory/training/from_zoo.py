@@ -33,16 +33,21 @@ def basis_rank(zoo: AdapterZoo, arguments: TrainArguments) -> int:
     """The rank of the basis: that which ``arguments`` give, else one that holds all runs of a zoo, 32 at most.
 
     Raises:
-        LoraFactoryError: When the rank that is given is below that of the zoo's own adapters.
+        LoraFactoryError: When the rank that is given is below that of the zoo's own adapters, or above what any module
+            can hold.
     """
     highest = max(module.rank for module in zoo.layout.modules)
     runs = sum(len(zoo.runs(task)) for task in zoo.tasks)
-    rank = arguments.rank or max(highest, min(highest * runs, MAX_DEFAULT_RANK))
+    modules = [(m.rank, math.prod(m.shape_a) // m.rank, math.prod(m.shape_b) // m.rank) for m in zoo.layout.modules]
+    most = max(max(own, min(inputs, outputs)) for own, inputs, outputs in modules)
+    rank = arguments.rank or max(highest, min(highest * runs, MAX_DEFAULT_RANK, most))
     if rank < highest:
         raise LoraFactoryError(
             f"rank={rank} is below that of the zoo's adapters, {highest}; give {highest} or more, or 0 for the rank "
             "that holds them all. An adapter of a lower rank is made at generation: generate_adapter(…, rank=…)"
         )
+    if rank > most:
+        raise LoraFactoryError(f"rank={rank} is above what any module's weight can have, {most}; give {most} or less")
     return rank
 
 

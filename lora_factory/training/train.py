@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ from lora_factory.utils.folders import GENERATOR, WORKING, check_folder
 from lora_factory.utils.paths import local_path, recorded_name, sha256_text
 from lora_factory.utils.safe_files import read_json_object, reading
 from lora_factory.zoo.store import AdapterZoo
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def train_generator(
@@ -108,6 +111,7 @@ def train_generator(
         arguments = replace(arguments, image_encoder=str(base))
     about = _about(zoo, tasks or ())
     described = {task["name"]: task["descriptions"] for task in about}
+    _warn_of_twins(described)
     features = _features(arguments, described, held_out, images, accelerator)
     if images is None and trainer is not None and tasks is not None:
         features["hidden"] = example_features(trainer, language_tasks([*tasks, *held_out]))
@@ -293,6 +297,20 @@ def _checked(
             "pass 0, or decoder='core'"
         )
     return arguments
+
+
+def _warn_of_twins(described: Mapping[str, Sequence[str]]) -> None:
+    """Warn of a description that several tasks have, which gets an adapter between theirs."""
+    first: dict[str, str] = {}
+    for task, texts in described.items():
+        for text in dict.fromkeys(texts):
+            if (other := first.setdefault(text, task)) != task:
+                _LOGGER.warning(
+                    "the tasks %s and %s have the same description %r, so that a text cannot tell them apart; say in "
+                    "which way they differ",
+                    *(other, task, text[:80]),
+                )
+                return
 
 
 def _features(

@@ -229,8 +229,11 @@ def check_reports(folder: str | Path, *names: str) -> Path:
     """
     folder = local_path(folder)
     with storage_errors(folder, "look at"):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise LoraFactoryError(f"{folder} is there and is not a folder; name another one")
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise LoraFactoryError(f"{there} is there and is not a folder; name another one")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise StorageError(f"{there} may not be written into; allow it, or name another folder")
     for name in names:
         path = folder / name
         with storage_errors(path, "read"):
@@ -254,9 +257,7 @@ def check_saving(folder: str | Path) -> Path:
         if os.path.lexists(folder) and not folder.is_dir():
             raise LoraFactoryError(f"{folder} is there and is not a folder; name another one")
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        taken = sorted(
-            name for name in names if name == "config.json" or re.fullmatch(r"model.*\.safetensors.*", name)
-        )
+        taken = sorted(name for name in names if re.fullmatch(r"(config|training)\.json|model.*\.safetensors.*", name))
         if taken and (not _is_generator(folder) or any((folder / name).is_symlink() for name in taken)):
             raise LoraFactoryError(
                 f"{folder / taken[0]} is no generator's and would be replaced; name another folder for the generator"

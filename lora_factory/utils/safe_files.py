@@ -19,7 +19,7 @@ from lora_factory.errors import LoraFactoryError
 MAX_CONFIG_BYTES = 16 << 20
 MAX_JSON_BYTES = 512 << 20  # COCO's largest annotation file has 448 MB
 _MAX_DEPTH = 64  # our own files are nested 8 deep at most
-_HUGE_NUMBER = re.compile(r"\d{300}")  # beyond any float
+_MANY_DIGITS = re.compile(r"\d{300}")  # of a number: beyond any float
 _LARGE_EXPONENT = re.compile(r"[eE]\+?\d{3}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -132,9 +132,8 @@ def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:  # noqa:
     """
     text = read_text(path, limit)
     try:
-        if _HUGE_NUMBER.search(text):
-            raise ValueError("a number has 300 digits or more")
-        value = json.loads(text, parse_constant=_refuse_constant)
+        small = _small if _MANY_DIGITS.search(text) else None  # the digits may be in a string
+        value = json.loads(text, parse_constant=_refuse_constant, parse_int=small, parse_float=small)
         _check_values(value, text)
     except (ValueError, RecursionError) as error:
         raise LoraFactoryError(
@@ -149,6 +148,12 @@ def read_json_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[s
     if not isinstance(values, dict):
         raise LoraFactoryError(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values
+
+
+def _small(number: str) -> float:
+    if _MANY_DIGITS.search(number):
+        raise ValueError("a number has 300 digits or more")
+    return int(number) if number.removeprefix("-").isdigit() else float(number)
 
 
 def _refuse_constant(name: str) -> None:

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import version
 
 from lora_factory._version import __version__
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, NewerFormatError
 
 LIBRARIES = ("torch", "transformers", "peft")
 
@@ -34,7 +34,8 @@ def check_format(number: object, newest: int, what: str) -> None:
         LoraFactoryError: When the number is none, or that of a newer format.
     """
     if type(number) is not int or not 1 <= number <= newest:
-        raise LoraFactoryError(
+        newer = type(number) is int and number > newest
+        raise (NewerFormatError if newer else LoraFactoryError)(
             f"{what} has format_version={number!r}: this lora-factory reads versions up to {newest}; "
             "pip install --upgrade lora-factory"
         )

@@ -31,9 +31,8 @@ from lora_factory.utils.safe_files import (
     reading,
 )
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import AdapterZoo
+from lora_factory.zoo.store import ORIGIN_FILE, AdapterZoo
 
-ORIGIN_FILE = "import.json"
 _CONFIG_FILE, _PICKLE_FILE = "adapter_config.json", "adapter_model.bin"
 _LIMITS = {_CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, CARD_FILE: MAX_CONFIG_BYTES}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, NewerFormatError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
 from lora_factory.utils.paths import local_path, safe_name, sha256_file
 from lora_factory.utils.printable import facts_html, facts_line, few, natural_key
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 ZOO_FILE = "zoo.json"
 HIDDEN_FOLDER = ".collection"  # of a collection: leases, states, failures, logs
 RECORD_FILE = "run.json"
+ORIGIN_FILE = "import.json"  # of a run that was imported: where it came from
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 CHECKPOINTS_FILE = "checkpoints.safetensors"
 _HEADER_BYTES = 16 << 20  # what a safetensors file may hold besides its tensors
-_REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
+REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
 
 
 class AdapterZoo:
@@ -169,8 +170,10 @@ class AdapterZoo:
             record = RunRecord.from_dict(read_json_object(checked_file(path.parent, RECORD_FILE, MAX_CONFIG_BYTES)))
             if (record.task, record.run) != (task, run):
                 raise LoraFactoryError(f"it is the record of {record.task}/{record.run}")
-            if not set(_REQUIRED_FILES) <= set(record.sha256):
-                raise LoraFactoryError(f"it lacks the SHA-256 of one of {', '.join(_REQUIRED_FILES)}")
+            if not set(REQUIRED_FILES) <= set(record.sha256):
+                raise LoraFactoryError(f"it lacks the SHA-256 of one of {', '.join(REQUIRED_FILES)}")
+        except NewerFormatError as error:
+            raise NewerFormatError(_located(path, error)) from error
         except LoraFactoryError as error:
             raise LoraFactoryError(f"{_located(path, error)}; {_remedy(path.parent)}") from error
         return record
@@ -201,7 +204,7 @@ class AdapterZoo:
             save_file(checkpoints, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
             for name, text in extra_files.items():
                 write_text(folder / name, text)
-            sha256 = {name: sha256_file(folder / name) for name in sorted((*_REQUIRED_FILES, *extra_files))}
+            sha256 = {name: sha256_file(folder / name) for name in sorted((*REQUIRED_FILES, *extra_files))}
             write_json(folder / RECORD_FILE, replace(record, sha256=sha256).to_dict())
 
     def describe(self, record: RunRecord, descriptions: Sequence[str]) -> None:
@@ -335,7 +338,7 @@ class AdapterZoo:
                 f"{self.folder / where} is already there; delete that folder to collect the run again"
             )
         for name in extra_files:
-            if safe_name(name) in (*_REQUIRED_FILES, RECORD_FILE):
+            if safe_name(name) in (*REQUIRED_FILES, RECORD_FILE):
                 raise LoraFactoryError(
                     f"{where}: {name} is written by the zoo itself; give the extra file another name"
                 )

@@ -11,13 +11,13 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, NewerFormatError
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json
 from lora_factory.utils.folders import FolderKind, check_folder, run_kind
 from lora_factory.utils.paths import local_path, sha256_file
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import CHECKPOINTS_FILE, RECORD_FILE, ZOO_FILE, AdapterZoo
+from lora_factory.zoo.store import CHECKPOINTS_FILE, ORIGIN_FILE, RECORD_FILE, REQUIRED_FILES, ZOO_FILE, AdapterZoo
 
 _HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
 _NUMBER_BYTES = 4  # of the widest numbers that a zoo holds
@@ -38,7 +38,8 @@ def prune(
         zoo: The zoo.
         tasks: Look at the runs of these tasks only; default: of all.
         runs: Look at runs of these names only; default: at all.
-        damaged: Remove those among them that ``AdapterZoo.problems`` finds fault with.
+        damaged: Remove those among them that ``AdapterZoo.problems`` finds fault with. One that a newer version of
+            this package wrote is not among them.
         keep_last: Remove no run, but all of its checkpoints except for the last ones, as many as this.
         dry_run: Change nothing.
 
@@ -64,12 +65,17 @@ def prune(
                     _keep_last(zoo, record, keep_last)
                 done.append(f"{task}/{run}: removed {surplus} of {len(record.snapshot_steps)} snapshots")
             continue
-        problems = zoo.problems(task, run) if damaged else []
+        problems = _damage(zoo, task, run) if damaged else []
         if problems or not damaged:
-            kind = _kind_of(zoo, task, run)
-            check_folder(zoo.folder / task / run, kind, overwrite=True)
+            folder, kind = zoo.folder / task / run, _kind_of(zoo, task, run)
+            if foreign := kind.foreign(folder):
+                raise LoraFactoryError(
+                    f"{folder} holds {foreign!r}, which the zoo may not have written, so it is not removed; move that "
+                    "file elsewhere first"
+                )
+            check_folder(folder, kind, overwrite=True)
             if not dry_run:
-                remove_folder(zoo.folder / task / run, kind)
+                remove_folder(folder, kind)
                 with contextlib.suppress(OSError):  # it has other runs
                     (zoo.folder / task).rmdir()
             done.append(f"{task}/{run}: removed" + (f", since {problems[0]}" if problems else ""))
@@ -130,12 +136,23 @@ def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
     }
 
 
+def _damage(zoo: AdapterZoo, task: str, run: str) -> list[str]:
+    """What is wrong with a run; nothing where a newer version may read it."""
+    try:
+        zoo.record(task, run)
+    except NewerFormatError:
+        return []
+    except LoraFactoryError as error:
+        return [str(error)]
+    return zoo.problems(task, run)
+
+
 def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:
-    """The files of a run: those of its record, or all plain files beside a damaged record."""
+    """The files of a run: those of its record, or all that this package writes beside a damaged one."""
     try:
         return run_kind([*zoo.record(task, run).sha256, RECORD_FILE])
     except LoraFactoryError:
-        return FolderKind("a run", r"[^/]+")
+        return run_kind([*REQUIRED_FILES, ORIGIN_FILE, RECORD_FILE])
 
 
 def _keep_last(zoo: AdapterZoo, record: RunRecord, count: int) -> None:

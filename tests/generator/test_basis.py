@@ -107,6 +107,34 @@ def test_an_adapter_is_its_core_between_the_factors(layout: AdapterLayout, diago
     torch.testing.assert_close(basis.adapters(basis.identity()[None])[0], basis.factors)
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_nearest_core_of_factors_that_are_not_orthonormal(
+    layout: AdapterLayout, diagonal: bool, lost: int
+) -> None:
+    basis = random_basis(layout, diagonal=diagonal)
+    if lost:  # directions that float32 tells apart by its rounding alone
+        with torch.no_grad():
+            weights = layout.unflatten(basis.factors)
+            for module in layout.modules:
+                a = weights[module.key_a]
+                a[-1] = a[0] * (1 + 1e-7)
+            basis.factors.copy_(layout.flatten(weights))
+    adapters = normal(2, layout.size, seed=1)
+    cores, errors = basis.project(layout, adapters)
+    factors, residual = layout.unflatten(basis.factors.detach().double()), 0.0
+    wanted, found = deltas(layout, adapters), deltas(layout, basis.adapters(cores).detach())
+    for module in layout.modules:
+        a, b = factors[module.key_a].flatten(1), factors[module.key_b].flatten(1)
+        spanned = torch.einsum("or,si->rsoi", b, a).flatten(2)
+        spanned = (spanned.diagonal().mT if diagonal else spanned.flatten(0, 1)).mT
+        change = wanted[module.path].flatten(1).mT
+        nearest = spanned @ (torch.linalg.pinv(spanned, rtol=1e-6) @ change)
+        torch.testing.assert_close(found[module.path].flatten(1).mT, nearest, rtol=1e-3, atol=1e-3)
+        residual = residual + (change - nearest).square().sum(0)
+    torch.testing.assert_close(errors.double(), residual / squares(wanted), rtol=1e-3, atol=1e-4)
+
+
 def test_adapters_whose_ranks_fit_into_the_basis_are_kept_exactly(layout: AdapterLayout) -> None:
     adapters = normal(3, layout.size)
     basis = CoreBasis(layout.with_rank(3 * max(m.rank for m in layout.modules)))

@@ -219,6 +219,27 @@ def test_a_rank_that_does_not_hold_the_zoo_is_said(
     assert made[2] > 0.2 and made[8] == made[12] == 0
 
 
+def test_a_rank_that_no_module_can_have_is_refused(zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path) -> None:
+    with pytest.raises(LoraFactoryError, match=r"rank=100000 is above what any module's weight can have, \d+; give"):
+        train_generator(zoo, tmp_path / "generator", replace(arguments, rank=100_000))
+
+
+def test_two_tasks_of_one_description_are_warned_of(
+    zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_generator(zoo, tmp_path / "a", replace(arguments, steps=2))
+    assert "same description" not in caplog.text
+    twins, first = (
+        AdapterZoo.create(tmp_path / "twins", zoo.layout),
+        zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0]),
+    )
+    for task in zoo.tasks[:2]:
+        record = replace(zoo.record(task, zoo.runs(task)[0]), descriptions=first.descriptions, sha256={})
+        twins.add_run(record, zoo.snapshots(task, record.run))
+    train_generator(twins, tmp_path / "b", replace(arguments, steps=2))
+    assert f"the tasks {zoo.tasks[0]} and {zoo.tasks[1]} have the same description" in caplog.text
+
+
 def test_checkpoints_on_disk_train_the_same_generator(
     zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,15 @@ def test_reading_damaged_or_missing_json_teaches(tmp_path):
         read_json(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("number", ["1" * 300, "-" + "1" * 300, "1" * 300 + ".5", "1e400"])
+def test_digits_beyond_any_number_are_refused_and_as_a_text_they_are_none(tmp_path, number):
+    write_json(tmp_path / "text.json", {number: [number, 1, -2, 0.5]})
+    assert read_json(tmp_path / "text.json") == {number: [number, 1, -2, 0.5]}
+    (tmp_path / "number.json").write_text(f'{{"a": {number}}}')
+    with pytest.raises(LoraFactoryError, match="a number"):
+        read_json(tmp_path / "number.json")
+
+
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_text(path, "old")

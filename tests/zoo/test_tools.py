@@ -79,10 +79,24 @@ def test_prune_removes_damaged_runs(zoo: AdapterZoo) -> None:
     assert prune(zoo, damaged=True) == []
     damage(zoo, "a", "seed-1")
     (zoo.folder / "b" / "seed-0" / "run.json").write_text("{")
+    (zoo.folder / "b" / "seed-0" / "note.txt").unlink()  # without its record, nothing says whose it is
     assert prune(zoo, tasks=["a"], damaged=True)[0].startswith("a/seed-1: removed, since ")
     (line,) = prune(zoo, damaged=True)
     assert "run.json" in line
     assert zoo.tasks == ["a"] and zoo.verify() == []
+
+
+def test_prune_of_damaged_runs_keeps_what_is_the_users_or_a_newer_versions(zoo: AdapterZoo) -> None:
+    record, run = zoo.folder / "a" / "seed-0" / "run.json", zoo.folder / "b" / "seed-0"
+    record.write_text(record.read_text().replace('"format_version": 1', '"format_version": 99'))
+    assert prune(zoo, damaged=True) == [] and record.is_file()
+    assert "pip install --upgrade" in zoo.verify()[0] and "delete" not in zoo.verify()[0]
+    (run / "run.json").write_text("{")
+    (run / "mine.txt").write_text("mine")
+    (run / "note.txt").unlink()
+    with pytest.raises(LoraFactoryError, match=r"holds 'mine\.txt'.*move that file elsewhere"):
+        prune(zoo, damaged=True)
+    assert (run / "mine.txt").read_text() == "mine"
 
 
 def test_prune_keeps_the_last_snapshots_bit_for_bit(zoo: AdapterZoo) -> None:
