@@ -229,10 +229,8 @@ def test_two_tasks_of_one_description_are_warned_of(
 ) -> None:
     train_generator(zoo, tmp_path / "a", replace(arguments, steps=2))
     assert "same description" not in caplog.text
-    twins, first = (
-        AdapterZoo.create(tmp_path / "twins", zoo.layout),
-        zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0]),
-    )
+    twins = AdapterZoo.create(tmp_path / "twins", zoo.layout)
+    first = zoo.record(zoo.tasks[0], zoo.runs(zoo.tasks[0])[0])
     for task in zoo.tasks[:2]:
         record = replace(zoo.record(task, zoo.runs(task)[0]), descriptions=first.descriptions, sha256={})
         twins.add_run(record, zoo.snapshots(task, record.run))
