@@ -21,6 +21,7 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.live_models import base_of
 from lora_factory.adapters.targets import find_targets
 from lora_factory.arguments import CollectArguments, from_record
+from lora_factory.collection.optimise import MAX_GRAD_NORM, take_steps
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.classifiers import load_image_classifier
 from lora_factory.models.inputs import (
@@ -40,7 +41,6 @@ from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.utils.checkpoint import RunCheckpoint, RunState
 from lora_factory.utils.paths import recorded_name
-from lora_factory.utils.progress import progress_bar
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import AdapterZoo
@@ -48,7 +48,6 @@ from lora_factory.zoo.store import AdapterZoo
 TrainingTask = Task | ImageTask
 WARMUP_RATIO = 0.1  # of the steps, in which the learning rate rises; then it falls in a cosine
 WEIGHT_DECAY = 0.0
-MAX_GRAD_NORM = 1.0
 _OF_NO_EFFECT = ("seeds", "parallel", "state_every", "retries", "gradient_checkpointing", "report_to")
 
 
@@ -242,31 +241,39 @@ class LoRATrainer:
         self.slot.load(start)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
-        optimizer.zero_grad()  # what an earlier run left that failed between two batches
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * WARMUP_RATIO), total)
-        hidden = not self.accelerator.is_main_process
-        with (
-            self._seeded(seed),
-            self._fast_attention(),
-            progress_bar(total=total, desc=label, leave=None, disable=hidden) as bar,
-        ):
+        with self._seeded(seed), self._fast_attention():
             if checkpoint:
                 state, weights = checkpoint.restore(optimizer, schedule, self.accelerator)
                 self.slot.load(start if weights is None else weights)
-                bar.update(state.step)
             batches = islice(batches, state.step * arguments.gradient_accumulation, None)
-            while state.step < total:
-                loss, tokens = self._step(batches, optimizer, parameters, label, state.step + 1, rate)
-                schedule.step()
-                bar.update()
-                state.step, state.tokens = state.step + 1, state.tokens + tokens
-                if state.step in kept:
+
+            def gradients(step: int) -> float:
+                loss, tokens = self._gradients(batches)
+                state.tokens += tokens
+                return loss
+
+            steps = take_steps(
+                gradients,
+                optimizer,
+                total,
+                start=state.step,
+                label=label,
+                advice=f"lower learning_rate (now {rate}) or look for damaged text",
+                schedule=schedule,
+                clip=self.accelerator.clip_grad_norm_,
+                leave=None,
+                disable=not self.accelerator.is_main_process,
+            )
+            for step, loss, bar in steps:
+                state.step = step
+                if step in kept:
                     state.snapshots.append(self._weights())
                     state.losses.append(sum(map(self.loss, validation)) / len(validation))
                     bar.set_postfix(validation=f"{state.losses[-1]:.3f}")
                 if on_step:
-                    on_step(state.step, total, loss)
-                if checkpoint and checkpoint.is_due(state.step) and state.step < total:
+                    on_step(step, total, loss)
+                if checkpoint and checkpoint.is_due(step) and step < total:
                     checkpoint.save(
                         state, self._weights(), optimizer, schedule, self.accelerator, shared=self.shares_runs
                     )
@@ -342,16 +349,8 @@ class LoRATrainer:
             if isinstance(module, _BatchNorm):
                 module.eval()
 
-    def _step(
-        self,
-        batches: Iterator[list[TokenSequence]],
-        optimizer: torch.optim.Optimizer,
-        parameters: list[torch.nn.Parameter],
-        label: str,
-        step: int,
-        rate: float,
-    ) -> tuple[float, int]:
-        """Take one optimizer step; returns its loss and the number of tokens that it read."""
+    def _gradients(self, batches: Iterator[list[TokenSequence]]) -> tuple[float, int]:
+        """Compute the gradients of one optimizer step; returns its loss and the number of tokens that it read."""
         self.train_mode()
         accumulation, tokens = self.arguments.gradient_accumulation, 0
         mean = torch.zeros((), device=self.accelerator.device)
@@ -363,16 +362,7 @@ class LoRATrainer:
                 loss.backward()  # not Accelerate's, which divides if it was told so
             mean += loss.detach()
             tokens += sum(len(sequence.tokens) for sequence in batch)
-        value = self._mean_of_processes(mean)
-        if not math.isfinite(value):
-            raise LoraFactoryError(
-                f"{label}: the loss is {value} at step {step}; lower learning_rate (now {rate}) or look for damaged "
-                "text"
-            )
-        self.accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return value, tokens
+        return self._mean_of_processes(mean), tokens
 
     def _share_of_loss(self, batch: list[TokenSequence]) -> torch.Tensor:
         """The mean loss per scored token of a batch; processes that share a run return shares with this mean."""

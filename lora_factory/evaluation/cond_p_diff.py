@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
+from lora_factory.collection.optimise import take_steps
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.networks import ConditionStandardiser
 from lora_factory.utils.extras import require
@@ -324,17 +325,15 @@ def _optimise(
     """Minimise with AdamW and a cosine schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * steps), steps)
-    for step in progress_bar(range(steps), desc=f"COND P-DIFF {label}"):
+
+    def gradients(step: int) -> float:
         loss = objective()
-        if not torch.isfinite(loss):
-            raise LoraFactoryError(
-                f"{label}: the loss is {loss.item()} at step {step}; lower its learning rate (now {learning_rate})"
-            )
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        return loss.item()
+
+    advice = f"lower its learning rate (now {learning_rate})"
+    for _ in take_steps(gradients, optimizer, steps, label=f"COND P-DIFF {label}", advice=advice, schedule=schedule):
+        pass
 
 
 def _tasks(count: int, batch: int, source: torch.Generator) -> Tensor:

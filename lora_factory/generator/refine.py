@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -11,12 +12,11 @@ from torch import Tensor
 
 from lora_factory.adapters.live_models import without_adapters
 from lora_factory.arguments import REFINE_STEPS, TokenOptions
-from lora_factory.errors import LoraFactoryError
+from lora_factory.collection.optimise import take_steps
 from lora_factory.models.inputs import TokenSequence, positions
 from lora_factory.models.losses import Base, query_loss
 from lora_factory.tasks.examples import Example, ImageExample, as_example
 from lora_factory.tasks.given import as_examples
-from lora_factory.utils.progress import progress_bar
 
 LEARNING_RATE = 1e-3
 PARTS = 4  # copies of the adapter, each trained without its part of the examples
@@ -61,28 +61,35 @@ def refine(
     optimizer = torch.optim.Adam([weights], lr=learning_rate)
     source = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(rows), generator=source).tolist() for rows in train]
-    best, chosen, looks = torch.inf, start, 0
+    count = min(BATCH, *map(len, train))
+
+    def gradients(step: int) -> float:
+        taken = [
+            [rows[order[((step - 1) * count + row) % len(rows)]] for row in range(count)]
+            for rows, order in zip(train, orders, strict=True)
+        ]
+        loss = query_loss(base, weights, taken)
+        (loss * parts).backward()
+        return loss.item()
+
     with without_adapters(base.model):
-        for step in progress_bar(range(steps + 1), desc="refine on the examples", leave=False):
-            if step % CHECK_EVERY == 0 or step == steps:
-                measured = _mean_loss(base, weights, held_out)
-                if measured < best:
-                    best, chosen, looks = measured, weights.detach().mean(0).cpu(), 0
-                elif (looks := looks + 1) == PATIENCE:
-                    break
-            count = min(BATCH, *map(len, train))
-            taken = [
-                [rows[order[(step * count + row) % len(rows)]] for row in range(count)]
-                for rows, order in zip(train, orders, strict=True)
-            ]
-            loss = query_loss(base, weights, taken)
-            if not torch.isfinite(loss):
-                raise LoraFactoryError(
-                    f"the loss is {loss.item()} at step {step}; lower learning_rate={learning_rate}"
-                )
-            optimizer.zero_grad()
-            (loss * parts).backward()
-            optimizer.step()
+        best, chosen, looks = _mean_loss(base, weights, held_out), start, 0
+        steps_taken = take_steps(
+            gradients,
+            optimizer,
+            steps,
+            label="refine on the examples",
+            advice=f"lower learning_rate={learning_rate}",
+            max_grad_norm=math.inf,
+            leave=False,
+        )
+        for step, *_ in steps_taken:
+            if step % CHECK_EVERY and step < steps:
+                continue
+            if (measured := _mean_loss(base, weights, held_out)) < best:
+                best, chosen, looks = measured, weights.detach().mean(0).cpu(), 0
+            elif (looks := looks + 1) == PATIENCE:
+                break
     return chosen
 
 

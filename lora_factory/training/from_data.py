@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_factory.arguments import TrainArguments
+from lora_factory.collection.optimise import take_steps
 from lora_factory.collection.trainer import LoRATrainer, TrainingTask
-from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import CoreCVAE
 from lora_factory.models.inputs import TokenSequence
@@ -29,7 +29,6 @@ from lora_factory.models.losses import query_loss
 from lora_factory.training.conditions import draw_conditions, draw_present, index_of, unrelated_texts
 from lora_factory.training.from_zoo import set_spread
 from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
-from lora_factory.utils.progress import progress_bar
 
 RECORDS = 10  # how often the loss is recorded, and the held-out tasks are scored
 SEQUENCES = 2  # per task and step
@@ -38,7 +37,6 @@ SEQUENCES = 2  # per task and step
 UNCONDITIONED = 0.5
 WARMUP = 50  # steps, at most a tenth of all
 BETAS = (0.9, 0.99)
-MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,40 +106,40 @@ def train_through_base(
     if checkpoint is not None:
         state = checkpoint.restore(generator, optimizer, source, accelerator) or state
     due = {math.ceil(total * part / RECORDS) for part in range(1, RECORDS + 1)}
-    hidden = not accelerator.is_local_main_process
-    bar = progress_bar(total=total, initial=state.step, desc="train through the base", disable=hidden)
+
+    def gradients(step: int) -> float:
+        _set_rates(optimizer, step - 1, arguments)
+        _read_mode(trainer)
+        with ExitStack() as until:
+            drawn = _Step.draw(data, arguments, source)
+            cores = generator.center[None]
+            if step > arguments.multitask_steps:
+                cores = _drawn_cores(generator, drawn.tasks, features, unrelated, source)
+            loss = query_loss(trainer, basis.in_batch(trainer.model, cores), drawn.sequences, until=until)
+            accelerator.backward(loss)
+        _average_gradients(accelerator, [*basis.parameters(), generator.center, *network.parameters()])
+        state.tokens += drawn.tokens * accelerator.num_processes
+        return loss.item()
+
+    steps = take_steps(
+        gradients,
+        optimizer,
+        total,
+        start=state.step,
+        label="train through the base",
+        advice=f"lower basis_learning_rate (now {arguments.basis_learning_rate}) or base_learning_rate "
+        f"({arguments.base_learning_rate})",
+        disable=not accelerator.is_local_main_process,
+    )
     with trainer.slot.disabled():
-        while state.step < total:
-            _set_rates(optimizer, state.step, arguments)
-            state.step += 1
-            _read_mode(trainer)
-            with ExitStack() as until:
-                drawn = _Step.draw(data, arguments, source)
-                cores = generator.center[None]
-                if state.step > arguments.multitask_steps:
-                    cores = _drawn_cores(generator, drawn.tasks, features, unrelated, source)
-                adapters = basis.in_batch(trainer.model, cores)
-                loss = query_loss(trainer, adapters, drawn.sequences, until=until)
-                if not torch.isfinite(loss):
-                    raise LoraFactoryError(
-                        f"the loss through the base is {loss.item()} at step {state.step}; lower basis_learning_rate "
-                        f"(now {arguments.basis_learning_rate}) or base_learning_rate ({arguments.base_learning_rate})"
-                    )
-                accelerator.backward(loss)
-            for group in groups:
-                _average_gradients(accelerator, group)
-                accelerator.clip_grad_norm_(group, MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.count(loss.item(), drawn.tokens * accelerator.num_processes)
-            bar.update()
-            if state.step in due:
+        for step, loss, bar in steps:
+            state.count(step, loss)
+            if step in due:
                 validation = validate(generator, trainer, scored, features) if scored else None
                 state.record(validation, generator)
                 bar.set_postfix(state.history[-1])
             if checkpoint is not None:
                 checkpoint.save_now_and_then(state, generator, optimizer, source, accelerator)
-    bar.close()
     generator.center.requires_grad_(False)
     if state.best_weights is not None:
         generator.load_state_dict(state.best_weights)

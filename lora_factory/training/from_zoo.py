@@ -13,17 +13,16 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_factory.arguments import MAX_DEFAULT_RANK, TrainArguments
+from lora_factory.collection.optimise import take_steps
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import CODE_SCALE, CoreCVAE, GeneratorOutput
 from lora_factory.training.conditions import draw_conditions, index_of
-from lora_factory.utils.progress import progress_bar
 from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint, open_checkpoints, zoo_statistics
 from lora_factory.zoo.store import AdapterZoo
 
 _LOGGER = logging.getLogger(__name__)
 WARMUP_RATIO = 0.05  # of the steps, in which the learning rate rises; then it falls in a cosine
-MAX_GRAD_NORM = 1.0
 # Peak learning rates. On the digits' validation sets 5e-3 reads 0.002 (text) to 0.009 (images) better than 1.5e-3.
 RATES = {"core": 5e-3, "conv1d": 1.5e-3}
 POOR_ERROR = 0.2  # share of an adapter's squared ΔW outside the basis from which on training says so
@@ -219,22 +218,27 @@ def _minimise(
     optimizer, history = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01), []
     warmup = math.ceil(arguments.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
-    bar = progress_bar(total=arguments.steps, desc="train generator", disable=not accelerator.is_local_main_process)
-    errors = []
-    for step in range(arguments.steps):
+    outputs: list[dict[str, float]] = []
+
+    def gradients(step: int) -> float:
         output: Any = loss()
         accelerator.backward(output.loss)
-        if not math.isfinite(value := output.loss.item()):
-            raise LoraFactoryError(f"the generator's loss is {value} at step {step}; lower learning_rate (now {rate})")
-        accelerator.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.update()
-        errors.append(output.reconstruction.item())
-        if step % 50 == 0 or step == arguments.steps - 1:
-            history.append({"step": step, **{name: round(value.item(), 6) for name, value in output.items()}})
-            bar.set_postfix(error=f"{sum(errors) / len(errors):.4f}")  # of one step it depends on what was drawn
-            errors.clear()
-    bar.close()
+        outputs.append({name: value.item() for name, value in output.items()})
+        return outputs[-1]["loss"]
+
+    steps = take_steps(
+        gradients,
+        optimizer,
+        arguments.steps,
+        label="train generator",
+        advice=f"lower learning_rate (now {rate})",
+        schedule=schedule,
+        disable=not accelerator.is_local_main_process,
+    )
+    for step, _, bar in steps:
+        if step % 50 == 1 or step == arguments.steps:
+            history.append({"step": step - 1, **{name: round(value, 6) for name, value in outputs[-1].items()}})
+            error = sum(output["reconstruction"] for output in outputs) / len(outputs)
+            bar.set_postfix(error=f"{error:.4f}")  # of one step it depends on what was drawn
+            outputs.clear()
     return history

@@ -53,10 +53,9 @@ class TrainingState:
     history: list[dict[str, float]] = field(default_factory=list)
     best_weights: dict[str, torch.Tensor] | None = None
 
-    def count(self, loss: float, tokens: int) -> None:
+    def count(self, step: int, loss: float) -> None:
         """Take note of one step."""
-        self.running = loss if self.step == 1 else self.running + 0.02 * (loss - self.running)
-        self.tokens += tokens
+        self.step, self.running = step, loss if step == 1 else self.running + 0.02 * (loss - self.running)
 
     def record(self, validation: float | None, model: nn.Module) -> None:
         """Take note of the loss, and of a validation and the weights if they are the best so far."""

@@ -307,7 +307,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_an_earlier_generator(
     before = {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()}
     wild = replace(arguments, base_steps=9, basis_learning_rate=1e30)
     with pytest.raises(
-        LoraFactoryError, match=r"the loss through the base is .* lower basis_learning_rate \(now 1e\+30"
+        LoraFactoryError, match=r"train through the base: the loss is .* lower basis_learning_rate \(now 1e\+30"
     ):
         train_generator(None, tmp_path / "generator", wild, overwrite=True, **options)
     assert {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()} == before
