@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.generate import end_tokens, greedy_answers, read_answer
+from lora_factory.models.decoding import Prompt, decode, end_tokens, read_answer
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
@@ -102,8 +102,10 @@ def completion_accuracy(
     prompts = [_prompt_tokens(tokenizer, example, limit, window, chat_template) for example in examples]
 
     def answer(batch: list[int]) -> Sequence[str]:
-        references = [examples[number].completion for number in batch]
-        return greedy_answers(model, tokenizer, [prompts[number] for number in batch], references, limit)
+        lines = [1 + examples[number].completion.rstrip().count("\n") for number in batch]
+        asked = [Prompt(prompts[number], limit) for number in batch]
+        answers = decode(model, tokenizer, asked, watch=lambda row, grown: grown.text.count("\n") < lines[row])
+        return ["\n".join(grown.text.split("\n")[:most]) for grown, most in zip(answers, lines, strict=True)]
 
     answers = _in_batches(model, [len(prompt) for prompt in prompts], batch_size, answer)
     pairs = zip(answers, examples, strict=True)

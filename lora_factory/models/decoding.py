@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ from transformers import (
 
 from lora_factory.adapters.live_models import base_of
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.generate import end_tokens, read_answer
-from lora_factory.models.inputs import pad_tokens, positions, text_tokens
+from lora_factory.models.inputs import end_token, pad_tokens, positions, text_tokens
 
 BASE = "__base__"  # PEFT's name for rows that go through no adapter
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
@@ -150,6 +150,19 @@ def decode(
     finally:
         base.generation_config = own
     return reader.answers
+
+
+def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text, by the model's own generation settings or the tokenizer."""
+    own = base_of(model).generation_config.eos_token_id
+    given = own if isinstance(own, list) else [own]
+    return {token for token in (*given, end_token(tokenizer)) if token is not None}
+
+
+def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: set[int]) -> str:
+    """The text of an answer up to the token that ends it."""
+    answer = list(takewhile(lambda token: token not in ends, tokens))
+    return str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def check_prompt(prompt: Prompt, limit: int | None) -> None:

@@ -15,7 +15,7 @@ from lora_factory.arguments import CollectArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
 from lora_factory.evaluation.perplexity import score_examples
-from lora_factory.models.generate import end_tokens
+from lora_factory.models.decoding import end_tokens
 from lora_factory.models.hidden_states import HiddenStateEncoder
 from lora_factory.models.inputs import IGNORED, Seq2SeqInputs, encode_example
 from lora_factory.tasks.examples import Example
