@@ -144,7 +144,16 @@ class AdapterLayout:
     @cached_property
     def size(self) -> int:
         """D, the number of weights of one adapter."""
-        return sum(math.prod(module.shape_a) + math.prod(module.shape_b) for module in self.modules)
+        return sum(map(math.prod, self._shapes.values()))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its key, in the order of the vector."""
+        return {
+            key: shape
+            for module in self.modules
+            for key, shape in ((module.key_a, module.shape_a), (module.key_b, module.shape_b))
+        }
 
     @classmethod
     def union(cls, layouts: Sequence[AdapterLayout], rank: int | None = None) -> AdapterLayout:
@@ -253,14 +262,19 @@ class AdapterLayout:
         geometry = {"base_model": self.base_model, "modules": [plain_json(asdict(module)) for module in self.modules]}
         return hashlib.sha256(json.dumps(geometry, sort_keys=True).encode()).hexdigest()
 
-    def check(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Check that a state dict is an adapter of this layout.
+    def check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> None:
+        """Check that a state dict is an adapter of this layout, or several at once after ``leading`` dimensions.
 
         Raises:
             LoraFactoryError: for missing or unknown keys, other shapes, integers, 8-bit floats, NaN or infinity; names
                 the first.
         """
-        self._check(state_dict, ())
+        self.check_shapes(state_dict, leading)
+        bad = [key for key in self._shapes if not _is_finite(state_dict[key])]
+        if bad:
+            raise LoraFactoryError(
+                f"{len(bad)} of {len(self._shapes)} tensors hold NaN, infinity, integers or 8-bit floats: {few(bad)}"
+            )
 
     def flatten(self, state_dict: Mapping[str, Tensor], check: bool = True) -> Tensor:
         """Join a state dict into one vector.
@@ -275,18 +289,20 @@ class AdapterLayout:
         first = state_dict.get(self.modules[0].key_a)
         leading = () if first is None else tuple(first.shape[: first.ndim - len(self.modules[0].shape_a)])
         if check:
-            self._check(state_dict, leading)
-        parts = [state_dict[segment.key].reshape(*leading, segment.size) for segment in self._segments]
+            self.check(state_dict, leading)
+        parts = [state_dict[key].flatten(len(leading)) for key in self._shapes]
         if len({part.dtype for part in parts}) > 1:
             parts = [part.float() for part in parts]
         return torch.cat(parts, dim=-1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Split vectors (..., D) into a state dict of contiguous tensors (..., *shape), views where possible."""
-        parts = self._split(vector)
+        if vector.ndim < 1 or vector.shape[-1] != self.size:
+            raise LoraFactoryError(f"vector has shape {tuple(vector.shape)}, expected (..., {self.size})")
+        parts = vector.split([math.prod(shape) for shape in self._shapes.values()], dim=-1)
         return {
-            segment.key: part.unflatten(-1, segment.shape).contiguous()
-            for segment, part in zip(self._segments, parts, strict=True)
+            key: part.unflatten(-1, shape).contiguous()
+            for (key, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
 
     def peft_config(self) -> LoraConfig:
@@ -324,62 +340,23 @@ class AdapterLayout:
             task_type=config.get("task_type"),
         )
 
-    @cached_property
-    def _segments(self) -> tuple[_Segment, ...]:
-        """Both factors of all modules, in the order of the vector."""
-        return tuple(_Segment(module, factor) for module in self.modules for factor in "AB")
-
-    def _split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        if vector.ndim < 1 or vector.shape[-1] != self.size:
-            raise LoraFactoryError(f"vector has shape {tuple(vector.shape)}, expected (..., {self.size})")
-        return vector.split([segment.size for segment in self._segments], dim=-1)
-
     def check_shapes(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> None:
         """Check keys and shapes, those of several adapters at once after ``leading`` dimensions; reads no number."""
-        keys = [segment.key for segment in self._segments]
-        made_with = f"make adapters of {self.base_model} with AdapterLayout.peft_config()"
-        missing, unknown = [key for key in keys if key not in state_dict], sorted(set(state_dict) - set(keys))
+        count, made_with = len(self._shapes), f"make adapters of {self.base_model} with AdapterLayout.peft_config()"
+        missing = [key for key in self._shapes if key not in state_dict]
+        unknown = sorted(set(state_dict) - set(self._shapes))
         if missing or unknown:
             raise LoraFactoryError(
-                f"not an adapter of this layout: {len(missing)} of {len(keys)} keys are missing ({few(missing)}), "
+                f"not an adapter of this layout: {len(missing)} of {count} keys are missing ({few(missing)}), "
                 f"{len(unknown)} are unknown ({few(unknown)}); {made_with}"
             )
         shapes = [
-            f"{segment.key} has {tuple(state_dict[segment.key].shape)}, expected {(*leading, *segment.shape)}"
-            for segment in self._segments
-            if tuple(state_dict[segment.key].shape) != (*leading, *segment.shape)
+            f"{key} has {tuple(state_dict[key].shape)}, expected {(*leading, *shape)}"
+            for key, shape in self._shapes.items()
+            if tuple(state_dict[key].shape) != (*leading, *shape)
         ]
         if shapes:
             raise LoraFactoryError(f"{len(shapes)} tensors have another shape: {few(shapes)}; {made_with}")
-
-    def _check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
-        self.check_shapes(state_dict, leading)
-        keys = [segment.key for segment in self._segments]
-        bad = [key for key in keys if not _is_finite(state_dict[key])]
-        if bad:
-            raise LoraFactoryError(
-                f"{len(bad)} of {len(keys)} tensors hold NaN, infinity, integers or 8-bit floats: {few(bad)}"
-            )
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """One factor of one module: a stretch of the vector."""
-
-    module: AdaptedModule
-    factor: str
-
-    @cached_property
-    def key(self) -> str:
-        return self.module.key_a if self.factor == "A" else self.module.key_b
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return self.module.shape_a if self.factor == "A" else self.module.shape_b
-
-    @cached_property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 def _is_finite(tensor: Tensor) -> bool:

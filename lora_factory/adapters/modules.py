@@ -87,8 +87,8 @@ class AdaptedModule:
 
     def __post_init__(self) -> None:
         """Check the module at birth."""
-        keys = (self.key_a.removeprefix(_PREFIX + self.path), self.key_b.removeprefix(_PREFIX + self.path))
-        if keys not in _SUFFIXES:
+        name = _PREFIX + self.path
+        if (self.key_a, self.key_b) not in [(name + a, name + b) for a, b in _SUFFIXES]:
             raise LoraFactoryError(f"{self.key_a!r} and {self.key_b!r} are not the LoRA keys of {self.path!r} in PEFT")
         if len(self.path) > _MAX_PATH:
             raise LoraFactoryError(f"{self.path[:50]!r}... is no module: its name has {len(self.path)} characters")

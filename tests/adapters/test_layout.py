@@ -381,6 +381,14 @@ def test_damaged_dictionaries_are_refused(small, apply):
         AdapterLayout.from_dict(values)
 
 
+def test_keys_that_modules_would_share_are_refused(small):
+    values = small[2].to_dict()
+    for module in values["modules"]:
+        module |= {"key_a": ".lora_A.weight", "key_b": ".lora_B.weight"}
+    with pytest.raises(LoraFactoryError, match="are not the LoRA keys of"):
+        AdapterLayout.from_dict(values)
+
+
 def test_modules_out_of_order_or_twice_are_refused(small):
     modules = small[2].modules
     for wrong in (modules[::-1], modules + modules[-1:]):
