@@ -315,12 +315,6 @@ class LoRATrainer:
             )
 
     @property
-    def tokens_a_step(self) -> int:
-        """Tokens that one optimizer step reads at most; exactly these where sequences are packed."""
-        arguments = self.arguments
-        return arguments.batch_size * arguments.gradient_accumulation * arguments.sequence_length
-
-    @property
     def pads(self) -> bool:
         """Whether texts are read one a row, so that batches hold rows of similar lengths."""
         return isinstance(self.inputs, CausalInputs) and not self.arguments.packing

@@ -37,11 +37,6 @@ class CoreBasis(nn.Module):
         self.sizes = [module.rank if diagonal else module.rank**2 for module in layout.modules]
         self.factors = nn.Parameter(torch.zeros(layout.size))
 
-    @property
-    def core_size(self) -> int:
-        """C, the number of values of one adapter's cores."""
-        return sum(self.sizes)
-
     def identity(self) -> Tensor:
         """The cores ``(C,)`` whose adapter is ``A`` and ``B`` themselves."""
         eyes = [torch.eye(module.rank) for module in self.layout.modules]

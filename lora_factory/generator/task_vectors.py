@@ -1,14 +1,13 @@
-"""Task vectors: check them, open the model that reads examples, and find the nearest known tasks."""
+"""Check task vectors, and open the model that reads examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
@@ -70,27 +69,6 @@ def open_reader(
     if tokenizer is None:
         raise LoraFactoryError("examples and a live base model need its tokenizer; pass tokenizer=")
     return FrozenBase(base_model, tokenizer, layout)
-
-
-def nearest_tasks(
-    names: Sequence[str], known: Mapping[str, Tensor], vectors: Mapping[str, Tensor], count: int
-) -> list[dict[str, Any]]:
-    """The tasks whose vectors are nearest by cosine similarity, mean over modalities, best first.
-
-    Args:
-        names: The zoo's tasks.
-        known: Their vectors by modality, shape ``(tasks, width)``.
-        vectors: The condition by modality, shape ``(width,)``.
-        count: How many to name.
-    """
-    similarities = [
-        functional.cosine_similarity(known[name], vector[None].to(known[name])) for name, vector in vectors.items()
-    ]
-    values, indices = torch.stack(similarities).mean(0).topk(min(count, len(names)))
-    return [
-        {"task": names[index], "similarity": round(value, 4)}
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
 
 
 def _load(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
@@ -16,7 +17,7 @@ from lora_factory.generator.basis import CoreBasis
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.conv1d import ConvCVAE
 from lora_factory.generator.networks import ConditionStandardiser, CoreCVAE, GeneratorOutput, group_means
-from lora_factory.generator.task_vectors import check_conditions, nearest_tasks, open_reader
+from lora_factory.generator.task_vectors import check_conditions, open_reader
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
@@ -109,17 +110,6 @@ class ConditionalVAE(nn.Module):
     def spread_over(self, numbers: torch.Tensor) -> torch.Tensor:
         """One number per module (per factor for ``"conv1d"``) as one per target."""
         return numbers.repeat_interleave(torch.tensor(self.sizes, device=numbers.device))
-
-    def generate_vector(
-        self, conditions: Mapping[str, torch.Tensor], *, seed: int = 0, temperature: float = 0.0
-    ) -> torch.Tensor:
-        """Adapter weights of shape ``(batch, D)`` for task vectors of shape ``(batch, width)``.
-
-        At temperature 0 the prior's mean is decoded, whatever the seed; above, z and what checkpoints vary beyond it
-        are sampled with their standard deviations times ``temperature`` (Eq. 9). Differentiable.
-        """
-        batch = len(next(iter(conditions.values())))
-        return self.assemble(self.made(conditions, batch, seed=seed, temperature=temperature))
 
     def assemble(self, targets: torch.Tensor) -> torch.Tensor:
         """The adapters ``(batch, D)`` of targets ``(batch, targets)``; zeros are those without a condition."""
@@ -233,9 +223,19 @@ class ConditionalVAE(nn.Module):
         return {"image": task_vector(self.image_encoder.encode(images))}
 
     def nearest_tasks(self, vectors: Mapping[str, Tensor], count: int = 3) -> list[dict[str, Any]]:
-        """The zoo's tasks whose vectors are nearest by cosine similarity, best first: ``{"task", "similarity"}``."""
-        known = {name: self.get_buffer(f"{name}_task_vectors") for name in vectors}
-        return nearest_tasks([task["name"] for task in self.config.tasks or []], known, vectors, count)
+        """The zoo's tasks whose vectors ``(width,)`` are nearest, best first: ``{"task", "similarity"}``.
+
+        The similarity is that of the cosine, the mean over modalities.
+        """
+        tasks, known = self.config.tasks or [], {name: self.get_buffer(f"{name}_task_vectors") for name in vectors}
+        similarities = [
+            functional.cosine_similarity(known[name], vector[None].to(known[name])) for name, vector in vectors.items()
+        ]
+        values, indices = torch.stack(similarities).mean(0).topk(min(count, len(tasks)))
+        return [
+            {"task": tasks[index]["name"], "similarity": round(value, 4)}
+            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        ]
 
     @property
     def text_encoder(self) -> TextEncoder:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
@@ -18,7 +18,6 @@ from lora_factory.utils.paths import weights_identifier
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Value = TypeVar("Value")
 OPEN_CLIP = "open_clip:"
@@ -150,22 +149,6 @@ class OpenClipImage(OpenClip):
         pixels = torch.stack([self._transform(image) for image in images])
         vectors: Tensor = self._model.encode_image(pixels.to(self._device))
         return vectors
-
-
-def text_features(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """Vectors of texts from a transformers model of `TWO_TOWERS`, padded as SigLIP was trained: ``(texts, width)``."""
-    tower: Any = model
-    length = model.config.text_config.max_position_embeddings
-    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    vectors: Tensor = tower.get_text_features(tokens.input_ids.to(model.device)).pooler_output
-    return vectors
-
-
-def image_features(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Vectors of images from a transformers model of `TWO_TOWERS`, shape ``(images, width)``."""
-    tower: Any = model
-    vectors: Tensor = tower.get_image_features(pixel_values=pixels).pooler_output
-    return vectors
 
 
 def parse_open_clip(name: str) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipImage, image_features
+from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipImage
 from lora_factory.models.hidden_states import FEATURE_EXAMPLES
 from lora_factory.models.loading import load_pretrained
 from lora_factory.tasks.image_files import ImageLike, image_fingerprint, read_image
@@ -48,7 +48,8 @@ class _ImageModel:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = self._processor(list(images), return_tensors="pt")["pixel_values"].to(self._model.device)
         if self._model.config.model_type in TWO_TOWERS:
-            return image_features(self._model, pixels)
+            vectors: Tensor = self._model.get_image_features(pixel_values=pixels).pooler_output
+            return vectors
         hidden: Tensor = self._model(pixel_values=pixels).last_hidden_state
         if hidden.ndim == 4:  # a convolutional network's map has no first token
             return hidden.mean((2, 3))

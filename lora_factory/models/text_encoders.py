@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.bert import open_bert
-from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipText, text_features
+from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipText
 from lora_factory.models.embedded import embedded_text_encoder
 from lora_factory.utils.paths import weights_identifier
 
@@ -59,15 +59,13 @@ class _SentenceEncoder:
     def __call__(self, texts: list[str]) -> Tensor:
         if self._bert is not None:
             return masked_mean(*self._bert(texts, self.limit))
-        if self._two_towers:
-            return text_features(self._model, self._tokenizer, texts)
+        padding = "max_length" if self._two_towers else True  # the former as SigLIP was trained
         inputs = self._tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.limit,
-            return_tensors="pt",
+            texts, padding=padding, truncation=True, max_length=self.limit, return_tensors="pt"
         ).to(self._model.device)
+        if self._two_towers:
+            vectors: Tensor = self._model.get_text_features(inputs.input_ids).pooler_output
+            return vectors
         return masked_mean(self._model(**inputs).last_hidden_state, inputs["attention_mask"])
 
     def count(self, text: str) -> int:

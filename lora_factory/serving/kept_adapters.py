@@ -88,10 +88,6 @@ class KeptAdapters:
         """The number of adapters in the model."""
         return len(self._names)
 
-    def __contains__(self, identifier: str) -> bool:
-        """Return whether an adapter is in the model."""
-        return identifier in self._names
-
     def slot(self, identifier: str, order: Order | None) -> str | None:
         """The name of an adapter in the model; it is generated unless it is there.
 

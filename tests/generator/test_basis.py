@@ -97,8 +97,8 @@ def layout(request: pytest.FixtureRequest) -> AdapterLayout:
 def test_an_adapter_is_its_core_between_the_factors(layout: AdapterLayout, diagonal: bool) -> None:
     basis = random_basis(layout, diagonal=diagonal)
     sizes = [m.rank if diagonal else m.rank**2 for m in layout.modules]
-    assert basis.core_size == sum(sizes)
-    cores, factors = normal(3, basis.core_size, seed=1), layout.unflatten(basis.factors.detach().double())
+    assert basis.sizes == sizes
+    cores, factors = normal(3, sum(basis.sizes), seed=1), layout.unflatten(basis.factors.detach().double())
     found = deltas(layout, basis.adapters(cores).detach())
     for module, part in zip(layout.modules, cores.double().split(sizes, dim=1), strict=True):
         core = part.diag_embed() if diagonal else part.reshape(3, module.rank, module.rank)
@@ -140,7 +140,7 @@ def test_adapters_whose_ranks_fit_into_the_basis_are_kept_exactly(layout: Adapte
     basis = CoreBasis(layout.with_rank(3 * max(m.rank for m in layout.modules)))
     basis.fit([(layout, adapters)])
     cores, errors = basis.project(layout, adapters)
-    assert cores.shape == (3, basis.core_size) and errors.max() < 1e-5
+    assert cores.shape == (3, sum(basis.sizes)) and errors.max() < 1e-5
     found, expected = deltas(basis.layout, basis.adapters(cores).detach()), deltas(layout, adapters)
     for path, change in expected.items():
         torch.testing.assert_close(found[path], change, rtol=1e-3, atol=1e-3)
@@ -261,7 +261,7 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_a_batch_runs_as_with_each_adapter_attached(name: str, way: Callable) -> None:
     model, layout = make(name)
     basis, ids = random_basis(layout), torch.randint(48, (6, 7), generator=torch.Generator().manual_seed(0))
-    cores = 0.7 * normal(3, basis.core_size, seed=1)
+    cores = 0.7 * normal(3, sum(basis.sizes), seed=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         plain = logits(model, ids)
@@ -288,7 +288,7 @@ def test_gradients_reach_factors_and_cores(name: str, diagonal: bool) -> None:
     ids, gradients = torch.randint(48, (4, 7), generator=torch.Generator().manual_seed(0)), []
     for way in (with_cores, with_adapters):
         basis = random_basis(layout, diagonal=diagonal)
-        cores = normal(2, basis.core_size, seed=1).requires_grad_()
+        cores = normal(2, sum(basis.sizes), seed=1).requires_grad_()
         with way(model, basis, cores):
             logits(model, ids).square().mean().backward()
         assert cores.grad is not None and basis.factors.grad is not None
@@ -301,7 +301,7 @@ def test_gradients_reach_factors_and_cores(name: str, diagonal: bool) -> None:
 def test_a_base_in_half_precision_stays_in_it() -> None:
     model, layout = make("all-linear")
     ids, basis = torch.randint(48, (4, 7), generator=torch.Generator().manual_seed(0)), random_basis(layout)
-    cores = normal(2, basis.core_size, seed=1)
+    cores = normal(2, sum(basis.sizes), seed=1)
     with torch.no_grad():
         with basis.in_batch(model, cores):
             expected = logits(model, ids)
@@ -314,7 +314,7 @@ def test_a_base_in_half_precision_stays_in_it() -> None:
 def test_a_batch_that_cannot_be_shared_and_a_foreign_base_are_refused() -> None:
     model, layout = make("q/v only")
     basis, (foreign, _) = random_basis(layout), make("every kind")
-    cores = normal(2, basis.core_size)
+    cores = normal(2, sum(basis.sizes))
     with basis.in_batch(model, cores), pytest.raises(LoraFactoryError, match="3 rows cannot be shared by 2"):
         model(torch.ones(3, 4, dtype=torch.long))
     with pytest.raises(LoraFactoryError, match="has no module"), basis.in_batch(foreign, cores):
