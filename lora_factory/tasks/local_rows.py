@@ -10,6 +10,7 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from typing import IO, Any
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import reading
+from lora_factory.utils.yaml_files import without_doubles
 
 FORMAT_OF_ENDING = {
     ".json": "json",
@@ -117,7 +119,7 @@ def _csv_rows(file: Iterable[str], path: str | Path, separator: str) -> Iterator
                 return
             if names is None:
                 names = cells
-                if doubled := [name for name in names if name and names.count(name) > 1]:
+                if doubled := [name for name, count in Counter(names).items() if name and count > 1]:
                     raise LoraFactoryError(f"{path}: two columns are called {doubled[0]!r}; rename one in the header")
             elif cells and len(cells) != len(names):
                 raise LoraFactoryError(
@@ -176,15 +178,6 @@ def _json_row(read: Any, line: str, path: str | Path, number: int) -> dict[str, 
 
 def _constant(name: str) -> str | None:
     return None if name == "NaN" else name
-
-
-def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, and refuse one that has a key twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise LoraFactoryError(f"an object has the key {next(n for n in names if names.count(n) > 1)!r} twice")
-    return found
 
 
 def read_paragraphs(path: str | Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -66,8 +67,7 @@ def load_tasks(path: str | Path) -> list[Task | ImageTask]:
             f"no task file {path}; give an existing .yaml or .json file, for example:\n{_TASK_FILE_EXAMPLE}"
         )
     tasks = [task for file in files for task in _read_task_file(file)]
-    names = [task.name for task in tasks]
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+    if duplicates := sorted(name for name, count in Counter(task.name for task in tasks).items() if count > 1):
         raise LoraFactoryError(
             f"task name {duplicates[0]!r} is used more than once in {path}; give each task its own name"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_values(path: str | Path, what: str) -> Any:  # noqa: ANN401
     with reading(path, f"write a {what} of YAML or JSON in UTF-8"):
         try:
             is_json = path.suffix.lower() == ".json" and text.strip()
-            content = json.loads(text, object_pairs_hook=_mapping) if is_json else yaml.load(text, _PlainLoader)
+            content = json.loads(text, object_pairs_hook=without_doubles) if is_json else yaml.load(text, _PlainLoader)
             _check_length(content, f"{what} {path}")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise LoraFactoryError(
@@ -58,11 +59,17 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if doubled := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the key {doubled[0]!r} stands twice")
-    return dict(pairs)
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its pairs, for ``object_pairs_hook``.
+
+    Raises:
+        ValueError: When a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((doubled, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {doubled!r} stands twice")
+    return found
 
 
 def _check_length(content: object, what: str) -> None:
