@@ -283,6 +283,12 @@ def test_an_impossible_path_is_one_clear_error(generator: CVAELoRAGenerator, zoo
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_that_may_not_be_written_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(StorageError, match=f"^{re.escape(str(tmp_path))} may not be written into; allow it"):
+        check_reports(tmp_path, "report.html")
+
+
 def test_home_is_expanded_everywhere(
     generator: CVAELoRAGenerator, zoo: AdapterZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,22 +10,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_factory.errors import LoraFactoryError, StorageError
+from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.files import atomic_folder, write_json
-from lora_factory.utils.folders import STATE
+from lora_factory.utils.folders import STATE, storage_errors
 from lora_factory.utils.paths import sha256_file, sha256_text
 from lora_factory.utils.safe_files import read_json_object
 
@@ -284,21 +283,10 @@ class RunCheckpoint:
         return self.every > 0 and step % self.every == 0
 
 
-@contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Turn what the file system says about a write into one clear error.
-
-    Raises:
-        StorageError: When the block fails for the disk: full, read-only, gone.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, StorageError) as error:
-        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error
-        raise StorageError(
-            f"cannot write into {folder}: {cause}; make room there or allow writing, then run the same command: it "
-            "continues where it stopped"
-        ) from error
+def writing_into(folder: Path) -> AbstractContextManager[None]:
+    """As `storage_errors`, for writes of a command that continues where it stopped."""
+    remedy = "make room there or allow writing, then run the same command: it continues where it stopped"
+    return storage_errors(folder, "write into", remedy)
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

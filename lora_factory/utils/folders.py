@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import stat
@@ -20,12 +19,7 @@ from safetensors import SafetensorError
 
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.utils.paths import local_path
-
-_MARKER_BYTES = 16 << 20
-
-
-def _anything(_: Path) -> bool:
-    return True
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, read_json_object
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class FolderKind:
 
     noun: str
     files: str
-    is_ours: Callable[[Path], bool] = _anything
+    is_ours: Callable[[Path], bool] = lambda _: True
 
     def foreign(self, folder: Path) -> str | None:
         """Find what this package did not write in a folder: its path, "." when the marker is missing, or None.
@@ -58,12 +52,15 @@ class FolderKind:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path, doing: str = "write") -> Iterator[None]:
+def storage_errors(
+    path: Path, doing: str = "write", remedy: str = "make room there, allow it, or name another path"
+) -> Iterator[None]:
     """Turn what the file system refuses into one clear error with the path.
 
     Args:
         path: What is written or read.
         doing: The verb.
+        remedy: What the user can do.
 
     Raises:
         StorageError: When the block fails for the disk: full, read-only, gone, or not allowed.
@@ -71,10 +68,8 @@ def storage_errors(path: Path, doing: str = "write") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, StorageError) as error:  # of nested ones, the outer path is the user's
-        reason = error.__cause__ if isinstance(error, StorageError) else error
-        raise StorageError(
-            f"cannot {doing} {path}: {reason}; make room there, allow it, or name another path"
-        ) from reason
+        reason = (error.__cause__ if isinstance(error, StorageError) else None) or error
+        raise StorageError(f"cannot {doing} {path}: {reason}; {remedy}") from reason
 
 
 def check_folder(
@@ -150,12 +145,9 @@ def _same_or_around(folder: Path, other: Path) -> bool:
 def _object(path: Path) -> dict[str, object]:
     """Read the object of a JSON file; an empty one when the file is damaged or holds no object."""
     try:
-        if path.stat().st_size > _MARKER_BYTES:
-            return {}
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, FileNotFoundError):
+        return read_json_object(path, limit=MAX_CONFIG_BYTES)
+    except LoraFactoryError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _is_generator(folder: Path) -> bool:
@@ -232,8 +224,8 @@ def check_reports(folder: str | Path, *names: str) -> Path:
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if not there.is_dir():
             raise LoraFactoryError(f"{there} is there and is not a folder; name another one")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise StorageError(f"{there} may not be written into; allow it, or name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f"{there} may not be written into; allow it, or name another folder")
     for name in names:
         path = folder / name
         with storage_errors(path, "read"):
