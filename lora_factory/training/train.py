@@ -226,13 +226,7 @@ def zoo_factory(
     gradient_checkpointing: bool = False,
 ) -> LoRATrainer:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
-    config = layout.lora_config
-    settings = replace(
-        settings_of(zoo),
-        rank=config["r"],
-        lora_alpha=config["lora_alpha"],
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    settings = replace(settings_of(zoo), gradient_checkpointing=gradient_checkpointing)
     source, revision = base_source(zoo.layout, base_model)
     name = zoo.layout.base_model
     return open_trainer(source, settings, accelerator, tasks, base_model_name=name, revision=revision, layout=layout)
