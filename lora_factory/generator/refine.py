@@ -15,7 +15,7 @@ from lora_factory.arguments import REFINE_STEPS, TokenOptions
 from lora_factory.collection.optimise import take_steps
 from lora_factory.models.inputs import TokenSequence, positions
 from lora_factory.models.losses import Base, query_loss
-from lora_factory.tasks.examples import Example, ImageExample, as_example
+from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples
 
 LEARNING_RATE = 1e-3
@@ -105,7 +105,7 @@ def refine_state_dict(
     settings = TokenOptions(chat_template=chat_template)
     if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
         settings = replace(settings, sequence_length=limit)
-    sequences = base.inputs.encode([*map(as_example, as_examples(examples))], settings)
+    sequences = base.inputs.encode(as_examples(examples), settings)
     return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
 
 

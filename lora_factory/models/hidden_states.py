@@ -19,7 +19,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import IGNORED, CausalInputs, frozen, pad_tokens, positions, text_tokens
 from lora_factory.models.losses import Base
 from lora_factory.models.text_encoders import _refuse_empty, masked_mean
-from lora_factory.tasks.examples import Example, as_example
+from lora_factory.tasks.examples import Example
 from lora_factory.utils.cache import TensorCache
 from lora_factory.utils.paths import cache_folder
 from lora_factory.utils.progress import progress_bar
@@ -164,7 +164,7 @@ def example_states(base: Base, examples: Sequence[Any]) -> Tensor:
     if isinstance(base.inputs, CausalInputs):
         return HiddenStateEncoder(base.model, base.tokenizer).encode(examples)
     settings = replace(READ, sequence_length=min(READ.sequence_length, positions(base.model) or READ.sequence_length))
-    rows = base.inputs.encode([*map(as_example, examples)], settings)
+    rows = base.inputs.encode(examples, settings)
     with frozen(base.model), without_adapters(base.model):
         return torch.cat([_read(base, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
 

@@ -153,13 +153,6 @@ class ImageExample:
         return [self.image.sha256, self.prompt, self.completion, self.boxes, self.label]
 
 
-def as_example(value: Example | ImageExample | str | Sequence[str]) -> Any:  # noqa: ANN401
-    """Turn a user's example into an `Example`: a text is an answer without a prompt, a pair is prompt and answer."""
-    if isinstance(value, ImageExample):
-        return value
-    return Example("", value) if isinstance(value, str) else Example(*value)
-
-
 class Example(NamedTuple):
     """One training text: the loss falls on the completion only; plain text has an empty prompt."""
 

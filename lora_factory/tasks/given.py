@@ -23,8 +23,8 @@ from lora_factory.utils.yaml_files import read_values
 _EXAMPLES = 'a text, a pair (prompt, completion), {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
-def as_examples(examples: Any) -> list[Example | ImageExample | str]:  # noqa: ANN401
-    """A user's examples, whatever they come in: texts, pairs, dictionaries, `Example` or `ImageExample`.
+def as_examples(examples: Any) -> list[Example | ImageExample]:  # noqa: ANN401
+    """A user's examples, whatever they come in; see `read_example`.
 
     Raises:
         LoraFactoryError: When there is none, one is of another kind, or a single one stands for a list of them.
@@ -42,8 +42,8 @@ def as_examples(examples: Any) -> list[Example | ImageExample | str]:  # noqa: A
     return read
 
 
-def read_example(value: Any, noun: str) -> Example | ImageExample | str:  # noqa: ANN401
-    """One of a user's examples, whatever it comes in; it may be blank.
+def read_example(value: Any, noun: str) -> Example | ImageExample:  # noqa: ANN401
+    """One of a user's examples: a pair, a dictionary or a text, which has an empty prompt; it may be blank.
 
     Args:
         value: What the user gives.
@@ -63,7 +63,7 @@ def read_example(value: Any, noun: str) -> Example | ImageExample | str:  # noqa
     if not (isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(part, str) for part in parts)):
         raise LoraFactoryError(f"{noun} is {str(value)[:80]!r}; give {_EXAMPLES}")
     _check_text("".join(parts), noun)
-    return parts[0] if len(parts) == 1 else Example(*parts)
+    return Example("", *parts) if len(parts) == 1 else Example(*parts)
 
 
 def as_images(images: Any) -> list[ImageLike]:  # noqa: ANN401

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.tasks.examples import Example, ImageExample, as_example
+from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import read_example
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.text import SPLITS, DataSource, Split, carve, load_examples, with_text
@@ -121,7 +121,8 @@ class Task:
             ):
                 raise LoraFactoryError(f"{split}={str(examples)[:80]!r} of task {name!r} must be a list of examples")
             nouns = (f"{split} example {number} of task {name!r}" for number in itertools.count())
-            if read := [as_example(read_example(one, noun)) for one, noun in zip(examples, nouns, strict=False)]:
+            read: list[Any] = [read_example(one, noun) for one, noun in zip(examples, nouns, strict=False)]
+            if read:
                 found[split] = with_text(read)
         task._examples.update(carve(found, name))
         return task

@@ -67,6 +67,6 @@ def test_an_order_that_fails_leaves_the_others(kept: KeptAdapters) -> None:
 
 
 def test_equal_orders_have_one_identifier_and_others_another() -> None:
-    same = {identifier_of(Order("a", ["x"])), identifier_of(Order("a", ("x",), seed=0))}
-    others = (Order("b", ["x"]), Order("a"), Order("a", ["x"], seed=1), Order("a", [("", "x")]), Order("a", rank=1))
+    same = {identifier_of(Order("a", given)) for given in (["x"], ("x",), [("", "x")], [{"text": "x"}])}
+    others = (Order("b", ["x"]), Order("a"), Order("a", ["x"], seed=1), Order("a", [("x", "")]), Order("a", rank=1))
     assert len(same) == 1 and len({identifier_of(order) for order in others} - same) == 5
