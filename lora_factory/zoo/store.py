@@ -365,8 +365,12 @@ class AdapterZoo:
         path = self.folder / record.task / record.run / name
         if not path.exists():
             raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
+        return checked_file(path.parent, name, self.limit(record, name))
+
+    def limit(self, record: RunRecord, name: str) -> int:
+        """The most bytes that a run's file may have; a number of its weights has 8 at most."""
         weights = _HEADER_BYTES + 8 * self.layout.size * len(record.snapshot_steps)
-        return checked_file(path.parent, name, weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES)
+        return weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
 
     def _whole_file(self, record: RunRecord, name: str) -> Path:
         """The path of a run's file, whose SHA-256 was found right since it last changed."""

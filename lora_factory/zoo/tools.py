@@ -15,12 +15,8 @@ from lora_factory.errors import LoraFactoryError, NewerFormatError
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json
 from lora_factory.utils.folders import FolderKind, check_folder, run_kind
 from lora_factory.utils.paths import local_path, sha256_file
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import CHECKPOINTS_FILE, ORIGIN_FILE, RECORD_FILE, REQUIRED_FILES, ZOO_FILE, AdapterZoo
-
-_HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
-_NUMBER_BYTES = 4  # of the widest numbers that a zoo holds
 
 
 def prune(
@@ -129,11 +125,8 @@ def merge(sources: Iterable[AdapterZoo], output_dir: str | Path) -> AdapterZoo:
 
 def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
     """The files of a run, below the zoo's folder, with the most bytes that each may have."""
-    weights = _HEADER_BYTES + _NUMBER_BYTES * zoo.layout.size * len(record.snapshot_steps)
-    return {
-        f"{record.task}/{record.run}/{name}": weights if name.endswith(".safetensors") else MAX_CONFIG_BYTES
-        for name in (*record.sha256, RECORD_FILE)
-    }
+    names = (*record.sha256, RECORD_FILE)
+    return {f"{record.task}/{record.run}/{name}": zoo.limit(record, name) for name in names}
 
 
 def _damage(zoo: AdapterZoo, task: str, run: str) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.zoos import COMMIT, layout_of, record_of, snapshots_of
 from hub_server.local import LocalHub
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from lora_factory.adapters.layout import AdapterLayout
@@ -206,10 +207,34 @@ def test_what_is_pulled_is_not_trusted(zoo: AdapterZoo, tmp_path: Path, monkeypa
     monkeypatch.setattr(zoo_hub, "download_files", download)
     AdapterZoo.from_hub("alice/zoo")
     assert set(asked) == set(names) - {"README.md", "a/seed-0/evil.py", "x.py", "a/b/seed-0/run.json"}
-    assert asked["a/seed-0/checkpoints.safetensors"] == (1 << 20) + 3 * 4 * zoo.layout.size
+    assert asked["a/seed-0/checkpoints.safetensors"] == (16 << 20) + 3 * 8 * zoo.layout.size
     (zoo.folder / "b" / "seed-0" / "note.txt").unlink()
     with pytest.raises(LoraFactoryError, match=r"lacks 1 files of its runs, first b/seed-0/note.txt"):
         AdapterZoo.from_hub("alice/zoo")
+
+
+def test_a_run_of_many_modules_is_pushed_and_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are larger than their numbers: a safetensors file names every tensor in its header."""
+    paths = [f"experts.{number}.{'deep.' * 50}proj" for number in range(2000)]
+    weights = {}
+    for path in paths:
+        weights[f"base_model.model.{path}.lora_A.weight"] = torch.zeros(1, 1)
+        weights[f"base_model.model.{path}.lora_B.weight"] = torch.zeros(1, 1)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["proj"])
+    layout = AdapterLayout.from_state_dict(weights, config, base_model="someone/pico", base_revision=COMMIT)
+    zoo = make_zoo(tmp_path / "zoo", layout, ("a", "seed-0"))
+    sizes = {f"a/seed-0/{path.name}": path.stat().st_size for path in (zoo.folder / "a" / "seed-0").iterdir()}
+    assert sizes["a/seed-0/checkpoints.safetensors"] > (1 << 20) + 3 * 4 * layout.size
+    assert zoo_hub.zoo_writer(zoo)(tmp_path / "pushed", "zoo") == set(sizes)
+    allowed: dict[str, int] = {}
+
+    def download(repo_id: str, limit_of: Callable[[str], int], **_: object) -> Path:
+        allowed.update({name: limit_of(name) for name in sizes})
+        return zoo.folder
+
+    monkeypatch.setattr(zoo_hub, "download_files", download)
+    AdapterZoo.from_hub("alice/zoo")
+    assert all(allowed[name] >= size for name, size in sizes.items())
 
 
 def test_adapters_are_imported_from_the_hub(hub: LocalHub, zoo: AdapterZoo, tmp_path: Path) -> None:
