@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from lora_factory.errors import LoraFactoryError
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, folder_here, read_json_object
 
 if TYPE_CHECKING:
     from lora_factory.adapters.layout import AdapterLayout
@@ -83,15 +80,8 @@ def base_kind(layout: AdapterLayout, config: Mapping[str, Any] | None = None) ->
 
 def _config_here(layout: AdapterLayout) -> dict[str, Any] | None:
     """The base model's configuration, if it is on this machine."""
-    folder = Path(layout.base_model)
-    if not folder.is_dir():
-        try:
-            cached = try_to_load_from_cache(layout.base_model, "config.json", revision=layout.base_revision)
-        except ValueError:
-            return None
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
+    if (folder := folder_here(layout.base_model, layout.base_revision)) is None:
+        return None
     try:
         return read_json_object(checked_file(folder, "config.json", MAX_CONFIG_BYTES))
     except LoraFactoryError:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, read_json_object
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, folder_here, read_json_object
 
 MAX_BYTES = 8 << 30  # of the weights of a sentence encoder
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -106,14 +105,9 @@ def open_bert(name: str, revision: str | None, device: torch.device) -> Bert | N
         revision: Branch, tag or commit of a Hub id.
         device: Where to compute.
     """
-    folder = Path(name)
     try:
-        if not folder.is_dir():
-            cached = try_to_load_from_cache(name, "config.json", revision=revision)
-            if not isinstance(cached, str):
-                return None
-            folder = Path(cached).parent
-        return Bert(folder, device)
+        folder = folder_here(name, revision)
+        return None if folder is None else Bert(folder, device)
     except Exception:  # transformers reads it then, or says what is wrong with it
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -41,6 +41,7 @@ from lora_factory.models.embedded import (
 )
 from lora_factory.utils.extras import require
 from lora_factory.utils.quiet import quiet_transformers
+from lora_factory.utils.safe_files import folder_here
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _REQUEST_SECONDS = 10.0
@@ -195,8 +196,8 @@ def load_pretrained(
             f"the {noun} {source!r} lacks {len(absent)} weights, first {absent[0]}; give the complete model,"
             f" {expected}"
         )
-    cached = None if local else try_to_load_from_cache(source, "config.json", revision=revision)
-    commit = Path(cached).parent.name if isinstance(cached, str) else None
+    folder = None if local else folder_here(source, revision)
+    commit = folder.name if folder else None
     model.config._commit_hash = commit  # transformers itself forgets it; a local folder has none
     if commit and revision and re.fullmatch("[0-9a-f]{40}", revision) and commit != revision:
         raise LoraFactoryError(f"the {noun} {source!r} came at commit {commit}, expected {revision}; try again")
@@ -212,7 +213,7 @@ def check_on_hub(name: str, revision: str | None, noun: str) -> None:
         LoraFactoryError: When it is unknown, gated, or the Hub cannot be asked.
     """
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        if folder_here(name, revision) is not None:
             return
         url = hf_hub_url(name, "config.json", revision=revision)
         commit = get_hf_file_metadata(url, timeout=_REQUEST_SECONDS).commit_hash

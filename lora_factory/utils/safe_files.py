@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 
@@ -191,6 +192,17 @@ def other_kind(folder: Path) -> str | None:
                 return "a generator" if values.get("model_type") == "cvae_lora" else kind
             return kind
     return None
+
+
+def folder_here(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model that is on this machine: a folder of that name, or the Hub's cache's of a Hub id."""
+    if (folder := Path(name)).is_dir():
+        return folder
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # it is no Hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def is_hub_id(name: str) -> bool:
