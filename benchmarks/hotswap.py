@@ -43,7 +43,7 @@ def main() -> None:
         with torch.no_grad():
             expected[text] = generator.generate_adapter(text, open_base(generator.layout, None))(tokens).logits
     model = generator.generate_adapter(TEXTS[0], open_base(generator.layout, None))
-    rank = max(module.rank for module in generator.layout.modules)
+    rank = generator.layout.rank
     run = model
     if options.compile:
         prepare_model_for_compiled_hotswap(model, target_rank=rank, config=model.peft_config)

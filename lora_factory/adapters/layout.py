@@ -142,6 +142,11 @@ class AdapterLayout:
         }
 
     @cached_property
+    def rank(self) -> int:
+        """The highest rank of a module."""
+        return max(module.rank for module in self.modules)
+
+    @cached_property
     def size(self) -> int:
         """D, the number of weights of one adapter."""
         return sum(map(math.prod, self._shapes.values()))
@@ -177,7 +182,7 @@ class AdapterLayout:
                     f"{module.path} has sizes {module.sizes} in one layout, {modules[module.path].sizes} in another; "
                     "give layouts for one base model"
                 )
-        rank = max(module.rank for layout in layouts for module in layout.modules) if rank is None else rank
+        rank = max(layout.rank for layout in layouts) if rank is None else rank
         if rank < 1:
             raise LoraFactoryError(f"rank={rank}, expected at least 1; give a higher one")
         config = dict(first.lora_config) | {"rank_pattern": {}, "alpha_pattern": {}}

@@ -177,7 +177,7 @@ def check_rank(generator: ConditionalVAE, rank: int | None) -> None:
     Raises:
         LoraFactoryError: When it is.
     """
-    if rank is not None and rank > (highest := max(m.rank for m in generator.layout.modules)):
+    if rank is not None and rank > (highest := generator.layout.rank):
         raise LoraFactoryError(f"rank={rank} is above the generator's, {highest}; give {highest} or less")
 
 

@@ -79,8 +79,7 @@ class KeptAdapters:
         """Start without an adapter."""
         self.generator, self.tokenizer, self.capacity, self._metrics = generator, tokenizer, capacity, metrics
         self.model: PreTrainedModel | PeftModel = model
-        highest = max(module.rank for module in generator.layout.modules)
-        self._layout = generator.layout.with_rank(highest)
+        self._layout = generator.layout.with_rank(generator.layout.rank)
         self._names: OrderedDict[str, str] = OrderedDict()  # by identifier, the one unused for longest first
         self._slots: dict[str, AdapterSlot] = {}  # by name
 
