@@ -27,6 +27,7 @@ from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 GENERATION_FILE, CONDITION_FILE = "generation.json", "condition.safetensors"
 
 
@@ -74,7 +75,6 @@ class Generation:
     versions: Mapping[str, str]
 
 
-ADAPTER_FILE = "adapter_model.safetensors"
 MAX_ADAPTER_BYTES = 16 << 30
 _HASHED_ASIDE = 1 << 20  # bytes from which a second thread pays
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -85,7 +85,7 @@ def save_adapter_config(layout: AdapterLayout, folder: Path) -> None:
 
     PEFT itself is not needed: the layout holds its configuration.
     """
-    write_json(folder / "adapter_config.json", dict(sorted(layout.inference_config().items())), durable=False)
+    write_json(folder / CONFIG_FILE, dict(sorted(layout.inference_config().items())), durable=False)
 
 
 def save_adapter_weights(state_dict: Mapping[str, Tensor], folder: Path) -> str:
@@ -148,11 +148,9 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
 
     folder = local_path(folder)
     try:
-        if not (folder / "adapter_config.json").exists() and (kind := other_kind(folder)):
+        if not (folder / CONFIG_FILE).exists() and (kind := other_kind(folder)):
             raise LoraFactoryError(f"it is {kind}, not an adapter; name a folder that PEFT or lora-factory wrote")
-        values = read_json_object(
-            checked_file(folder, "adapter_config.json", MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES
-        )
+        values = read_json_object(checked_file(folder, CONFIG_FILE, MAX_CONFIG_BYTES), limit=MAX_CONFIG_BYTES)
         check_types(values)
         check_plain_lora(values)
         path = checked_file(folder, ADAPTER_FILE, MAX_ADAPTER_BYTES)

@@ -24,6 +24,7 @@ from lora_factory.collection.collect import collect_adapters
 from lora_factory.demo.corpus import build_corpus
 from lora_factory.evaluation.comparison import compare
 from lora_factory.evaluation.fold import Fold
+from lora_factory.generator.files import TRAINING_FILE
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.embedded import EMBEDDED_BASE_MODEL, embedded_base_model
 from lora_factory.models.loading import load_base_model
@@ -163,8 +164,8 @@ def _collect(run: DemoRun, tasks: Sequence[Task], folder: Path) -> AdapterZoo:
 def _trained_generator(run: DemoRun, zoo: AdapterZoo) -> CVAELoRAGenerator:
     """Train the generator, or load the one in the folder if it was trained on this zoo with these settings."""
     folder = run.folder / "generator"
-    if (folder / "training.json").is_file():
-        recorded = json.loads((folder / "training.json").read_text(encoding="utf-8"))["arguments"]
+    if (folder / TRAINING_FILE).is_file():
+        recorded = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))["arguments"]
         if recorded == asdict(run.size.train):  # else it may be of an earlier format
             generator = CVAELoRAGenerator.from_pretrained(folder)
             if generator.config.zoo_fingerprint == zoo.fingerprint():

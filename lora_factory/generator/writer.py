@@ -15,7 +15,7 @@ from lora_factory.generator.generation import explain as explain_order
 from lora_factory.generator.hub import origins_of
 from lora_factory.generator.task_vectors import open_reader
 from lora_factory.generator.vae import ConditionalVAE
-from lora_factory.hub.cards import AdapterCard, Origins, handwritten, with_handwritten
+from lora_factory.hub.cards import CARD_FILE, AdapterCard, Origins, handwritten, with_handwritten
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_named_texts, as_texts
 from lora_factory.tasks.image_files import ImageLike
@@ -235,4 +235,4 @@ class AdapterWriter(ConditionalVAE):
 def _write_card(folder: Path, output: Path, generation: Generation, origins: Origins) -> None:
     """Write the card of an adapter, with what people have added to the one in the folder that is to be replaced."""
     card = AdapterCard(title=output.name, origins=origins, generations={"": generation})
-    write_text(folder / "README.md", with_handwritten(card.text, output), durable=False)
+    write_text(folder / CARD_FILE, with_handwritten(card.text, output), durable=False)

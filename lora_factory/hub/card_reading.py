@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
+from lora_factory.hub.cards import CARD_FILE
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file
 
-CARD_FILE = "README.md"
 _CARD_BYTES = 64 << 10  # of a card are read; what an adapter does stands at its beginning
 _HEAD_DEPTH = 16
 _LONGEST_DESCRIPTION = 300  # characters

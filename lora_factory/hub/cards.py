@@ -21,6 +21,7 @@ from lora_factory.hub.base_kinds import CAUSAL, BaseKind
 from lora_factory.utils.printable import printable
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, is_hub_id, reading
 
+CARD_FILE = "README.md"
 # All that a card's head may hold, in this order; what comes from outside is checked before it gets there.
 YAML_FIELDS = (
     *("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model", "base_model_relation"),
@@ -230,7 +231,7 @@ def handwritten(folder: Path) -> str | None:
     Raises:
         LoraFactoryError: When what people have added to it could not be carried over into a new card.
     """
-    path = folder / "README.md"
+    path = folder / CARD_FILE
     if not path.is_file():
         return None
     with reading(path, "mend its head or move it away, so that nothing in it is lost"):

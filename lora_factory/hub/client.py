@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 
 from lora_factory._version import __version__
 from lora_factory.errors import LoraFactoryError, StorageError
-from lora_factory.hub.cards import has_handwriting, keep_handwritten
+from lora_factory.hub.cards import CARD_FILE, has_handwriting, keep_handwritten
 from lora_factory.hub.errors import LOG_IN, explain
 from lora_factory.utils.files import share_file, write_text
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, is_hub_id, reading
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from lora_factory.adapters.layout import AdapterLayout
 
 
-CARD_FILE = "README.md"
 # Fills an empty folder, given the repository's full name, with a card in it; returns the names of the links that it
 # made there and checked, if it made any.
 Writer = Callable[[Path, str], Collection[str] | None]

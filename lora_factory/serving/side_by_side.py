@@ -19,8 +19,8 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.generation import Order
 from lora_factory.generator.hub import origins_of
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.hub.cards import AdapterCard
-from lora_factory.hub.client import CARD_FILE, about_model, check_base_model, push
+from lora_factory.hub.cards import CARD_FILE, AdapterCard
+from lora_factory.hub.client import about_model, check_base_model, push
 from lora_factory.models.decoding import Answer
 from lora_factory.models.inputs import positions
 from lora_factory.serving.engine import Ask, Engine, Job, Make
@@ -137,7 +137,7 @@ class SideBySide:
         self.hears = frozenset(generator.config.modalities or ())
         if "text" in self.hears:
             _ = generator.text_encoder  # loaded here, not in the first request
-        self.rank = max(module.rank for module in generator.layout.modules)
+        self.rank = generator.layout.rank
         self.longest = min(MAX_NEW_TOKENS, (positions(model) or MAX_NEW_TOKENS) // 2)
         metrics = Metrics()
         kept = KeptAdapters(generator, model, self.tokenizer, _KEPT, metrics)

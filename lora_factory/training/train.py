@@ -23,9 +23,10 @@ from lora_factory.arguments import (
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig, paper_channels
+from lora_factory.generator.files import TRAINING_FILE
 from lora_factory.generator.hub import generator_card
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.hub.cards import handwritten, with_handwritten
+from lora_factory.hub.cards import CARD_FILE, handwritten, with_handwritten
 from lora_factory.models.hidden_states import example_features
 from lora_factory.models.image_encoders import ImageEncoder, image_vectors
 from lora_factory.models.loading import base_source
@@ -198,8 +199,8 @@ def save_generator(
     output = check_folder(output_dir, GENERATOR, overwrite=overwrite, inputs=inputs)
     with atomic_folder(output, GENERATOR, overwrite=overwrite, inputs=inputs) as folder:
         generator.save_pretrained(folder)
-        write_json(folder / "training.json", training)
-        write_text(folder / "README.md", with_handwritten(generator_card(generator, output.name), output))
+        write_json(folder / TRAINING_FILE, training)
+        write_text(folder / CARD_FILE, with_handwritten(generator_card(generator, output.name), output))
     generator.config.name_or_path, generator.training_record = str(output), dict(training)
 
 
@@ -209,7 +210,7 @@ def training_history(folder: str | Path) -> list[dict[str, float]]:
     Raises:
         LoraFactoryError: When the file is damaged.
     """
-    path = local_path(folder) / "training.json"
+    path = local_path(folder) / TRAINING_FILE
     if not path.is_file():
         return []
     with reading(path, "delete it to go on without the training's curve"):

@@ -10,8 +10,8 @@ from huggingface_hub import CommitInfo
 
 from lora_factory._version import __version__
 from lora_factory.errors import LoraFactoryError
-from lora_factory.hub.cards import Origins, ZooCard
-from lora_factory.hub.client import CARD_FILE, PushOptions, Writer, about_model, check_base_model, download_files, push
+from lora_factory.hub.cards import CARD_FILE, Origins, ZooCard
+from lora_factory.hub.client import PushOptions, Writer, about_model, check_base_model, download_files, push
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file
 from lora_factory.zoo.run_record import FORMAT_VERSION
@@ -79,7 +79,7 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             # A link, since a zoo may be larger than the disk's free space; what it leads to is a file of the zoo.
             (folder / name).symlink_to(checked_file(zoo.folder, name, limit).resolve())
-        write_json(folder / "zoo.json", {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
+        write_json(folder / ZOO_FILE, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
         write_text(folder / CARD_FILE, ZooCard(title=title, origins=origins, facts=facts, tags=tags).text)
         return set(limits)
 

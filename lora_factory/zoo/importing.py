@@ -9,16 +9,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lora_factory._version import __version__
-from lora_factory.adapters.folder import ADAPTER_FILE, MAX_ADAPTER_BYTES, load_adapter
+from lora_factory.adapters.folder import ADAPTER_FILE, CONFIG_FILE, MAX_ADAPTER_BYTES, load_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import ImportArguments
 from lora_factory.errors import LoraFactoryError
-from lora_factory.hub.card_reading import CARD_FILE, card_description, card_license, read_card
+from lora_factory.hub.card_reading import card_description, card_license, read_card
+from lora_factory.hub.cards import CARD_FILE
 from lora_factory.hub.client import download_files
 from lora_factory.utils.paths import local_path, recorded_name, safe_name, sha256_file, task_names
 from lora_factory.utils.printable import few
@@ -31,13 +31,12 @@ from lora_factory.utils.safe_files import (
     reading,
 )
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import ORIGIN_FILE, AdapterZoo
+from lora_factory.zoo.store import ORIGIN_FILE, ZOO_FILE, AdapterZoo
 
-_CONFIG_FILE, _PICKLE_FILE = "adapter_config.json", "adapter_model.bin"
-_LIMITS = {_CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, CARD_FILE: MAX_CONFIG_BYTES}
+_PICKLE_FILE = "adapter_model.bin"
+_LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, CARD_FILE: MAX_CONFIG_BYTES}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 _NO_COMMIT = (None, "", "main")
-_LIST_BYTES = 16 << 20
 _WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # An adapter may record a folder of the machine that trained it, models/llama, which has the form of a Hub id.
 _FOLDERS = ("", "model", "models", "checkpoints", "out", "output", "outputs", "base", "pretrained", "weights", "data")
@@ -148,7 +147,7 @@ def read_list(path: str | Path) -> list[AdapterSource]:
     """
     path = local_path(path)
     try:
-        text = read_text(path, _LIST_BYTES)
+        text = read_text(path, MAX_CONFIG_BYTES)
     except LoraFactoryError as error:
         raise LoraFactoryError(f"{error}; to import one adapter, name its folder, {path.parent}") from error
     entries = []
@@ -174,7 +173,7 @@ def _entries(sources: str | Path | AdapterSource | Sequence[str | Path | Adapter
             is_file = path.is_file()
         except OSError:  # the name is too long for a file
             is_file = False
-        if is_file and (path.suffix in _WEIGHTS_ENDINGS or path.name == _CONFIG_FILE):
+        if is_file and (path.suffix in _WEIGHTS_ENDINGS or path.name == CONFIG_FILE):
             raise LoraFactoryError(f"{path} is one file of an adapter; name its folder, {path.parent}")
         entries += read_list(path) if is_file else [AdapterSource(str(source))]
     return entries
@@ -219,10 +218,10 @@ def _parts(folder: Path) -> list[tuple[int | None, Path]]:
     """The steps and folders of an adapter's checkpoints in their order, then the adapter itself where it is there."""
     numbers = {}
     for path in folder.iterdir():
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _CONFIG_FILE).exists():
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / CONFIG_FILE).exists():
             numbers[int(match[1])] = path
     parts: list[tuple[int | None, Path]] = sorted(numbers.items())
-    whole = any((folder / name).exists() for name in (_CONFIG_FILE, ADAPTER_FILE, _PICKLE_FILE))
+    whole = any((folder / name).exists() for name in (CONFIG_FILE, ADAPTER_FILE, _PICKLE_FILE))
     return parts if parts and not whole else [*parts, (None, folder)]
 
 
@@ -248,7 +247,7 @@ def _pickle_error(folder: Path, before: str = "") -> LoraFactoryError:
 
 def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportArguments) -> AdapterZoo:
     """The zoo, made if need be to hold all candidates that fit the first one."""
-    if (folder / "zoo.json").exists():
+    if (folder / ZOO_FILE).exists():
         return AdapterZoo(folder)
     commits = (candidate.layout.base_revision for candidate in candidates)
     revision = arguments.base_revision or next((name for name in commits if name not in _NO_COMMIT), None)
@@ -259,18 +258,18 @@ def _open_zoo(folder: Path, candidates: Sequence[_Candidate], arguments: ImportA
             layouts.append(_for_base(candidate.layout, base, revision, arguments))
     if not layouts:
         _for_base(candidates[0].layout, base, revision, arguments)
-    limit = arguments.rank or max(_rank(layout) for layout in layouts)
+    limit = arguments.rank or max(layout.rank for layout in layouts)
     fitting: list[AdapterLayout] = []
     known: dict[str, tuple[tuple[int, ...], ...]] = {}
     for layout in layouts:  # those of a higher rank or other sizes are refused later, too
         sizes = {module.path: module.sizes for module in layout.modules}
-        if _rank(layout) <= limit and all(known.get(path, size) == size for path, size in sizes.items()):
+        if layout.rank <= limit and all(known.get(path, size) == size for path, size in sizes.items()):
             known |= sizes
             fitting.append(layout)
     if not fitting:
-        lowest = min(_rank(layout) for layout in layouts)
+        lowest = min(layout.rank for layout in layouts)
         raise LoraFactoryError(f"rank={limit} is below that of all adapters, {lowest}; leave it out")
-    highest = max(_rank(layout) for layout in fitting)
+    highest = max(layout.rank for layout in fitting)
     same = len({layout.modules for layout in fitting}) == 1 and arguments.rank in (0, highest)
     return AdapterZoo.create(folder, fitting[0] if same else AdapterLayout.union(fitting, arguments.rank or None))
 
@@ -285,8 +284,9 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments)
         )
     digest = sha256_file(_parts(candidate.folder)[-1][1] / ADAPTER_FILE)
     if zoo.has_run(candidate.task, candidate.run):
-        origin = zoo.folder / candidate.task / candidate.run / ORIGIN_FILE
-        if origin.is_file() and _origin(origin).get("sha256") == digest:
+        run = zoo.folder / candidate.task / candidate.run
+        imported = (run / ORIGIN_FILE).is_file()
+        if imported and read_json_object(checked_file(run, ORIGIN_FILE, MAX_CONFIG_BYTES)).get("sha256") == digest:
             return
         raise LoraFactoryError(
             f"the zoo has another run {candidate.run} of task {candidate.task}; give it another name of a task or run"
@@ -322,11 +322,6 @@ def _take_in(zoo: AdapterZoo, candidate: _Candidate, arguments: ImportArguments)
         license=candidate.license,
     )
     zoo.add_run(record, rows, extra_files={ORIGIN_FILE: json.dumps(origin_facts, indent=2) + "\n"})
-
-
-def _origin(path: Path) -> dict[str, Any]:
-    """Read an import's record of a run."""
-    return read_json_object(checked_file(path.parent, path.name, MAX_CONFIG_BYTES))
 
 
 def _snapshots(candidate: _Candidate, arguments: ImportArguments) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -389,8 +384,3 @@ def _may_be(stored: str, base: str) -> bool:
     owner, _, name = stored.rpartition("/")
     same = name.lower() == base.rpartition("/")[2].lower()
     return same or not is_hub_id(stored) or owner in _FOLDERS or Path(stored).exists()
-
-
-def _rank(layout: AdapterLayout) -> int:
-    """The highest rank of a layout's modules."""
-    return max(module.rank for module in layout.modules)

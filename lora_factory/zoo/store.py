@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_factory.adapters.folder import ADAPTER_FILE, CONFIG_FILE, save_adapter_config
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError, NewerFormatError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
@@ -34,11 +35,9 @@ ZOO_FILE = "zoo.json"
 HIDDEN_FOLDER = ".collection"  # of a collection: leases, states, failures, logs
 RECORD_FILE = "run.json"
 ORIGIN_FILE = "import.json"  # of a run that was imported: where it came from
-_CONFIG_FILE = "adapter_config.json"
-_ADAPTER_FILE = "adapter_model.safetensors"
 CHECKPOINTS_FILE = "checkpoints.safetensors"
 _HEADER_BYTES = 16 << 20  # what a safetensors file may hold besides its tensors
-REQUIRED_FILES = (_CONFIG_FILE, _ADAPTER_FILE, CHECKPOINTS_FILE)
+REQUIRED_FILES = (CONFIG_FILE, ADAPTER_FILE, CHECKPOINTS_FILE)
 
 
 class AdapterZoo:
@@ -193,14 +192,10 @@ class AdapterZoo:
         extra_files = extra_files or {}
         self._check_new_run(record, snapshots, extra_files)
         checkpoints = self.layout.unflatten(snapshots.detach().cpu())
-        from lora_factory.adapters.folder import (
-            save_adapter_config,  # here: a zoo is read without peft and transformers
-        )
-
         with atomic_folder(self.folder / record.task / record.run) as folder:
             save_adapter_config(self.layout, folder)
             final = {key: tensor[-1].contiguous() for key, tensor in checkpoints.items()}
-            save_file(final, folder / _ADAPTER_FILE, metadata={"format": "pt"})
+            save_file(final, folder / ADAPTER_FILE, metadata={"format": "pt"})
             save_file(checkpoints, folder / CHECKPOINTS_FILE, metadata={"format": "pt"})
             for name, text in extra_files.items():
                 write_text(folder / name, text)
@@ -237,7 +232,7 @@ class AdapterZoo:
 
     def final(self, task: str, run: str) -> Tensor:
         """Read a run's final adapter: (D,) in float32, on the CPU; errors as in `snapshots`."""
-        return self._read_vectors(self.record(task, run), _ADAPTER_FILE, None, True)
+        return self._read_vectors(self.record(task, run), ADAPTER_FILE, None, True)
 
     def descriptions(self, task: str) -> tuple[str, ...]:
         """Return the descriptions of a task, those of all its runs, each once."""
@@ -266,7 +261,7 @@ class AdapterZoo:
         for name in record.sha256:
             try:
                 self._whole_file(record, name)
-                if name in (_ADAPTER_FILE, CHECKPOINTS_FILE):
+                if name in (ADAPTER_FILE, CHECKPOINTS_FILE):
                     self._read_vectors(record, name, slice(None) if name == CHECKPOINTS_FILE else None, False)
             except LoraFactoryError as error:
                 problems.append(str(error))
