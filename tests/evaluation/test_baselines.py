@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.multitask import mixed_batches, train_multitask
@@ -205,13 +206,13 @@ def trainer(pico_model, pico_tokenizer, pico_model_folder: Path) -> LoRATrainer:
     return LoRATrainer.attach(pico_model, pico_tokenizer, arguments, str(pico_model_folder), Accelerator(cpu=True))
 
 
-def test_multitask_lora_learns_every_task_with_the_budget_of_all(trainer: LoRATrainer, monkeypatch) -> None:
+def test_multitask_lora_learns_every_task_with_the_budget_of_all(trainer: LoRATrainer) -> None:
     texts = {"fox": "The quick brown fox jumps. ", "code": "def add(left, right): return left + right\n"}
     tasks = [Task.from_examples(name, [name], [text * 40], [text * 8], [text * 8]) for name, text in texts.items()]
     seen = []
-    step = LoRATrainer._step
-    monkeypatch.setattr(LoRATrainer, "_step", lambda self, *args: seen.append(1) or step(self, *args))
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(1))
     adapter = train_multitask(trainer, tasks, seed=0)
+    hook.remove()
     assert len(seen) == 2 * trainer.arguments.steps, "as many steps as the tasks' own LoRAs together"
     assert adapter.shape == (trainer.layout.size,) and adapter.dtype == torch.float32
     for task in tasks:
