@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -55,8 +54,7 @@ def make_app(generator: CVAELoRAGenerator, arguments: ServeArguments, token: str
     Raises:
         LoraFactoryError: When the base model cannot be loaded or continues no texts.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_causal_model(generator, arguments.base_model or None, device)
+    model, tokenizer = load_causal_model(generator, arguments.base_model or None)
     metrics = Metrics()
     adapters = KeptAdapters(generator, model, tokenizer, arguments.adapters, metrics)
     engine = Engine(

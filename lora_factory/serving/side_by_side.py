@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load
 
 from lora_factory.adapters.folder import CONDITION_FILE, Generation
@@ -130,9 +129,7 @@ class SideBySide:
 
     def __init__(self, generator: CVAELoRAGenerator, base_model: str | Path | None = None) -> None:
         """Load the base model and the text encoder, and start the thread."""
-        model, self.tokenizer = load_causal_model(
-            generator, base_model, "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        model, self.tokenizer = load_causal_model(generator, base_model)
         self.generator = generator
         self.hears = frozenset(generator.config.modalities or ())
         if "text" in self.hears:

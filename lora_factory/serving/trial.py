@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,19 +70,19 @@ def try_adapter(
 
 
 def load_causal_model(
-    generator: CVAELoRAGenerator, base_model: str | Path | None = None, device: str | None = None
+    generator: CVAELoRAGenerator, base_model: str | Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model of a generator's adapters and its tokenizer, to continue texts.
+    """Load the base model of a generator's adapters and its tokenizer, to continue texts; onto a GPU if there is one.
 
     Args:
         generator: Names the base model.
         base_model: Folder or Hub id of another copy of it.
-        device: Where it goes; default: the CPU.
 
     Raises:
         LoraFactoryError: When it cannot be loaded, or is no model that continues text.
     """
     name, revision = base_source(generator.layout, base_model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_base_model(name, revision=revision, device=device)
     if model.config.is_encoder_decoder or not model.can_generate():
         raise LoraFactoryError(
