@@ -131,7 +131,9 @@ def save_adapter_weights(state_dict: Mapping[str, Tensor], folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[AdapterLayout, dict[str, Tensor]]:
+def load_adapter(
+    folder: str | Path, *, base_model: str | Path | None = None
+) -> tuple[AdapterLayout, dict[str, Tensor]]:
     """Read a LoRA adapter's folder as PEFT writes it.
 
     Args:
@@ -158,7 +160,7 @@ def load_adapter(folder: str | Path, *, base_model: str | None = None) -> tuple[
         values.pop("runtime_config", None)
         config = LoraConfig.from_peft_type(**exact_targets(values, module_paths(header)))
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
-        name = config.base_model_name_or_path or base_model or ""
+        name = config.base_model_name_or_path or str(base_model or "")
         if not name:
             raise LoraFactoryError("adapter_config.json names no base model; pass base_model= (--base-model)")
         # Names, shapes and ranks are checked before a weight is read.

@@ -18,7 +18,7 @@ from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
-from lora_factory.models.loading import load_base_model
+from lora_factory.models.loading import base_source, load_base_model
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.given import as_texts
@@ -178,8 +178,7 @@ def evaluate_adapters(
     """
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
-    named = None if base_model is None else str(base_model)
-    loaded = {str(folder): load_adapter(folder, base_model=named) for folder in adapters}
+    loaded = {str(folder): load_adapter(folder, base_model=base_model) for folder in adapters}
     how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
     in_chat = _learned_in_chat(adapters, zoo)
     return _score_each([*loaded], loaded.values(), tasks, base_model, chat_template=in_chat, **how)
@@ -245,10 +244,8 @@ def _score_each(
     first = next(adapters)
     layout = first[0]
     check_tasks(tasks, lambda task: task.examples("test"))
-    if base_model is None:
-        model, tokenizer = load_base_model(layout.base_model, revision=layout.base_revision)
-    else:
-        model, tokenizer = load_base_model(base_model)
+    name, revision = base_source(layout, base_model)
+    model, tokenizer = load_base_model(name, revision=revision)
     if chat_template:
         check_tasks(tasks, lambda task: [render_chat(tokenizer, example) for example in task.examples("test")])
 

@@ -72,7 +72,7 @@ def export_gguf(adapter: str | Path, output: str | Path, *, base_model: str | Pa
     """
     output = local_path(output)
     _check_free(output)
-    layout, weights = load_adapter(adapter, base_model=None if base_model is None else str(base_model))
+    layout, weights = load_adapter(adapter, base_model=base_model)
     name, revision = base_source(layout, base_model)
     config = load_base_config(name, revision=revision)
     architecture, tensors = gguf_tensors(layout, weights, config)
@@ -113,7 +113,7 @@ def export_merged(adapter: str | Path, output: str | Path, *, base_model: str | 
         LoraFactoryError: When the adapter or the base model cannot be read or do not fit, or the folder is there.
         StorageError: When it cannot be written; it is a LoraFactoryError.
     """
-    layout, weights = load_adapter(adapter, base_model=None if base_model is None else str(base_model))
+    layout, weights = load_adapter(adapter, base_model=base_model)
     name, revision = base_source(layout, base_model)
     with atomic_folder(output, inputs=[adapter, name]) as folder:
         model, tokenizer = load_base_model(name, revision=revision)

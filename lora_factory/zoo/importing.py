@@ -229,7 +229,7 @@ def _read(folder: Path, base_model: str = "") -> tuple[AdapterLayout, torch.Tens
     """The layout and the weights ``(D,)`` of a PEFT folder."""
     if (folder / _PICKLE_FILE).exists() and not (folder / ADAPTER_FILE).exists():
         raise _pickle_error(folder)
-    layout, state_dict = load_adapter(folder, base_model=base_model or None)
+    layout, state_dict = load_adapter(folder, base_model=base_model)
     return layout, layout.flatten(state_dict)
 
 
