@@ -17,11 +17,9 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 from safetensors import safe_open
 from torch import nn
 
@@ -31,13 +29,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.hub.errors import explain
 from lora_factory.utils.printable import few
-from lora_factory.utils.safe_files import (
-    MAX_CONFIG_BYTES,
-    check_size,
-    checked_file,
-    is_hub_id,
-    read_json_object,
-)
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, checked_file, is_hub_id, read_json_object
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -139,10 +131,8 @@ class GeneratorSource:
 
     def _download(self, name: str, limit: int) -> Path:
         revision = self.commit or self.revision
-        try:
-            validate_repo_id(self.name)
-        except HFValidationError as error:
-            raise LoraFactoryError(f"{self.name!r} is neither a folder nor a Hub id ({error})") from error
+        if not is_hub_id(self.name):
+            raise LoraFactoryError(f"{self.name!r} is neither a folder nor a Hub id; write user/name")
         options: dict[str, Any] = {"revision": revision, "cache_dir": self.cache_dir, "token": self.token}
         if not (self.local_files_only or is_offline_mode()):
             # One short question first: hf_hub_download repeats its own for half a minute when nobody answers.

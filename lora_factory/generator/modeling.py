@@ -24,12 +24,7 @@ from lora_factory.generator.generation import Order, fulfil
 from lora_factory.generator.hub import adapter_writer, adapters_writer, generator_writer
 from lora_factory.generator.task_vectors import open_base, open_reader
 from lora_factory.generator.writer import AdapterWriter
-from lora_factory.hub.client import (
-    PushOptions,
-    check_base_model,
-    collect_repositories,
-    push,
-)
+from lora_factory.hub.client import PushOptions, collect_repositories, push
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import share_file, write_json
@@ -366,7 +361,6 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
         Raises:
             LoraFactoryError: As for `push_adapter`; adapters pushed before the failing one stay.
         """
-        check_base_model(self.layout)
         names = [safe_name(name) for name in texts]
         if not names:
             raise LoraFactoryError('texts is empty; name at least one adapter: {"legal": "Legal notices"}')

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from lora_factory.adapters.folder import Generation
 from lora_factory.hub.base_kinds import CAUSAL, BaseKind
 from lora_factory.utils.printable import printable
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, is_hub_id, reading
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, is_hub_id, read_text, reading
 
 CARD_FILE = "README.md"
 # All that a card's head may hold, in this order; what comes from outside is checked before it gets there.
@@ -235,8 +235,7 @@ def handwritten(folder: Path) -> str | None:
     if not path.is_file():
         return None
     with reading(path, "mend its head or move it away, so that nothing in it is lost"):
-        check_size(str(path), path.stat().st_size, MAX_CONFIG_BYTES)
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MAX_CONFIG_BYTES)
         keep_handwritten(text, text)
     return text
 

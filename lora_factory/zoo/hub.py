@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
-
-from huggingface_hub import CommitInfo
 
 from lora_factory._version import __version__
 from lora_factory.errors import LoraFactoryError
 from lora_factory.hub.cards import CARD_FILE, Origins, ZooCard
-from lora_factory.hub.client import PushOptions, Writer, about_model, check_base_model, download_files, push
+from lora_factory.hub.client import Writer, about_model, check_base_model, download_files
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file
 from lora_factory.zoo.run_record import FORMAT_VERSION
@@ -84,9 +81,3 @@ def zoo_writer(zoo: AdapterZoo, *, tags: Sequence[str] = (), token: str | bool |
         return set(limits)
 
     return write
-
-
-def push_zoo(zoo: AdapterZoo, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
-    """Push a zoo as a data set repository; see ``AdapterZoo.push_to_hub``."""
-    write = zoo_writer(zoo, tags=tags, token=options.get("token"))
-    return push(write, repo_id, default_message="Push zoo", repo_type="dataset", **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from lora_factory.adapters.folder import ADAPTER_FILE, CONFIG_FILE, save_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError, NewerFormatError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
-from lora_factory.utils.paths import local_path, safe_name, sha256_file
+from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text
 from lora_factory.utils.printable import facts_html, facts_line, few, natural_key
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object
 from lora_factory.utils.versions import check_format
@@ -272,13 +271,15 @@ class AdapterZoo:
         digests = sorted(
             f"{path.parent.parent.name}/{path.parent.name} {sha256_file(path)}" for path in self._record_paths()
         )
-        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        return sha256_text("\n".join(digests))
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
         """Push the zoo as a data set repository in one commit, unless a file is damaged; options: `PushOptions`."""
-        from lora_factory.zoo.hub import push_zoo  # here: a zoo that is not pushed needs no network code
+        from lora_factory.hub.client import push  # here: a zoo that is not pushed needs no network code
+        from lora_factory.zoo.hub import zoo_writer
 
-        return push_zoo(self, repo_id, tags=tags, **options)
+        write = zoo_writer(self, tags=tags, token=options.get("token"))
+        return push(write, repo_id, default_message="Push zoo", repo_type="dataset", **options)
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterZoo:
