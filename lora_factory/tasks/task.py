@@ -13,7 +13,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import read_example
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
-from lora_factory.tasks.text import SPLITS, DataSource, Split, carve, load_examples, with_text
+from lora_factory.tasks.text import SPLITS, DataSource, Split, carve, with_text
 from lora_factory.utils.paths import safe_name
 from lora_factory.utils.printable import facts_html, facts_line
 
@@ -147,12 +147,7 @@ class Task:
         if split not in SPLITS:
             raise LoraFactoryError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
         if not self._examples and self.data is not None:
-            found: Mapping[Split, list[Any]]
-            if isinstance(self.data, DataSource):
-                found = load_examples(self.data, self.name)
-            else:
-                found = self.data.load(self.name)
-            self._examples.update(carve(found, self.name))
+            self._examples.update(carve(self.data.load(self.name), self.name))
         return self._examples[split]
 
     @property

@@ -83,7 +83,8 @@ class DataSource:
         elif self.text_column is not None and self.prompt_column is not None:
             raise LoraFactoryError("give either text_column or prompt_column and completion_column, not all three")
         splits = self.splits
-        if not isinstance(splits, Mapping) or not set(splits) <= set(SPLITS) or not _are_texts(splits.values()):
+        named = isinstance(splits, Mapping) and all(isinstance(name, str) and name for name in splits.values())
+        if not named or not set(splits) <= set(SPLITS):
             raise LoraFactoryError(f"splits={splits!r} must map {', '.join(SPLITS)} to the source's split names")
         if self.data_files is not None:
             object.__setattr__(self, "data_files", _files_of_splits(self.data_files))
@@ -115,6 +116,10 @@ class DataSource:
     def hub_id(self) -> str | None:
         """The data set's id on the Hub; None for local files and folders, which have no public name."""
         return None if self.format is not None or Path(self.path).expanduser().is_dir() else self.path
+
+    def load(self, task: str) -> dict[Split, list[Example]]:
+        """The examples of each split; see `load_examples`."""
+        return load_examples(self, task)
 
     def local_files(self) -> dict[str, list[str]]:
         """The existing local files per split of the source, patterns resolved and sorted.
@@ -260,7 +265,8 @@ def _files_of_splits(given: Any) -> dict[str, list[str]]:  # noqa: ANN401
             for name in names:
                 _check_path(name)
     for split, names in files.items():
-        if not isinstance(split, str) or not isinstance(names, Sequence) or not names or not _are_names(names):
+        named = isinstance(split, str) and isinstance(names, Sequence) and names
+        if not named or not all(isinstance(name, str | os.PathLike) and os.fspath(name) for name in names):
             raise LoraFactoryError(f"data_files={given!r} must name files, for example {{train: [a.jsonl, b.jsonl]}}")
     return {split: [os.fspath(name) for name in names] for split, names in files.items()}
 
@@ -274,14 +280,6 @@ def _check_path(path: object) -> None:
                 f"path {text[:80]!r} holds a NUL character, or a name of more than {_MAX_NAME_BYTES} bytes; give a"
                 " file, a folder or a Hub id"
             )
-
-
-def _are_names(values: Iterable[object]) -> bool:
-    return all(isinstance(value, str | os.PathLike) and os.fspath(value) for value in values)
-
-
-def _are_texts(values: Iterable[object]) -> bool:
-    return all(isinstance(value, str) and value for value in values)
 
 
 def _below(folder: Path, name: str) -> str:

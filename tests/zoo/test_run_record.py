@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.errors import LoraFactoryError
-from lora_factory.tasks import task as tasks_module
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import DataSource
@@ -25,7 +24,7 @@ def test_the_data_set_of_a_task_reaches_the_card(
     pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {"train": [Example("", f"{number} {TRAINING_TEXT[0]}") for number in range(30)]}
-    monkeypatch.setattr(tasks_module, "load_examples", lambda source, task: rows)
+    monkeypatch.setattr(DataSource, "load", lambda source, task: rows)
     (tmp_path / "folder").mkdir()
     sources = {"legal": "alice/legal", "file": str(tmp_path / "rows.jsonl"), "folder": str(tmp_path / "folder")}
     tasks = [Task(name, (f"Write {name}",), DataSource(path), license="mit") for name, path in sources.items()]
