@@ -74,6 +74,7 @@ def write_detection_report(result: Mapping[str, Any], folder: str | Path) -> Pat
     """Write ``detection.html``: the table and the drawn boxes of what ``compare_detection`` returned."""
     path = check_reports(folder, "detection.html") / "detection.html"
     page = render_page(
+        "report.html",
         base_model=result["base_model"],
         title=f"Detection with {Path(result['base_model']).name}",
         verdict="",

@@ -161,8 +161,7 @@ class CollectArguments(LoRAOptions):
             raise LoraFactoryError(
                 f"snapshots={self.snapshots}, one in {self.snapshot_every} {unit}, do not fit into {unit}={available}"
             )
-        if min(self.state_every, self.retries) < 0:
-            raise LoraFactoryError(f"state_every={self.state_every}, retries={self.retries}: none may be below 0")
+        _not_negative(self, "state_every", "retries")
         _one_of(self, "parallel", "tasks", "data")
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
             raise LoraFactoryError(f"report_to names {unknown}; choose among {', '.join(TRACKERS)}")
@@ -199,8 +198,7 @@ class ImportArguments:
     def __post_init__(self) -> None:
         """Check every value at birth."""
         _convert(self)
-        if min(self.rank, self.snapshots) < 0:
-            raise LoraFactoryError(f"rank={self.rank}, snapshots={self.snapshots}: neither may be below 0")
+        _not_negative(self, "rank", "snapshots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +502,7 @@ def _not_negative(arguments: object, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value < 0:
-            raise LoraFactoryError(f"{name}={value} must not be below 0")
+            raise LoraFactoryError(f"{name}={value} may not be below 0")
 
 
 def _at_most(arguments: object, most: int, *names: str) -> None:

@@ -83,6 +83,7 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     """
     summaries = summarise(comparison)
     return render_page(
+        "report.html",
         base_model=printable(comparison["base_model"]),
         title=title(comparison),
         verdict=verdict(summaries),
@@ -97,18 +98,14 @@ def html_page(comparison: Mapping[str, Any]) -> str:
     )
 
 
-def render_page(**values: Any) -> str:  # noqa: ANN401
-    """Render ``report.html`` with the template's variables; `html_page` lists them."""
-    return _render("report.html", **values)
-
-
 def headroom_picture(comparison: Mapping[str, Any]) -> str | None:
     """The page's bars as an SVG picture for a card; None where nothing was measured."""
     bars = headroom_bars(summarise(comparison))
-    return _render("headroom.svg", bars=bars, colours=_COLOURS) if bars["methods"] else None
+    return render_page("headroom.svg", bars=bars, colours=_COLOURS) if bars["methods"] else None
 
 
-def _render(name: str, **values: Any) -> str:  # noqa: ANN401
+def render_page(name: str, **values: Any) -> str:  # noqa: ANN401
+    """Render a template of this folder with its variables; `html_page` lists those of ``report.html``."""
     source = files("lora_factory.reporting").joinpath(name).read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(**values)
