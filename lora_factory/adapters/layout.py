@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from lora_factory.adapters.modules import (
     ranks_and_scalings,
 )
 from lora_factory.errors import LoraFactoryError
+from lora_factory.utils.paths import sha256_text
 from lora_factory.utils.printable import few, natural_key
 from lora_factory.utils.versions import check_format
 
@@ -265,7 +265,7 @@ class AdapterLayout:
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what fixes the geometry: the modules and the base model's name."""
         geometry = {"base_model": self.base_model, "modules": [plain_json(asdict(module)) for module in self.modules]}
-        return hashlib.sha256(json.dumps(geometry, sort_keys=True).encode()).hexdigest()
+        return sha256_text(json.dumps(geometry, sort_keys=True))
 
     def check(self, state_dict: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> None:
         """Check that a state dict is an adapter of this layout, or several at once after ``leading`` dimensions.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tempfile
@@ -25,6 +24,7 @@ from lora_factory.generator.generation import Order, fulfil
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.serving.metrics import Metrics
 from lora_factory.tasks.image_files import image_fingerprint
+from lora_factory.utils.paths import sha256_text
 from lora_factory.utils.safe_files import read_json
 
 
@@ -157,4 +157,4 @@ def identifier_of(order: Order) -> str:
     """A name for an order's adapter, the same for equal orders: a hash of all that the adapter depends on."""
     images = [image_fingerprint(image) for image in order.images or ()]
     facts = [order.text, order.examples, images, order.rank, order.seed, order.temperature]
-    return "adapter-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return "adapter-" + sha256_text(json.dumps(facts))[:32]

@@ -141,4 +141,4 @@ class CellLog:
 
 
 def _json_digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return sha256_text(json.dumps(value, sort_keys=True))

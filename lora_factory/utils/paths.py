@@ -109,5 +109,5 @@ def weights_identifier(name: str, revision: str | None) -> str:
     if not path.exists():
         return f"{name}@{revision}" if revision else name
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    digest = sha256_text("".join(map(sha256_file, files)))
     return f"{path.resolve().name}#{digest[:16]}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +173,11 @@ def _check_values(value: Any, text: str) -> None:  # noqa: ANN401
         if infinite and any(isinstance(one, float) and math.isinf(one) for one in level):
             raise ValueError("a number is larger than any float")
         keys = [name for one in level if isinstance(one, dict) for name in one] if escapes else []
-        children = [item for one in level if isinstance(one, dict | list) for item in _items(one)]
-        level = keys + children
+        values = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [*keys, *itertools.chain.from_iterable(values)]
         if not level:
             return
     raise ValueError(f"nested more than {_MAX_DEPTH} deep")
-
-
-def _items(value: dict[str, Any] | list[Any]) -> Collection[Any]:
-    return value.values() if isinstance(value, dict) else value
 
 
 def other_kind(folder: Path) -> str | None:

@@ -9,17 +9,12 @@ from lora_factory._version import __version__
 from lora_factory.errors import LoraFactoryError, NewerFormatError
 
 LIBRARIES = ("torch", "transformers", "peft")
+_installed = cache(version)  # what the process has imported does not change
 
 
 def versions() -> dict[str, str]:
     """The versions of this package and of those that its files depend on, by name."""
     return {"lora-factory": __version__, **{name: _installed(name) for name in LIBRARIES}}
-
-
-@cache
-def _installed(name: str) -> str:
-    """The version of an installed package; what the process has imported does not change."""
-    return version(name)
 
 
 def check_format(number: object, newest: int, what: str) -> None:
