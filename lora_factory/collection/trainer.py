@@ -102,7 +102,9 @@ class LoRATrainer:
             LoraFactoryError: When the model lacks a module that ``arguments`` or ``layout`` name, or has it in another
                 size.
         """
-        task_type = _task_type(model) if inputs is None else None
+        task_type = None
+        if inputs is None:
+            task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
         if layout is None:
             lora_config = LoraConfig(
                 r=arguments.rank,
@@ -457,10 +459,6 @@ def settings_of(zoo: AdapterZoo) -> CollectArguments:
     """The settings that a zoo's runs were made with, by the record of the first."""
     task = zoo.tasks[0]
     return from_record(CollectArguments, zoo.record(task, zoo.runs(task)[0]).arguments)
-
-
-def _task_type(model: PreTrainedModel) -> str:
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def open_trainer(

@@ -28,7 +28,7 @@ from lora_factory.utils.files import atomic_folder, write_json
 from lora_factory.utils.folders import FolderKind
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.progress import progress_bar
-from lora_factory.utils.safe_files import read_json
+from lora_factory.utils.safe_files import read_json_object
 from lora_factory.zoo.checkpoints import SnapshotRows, in_parts, mean_checkpoint
 
 FORMAT_VERSION = 1
@@ -156,9 +156,9 @@ class CondPDiff(nn.Module):
             LoraFactoryError: When a file is missing or damaged, or comes from a later version.
         """
         folder = local_path(folder)
-        sizes = read_json(folder / CONFIG_FILE)
+        sizes = read_json_object(folder / CONFIG_FILE)
         fix = "save it again with CondPDiff.save"
-        if not isinstance(sizes, dict) or sizes.pop("format_version", None) != FORMAT_VERSION:
+        if sizes.pop("format_version", None) != FORMAT_VERSION:
             raise LoraFactoryError(f"{folder / CONFIG_FILE} is not of format version {FORMAT_VERSION}; {fix}")
         try:
             with torch.device("meta"):
@@ -283,15 +283,12 @@ def _check(weights: Mapping[str, SnapshotRows], features: Mapping[str, Tensor]) 
     for name, tasks in everything.items():
         widths = [rows[0].numel() for rows in tasks.values() if len(rows)]
         for task, rows in tasks.items():
-            if not len(rows) or not all(_fits(part, widths[0]) for part in in_parts(rows)):
+            fit = (part.ndim == 2 and part.shape[1] == widths[0] and part.isfinite().all() for part in in_parts(rows))
+            if not len(rows) or not all(fit):
                 found = tuple(rows[:].shape)
                 raise LoraFactoryError(
                     f"{name} of task {task!r}, shape {found}: expected finite rows of shape (n, {widths[0]})"
                 )
-
-
-def _fits(rows: Tensor, width: int) -> bool:
-    return rows.ndim == 2 and rows.shape[1] == width and bool(torch.isfinite(rows).all())
 
 
 @torch.no_grad()
