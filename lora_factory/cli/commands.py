@@ -21,6 +21,7 @@ from lora_factory.arguments import (
 from lora_factory.cli.config import apply_config
 from lora_factory.cli.options import (
     Commands,
+    add_base_model,
     add_generator,
     add_options,
     add_rank,
@@ -202,10 +203,7 @@ def _add_generate(commands: Commands) -> None:
         help="with --examples: optimizer steps at most that refine the adapter on them, as far as that helps on those "
         "left out; minutes without a GPU (default: 0)",
     )
-    generate.add_argument(
-        "--base-model",
-        help="with --examples: Hub id or folder of the base model (default: the one that the generator names)",
-    )
+    add_base_model(generate, condition="with --examples: ")
     add_required(generate, "--output-dir", "folder of the adapter, a plain PEFT folder")
     generate.add_argument(
         "--overwrite", action="store_true", help="replace a generated adapter in --output-dir (default: refuse to)"
@@ -237,10 +235,7 @@ def _add_evaluate(commands: Commands) -> None:
         help="with --generator: score the adapter that it writes for this description, and no other method; give it "
         "again for several",
     )
-    evaluate.add_argument(
-        "--base-model",
-        help="Hub id or folder of the base model (default: the one that the adapter or generator names)",
-    )
+    add_base_model(evaluate, "adapter or generator")
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
     evaluate.add_argument(
         "--zoo",
@@ -270,9 +265,7 @@ def _add_export(commands: Commands) -> None:
         "--merged", action="store_const", const="merged", dest="format", help="the same as --format merged"
     )
     add_required(export, "--output", "the file or folder to make; nothing is replaced")
-    export.add_argument(
-        "--base-model", help="Hub id or folder of the base model (default: the one that the adapter names)"
-    )
+    add_base_model(export, "adapter")
 
 
 def _add_push(commands: Commands) -> None:

@@ -76,6 +76,12 @@ def add_sampling(parser: argparse.ArgumentParser, condition: str = "") -> None:
     )
 
 
+def add_base_model(parser: argparse.ArgumentParser, named: str = "generator", condition: str = "") -> None:
+    """Add ``--base-model``; ``named`` names the default, and ``condition`` says when the option is of use."""
+    words = f"{condition}Hub id or folder of the base model (default: the one that the {named} names)"
+    parser.add_argument("--base-model", help=words)
+
+
 def add_rank(parser: argparse.ArgumentParser) -> None:
     """Add ``--rank``."""
     parser.add_argument(

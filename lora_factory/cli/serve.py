@@ -10,6 +10,7 @@ import threading
 from lora_factory.arguments import APP_PORT, ServeArguments
 from lora_factory.cli.options import (
     Commands,
+    add_base_model,
     add_generator,
     add_options,
     add_rank,
@@ -35,9 +36,7 @@ def add_try(commands: Commands) -> None:
     trial.add_argument(
         "--examples", help="file of examples of the task, as for generate; with or without --text (default: none)"
     )
-    trial.add_argument(
-        "--base-model", help="Hub id or folder of the base model (default: the one that the generator names)"
-    )
+    add_base_model(trial)
     trial.add_argument("--max-new-tokens", type=int, default=100, help="tokens of an answer at most (default: 100)")
     trial.add_argument(
         "--chat-template",
@@ -59,9 +58,7 @@ def add_app(commands: Commands) -> None:
     """Add ``app``."""
     app = command(commands, "app", _app, "open a page in the browser that writes adapters and compares their answers")
     add_generator(app, "the page says how to get one")
-    app.add_argument(
-        "--base-model", help="Hub id or folder of the base model (default: the one that the generator names)"
-    )
+    add_base_model(app)
     app.add_argument("--port", type=int, default=APP_PORT, help=f"TCP port on this machine (default: {APP_PORT})")
 
 
