@@ -84,15 +84,20 @@ class ConditionStandardiser(nn.Module):
 
     Args:
         widths: Width of every modality's task vectors.
+        directions: At most so many coordinates are made of a modality; one that is not named keeps its own.
+
+    Attributes:
+        coordinates: Number of coordinates of every modality.
     """
 
-    def __init__(self, widths: Mapping[str, int]) -> None:
+    def __init__(self, widths: Mapping[str, int], directions: Mapping[str, int]) -> None:
         super().__init__()
-        self.widths = dict(widths)
+        self.coordinates = {**widths, **directions}
         for name, width in widths.items():
             self.register_buffer(f"{name}_mean", torch.zeros(width))
-            self.register_buffer(f"{name}_basis", torch.zeros(width, width).fill_diagonal_(1))
             self.register_buffer(f"{name}_scale", torch.ones(()))
+            if name in directions:
+                self.register_buffer(f"{name}_basis", torch.zeros(directions[name], width).fill_diagonal_(1))
 
     @torch.no_grad()
     def fit(self, features: Mapping[str, torch.Tensor], within: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -103,13 +108,14 @@ class ConditionStandardiser(nn.Module):
             within: For some of them, how examples differ from the mean of their task, shape ``(examples, width)``.
         """
         for name, rows in features.items():
-            mean, basis = rows.mean(0), self.get_buffer(f"{name}_basis")
+            mean, basis = rows.mean(0), self._basis(name)
             self.get_buffer(f"{name}_mean").copy_(mean)
-            if name == "text":
+            if basis is None:
                 self.get_buffer(f"{name}_scale").copy_((rows - mean).square().mean().sqrt().clamp_min(1e-6))
                 continue
             white = _whitening((within or {}).get(name, rows[:0]))
             _, lengths, directions = torch.linalg.svd((rows - mean).double() @ white, full_matrices=False)
+            lengths = lengths[: len(basis)]
             spanned = (lengths > 1e-4 * lengths[0].clamp_min(1e-12)).sum().clamp_min(1)
             basis.zero_()
             basis[:spanned] = (directions[:spanned] @ white.T).to(basis)
@@ -117,9 +123,9 @@ class ConditionStandardiser(nn.Module):
             self.get_buffer(f"{name}_scale").copy_(variance.sqrt().clamp_min(1e-6))
 
     def forward(self, name: str, vector: torch.Tensor) -> torch.Tensor:
-        """Coordinates ``(batch, widths[name])`` of one modality's task vectors, shape ``(batch, width)``."""
-        centred = vector - self.get_buffer(f"{name}_mean")
-        return centred @ self.get_buffer(f"{name}_basis").T / self.get_buffer(f"{name}_scale")
+        """Coordinates ``(batch, coordinates[name])`` of one modality's task vectors, shape ``(batch, width)``."""
+        centred, basis = vector - self.get_buffer(f"{name}_mean"), self._basis(name)
+        return (centred if basis is None else centred @ basis.T) / self.get_buffer(f"{name}_scale")
 
     def all(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The coordinates of several modalities' task vectors."""
@@ -127,13 +133,19 @@ class ConditionStandardiser(nn.Module):
 
     def length(self, name: str) -> float:
         """The root mean square distance of task vectors from their mean, in the units of the encoder."""
-        spanned = self.spanned(name)
-        stretch = self.get_buffer(f"{name}_basis")[:spanned].norm(dim=1).mean().clamp_min(1e-12)
-        return float(self.get_buffer(f"{name}_scale") / stretch) * math.sqrt(spanned)
+        spanned, basis, stretch = self.spanned(name), self._basis(name), 1.0
+        if basis is not None:
+            stretch = max(1e-12, float(basis[:spanned].norm(dim=1).mean()))
+        return float(self.get_buffer(f"{name}_scale")) / stretch * math.sqrt(spanned)
 
     def spanned(self, name: str) -> int:
         """The number of directions in which the fitted task vectors differ, at least 1."""
-        return max(1, int(self.get_buffer(f"{name}_basis").any(1).sum()))
+        basis = self._basis(name)
+        return self.coordinates[name] if basis is None else max(1, int(basis.any(1).sum()))
+
+    def _basis(self, name: str) -> torch.Tensor | None:
+        """The rows that turn a modality's centred vectors into coordinates; None where these are the vectors."""
+        return self._buffers.get(f"{name}_basis")
 
 
 class CoreCVAE(nn.Module):
@@ -265,15 +277,16 @@ class CoreCVAE(nn.Module):
 def _whitening(deviations: torch.Tensor) -> torch.Tensor:
     """The matrix that turns rows of ``(n, width)`` into ones of about unit covariance; float64, ``(width, width)``.
 
-    The covariance is shrunk by a tenth towards an isotropic one; where it is zero or unknown nothing is changed.
+    The covariance is shrunk by a tenth towards its diagonal, so that the units of the columns do not matter; where it
+    is zero or unknown nothing is changed.
     """
     width = deviations.shape[1]
-    identity = torch.eye(width, dtype=torch.float64, device=deviations.device)
     covariance = deviations.double().T @ deviations.double() / max(1, len(deviations))
-    variance = covariance.diagonal().mean()
-    if not variance > 0:
-        return identity
-    shrunk = (1 - SHRINKAGE) * covariance / variance + SHRINKAGE * identity
+    variances = covariance.diagonal()
+    if not variances.mean() > 0:
+        return torch.eye(width, dtype=torch.float64, device=deviations.device)
+    diagonal = torch.diag(variances.clamp_min(1e-12 * variances.max()))
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal
     return torch.linalg.inv(torch.linalg.cholesky(shrunk)).T
 
 

@@ -56,22 +56,13 @@ class AdapterCache:
 
     Args:
         generator: Folder or Hub id of a generator; it is loaded when it is first needed.
-        max_bytes: Total size of the folders.
-        max_adapters: Their number.
+        max_bytes: Total size of the folders, of which there are ``MAX_ADAPTERS`` at most.
         parent: Where the folder of this process is made; default: /dev/shm, or where temporary files go.
     """
 
-    def __init__(
-        self,
-        generator: str,
-        *,
-        max_bytes: int = 4 << 30,
-        max_adapters: int = MAX_ADAPTERS,
-        parent: Path | None = None,
-    ) -> None:
+    def __init__(self, generator: str, *, max_bytes: int = 4 << 30, parent: Path | None = None) -> None:
         """Remember what to do; nothing is loaded or written yet."""
-        self._name, self._max_bytes, self._max_adapters = generator, max_bytes, max_adapters
-        self._parent = parent
+        self._name, self._max_bytes, self._parent = generator, max_bytes, parent
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -122,17 +113,17 @@ class AdapterCache:
         """Remove folders, the least recently used ones first, until there is room for one more."""
         for key, entry in list(self._entries.items()):
             total = sum(other.size for other in self._entries.values())
-            if len(self._entries) < self._max_adapters and total + size <= self._max_bytes:
+            if len(self._entries) < MAX_ADAPTERS and total + size <= self._max_bytes:
                 return
             if not entry.in_use:
                 del self._entries[key]
                 if entry.folder.is_dir():
                     remove_folder(entry.folder, ADAPTER)
         total = sum(other.size for other in self._entries.values())
-        if len(self._entries) >= self._max_adapters or total + size > self._max_bytes:
+        if len(self._entries) >= MAX_ADAPTERS or total + size > self._max_bytes:
             raise LoraFactoryError(
                 f"no room for another adapter of {size:,} bytes: {len(self._entries)} adapters (at most "
-                f"{self._max_adapters}) of {total:,} bytes (at most {self._max_bytes:,}) are in use; unload one, or "
+                f"{MAX_ADAPTERS}) of {total:,} bytes (at most {self._max_bytes:,}) are in use; unload one, or "
                 "allow more"
             )
 

@@ -29,6 +29,7 @@ from lora_factory.utils.paths import sha256_file, sha256_text
 from lora_factory.utils.safe_files import read_json_object
 
 _STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
+SAVE_EVERY_SECONDS = 300.0
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -77,12 +78,11 @@ class TrainingCheckpoint:
     Args:
         folder: Made with the first save; replaced in one rename.
         key: What the training depends on, as a fingerprint: the state of another one is not taken up.
-        every_seconds: Save when this long has passed since the last time.
     """
 
-    def __init__(self, folder: str | Path, key: str, *, every_seconds: float = 300.0) -> None:
+    def __init__(self, folder: str | Path, key: str) -> None:
         """Nothing is read or written yet."""
-        self.folder, self.key, self.every_seconds = Path(folder), key, every_seconds
+        self.folder, self.key = Path(folder), key
         self._last = time.monotonic()
 
     def restore(
@@ -112,7 +112,7 @@ class TrainingCheckpoint:
         accelerator: Accelerator,
     ) -> None:
         """Save the state when it is time to; all processes must call it."""
-        due = torch.tensor([float(time.monotonic() - self._last >= self.every_seconds)], device=accelerator.device)
+        due = torch.tensor([float(time.monotonic() - self._last >= SAVE_EVERY_SECONDS)], device=accelerator.device)
         if accelerator.reduce(due, "sum").item() == 0:
             return
         self._last = time.monotonic()

@@ -16,6 +16,7 @@ import pytest
 from lora_factory.adapters.folder import load_adapter
 from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.serving import adapter_cache
 from lora_factory.serving.adapter_cache import AdapterCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:the text .* is far from every task")
@@ -104,9 +105,10 @@ def test_what_is_no_text_writes_and_loads_nothing(tmp_path: Path, text: str, mes
 
 
 def test_the_least_recently_used_folder_goes_and_none_in_use(
-    generator_folder: Path, tmp_path: Path, generated: list[str]
+    generator_folder: Path, tmp_path: Path, generated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = AdapterCache(str(generator_folder), parent=tmp_path, max_adapters=3)
+    monkeypatch.setattr(adapter_cache, "MAX_ADAPTERS", 3)
+    cache = AdapterCache(str(generator_folder), parent=tmp_path)
     kept = {text: cache.lend(text, User) for text in ("one", "two", "three")}
     with pytest.raises(LoraFactoryError, match=r"no room .* 3 adapters \(at most 3\) .* in use; unload one"):
         cache.lend("four", User)

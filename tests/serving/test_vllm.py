@@ -14,6 +14,7 @@ from helpers.models import attach
 from transformers import LlamaForCausalLM
 
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.serving import adapter_cache
 from lora_factory.serving.adapter_cache import AdapterCache
 
 pytest.importorskip("vllm")
@@ -146,9 +147,10 @@ def test_another_base_or_no_generator_is_none_with_a_line_in_the_log(
 
 
 def test_a_folder_stays_while_vllm_holds_its_request(
-    generator_folder: Path, pico_model_folder: Path, tmp_path: Path
+    generator_folder: Path, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resolver = FactoryResolver(AdapterCache(str(generator_folder), parent=tmp_path, max_adapters=2))
+    monkeypatch.setattr(adapter_cache, "MAX_ADAPTERS", 2)
+    resolver = FactoryResolver(AdapterCache(str(generator_folder), parent=tmp_path))
     held = {name: resolve(resolver, pico_model_folder, name)[0] for name in ("factory:one", "factory:two")}
     paths = {name: Path(request.lora_path) for name, request in held.items() if request}
     assert resolve(resolver, pico_model_folder, "factory:three") == [None]

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.training import train as training
 from lora_factory.training.train import train_generator
-from lora_factory.utils.checkpoint import TrainingCheckpoint
+from lora_factory.utils import checkpoint
 from lora_factory.zoo.store import AdapterZoo
 
 SETTINGS = CollectArguments(steps=8, snapshots=2, batch_size=2, sequence_length=24, packing=False, learning_rate=3e-2)
@@ -258,7 +257,7 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
     settings = replace(arguments, base_steps=12)
     options = {"tasks": make_tasks("prose", "code"), "base_model": pico_model_folder, "held_out": make_tasks("law")}
     whole = train_generator(None, tmp_path / "whole", settings, **options)
-    monkeypatch.setattr(training, "TrainingCheckpoint", partial(TrainingCheckpoint, every_seconds=0))
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY_SECONDS", 0)
     with monkeypatch.context() as patch:
         cut_off_after(patch, 16)
         with pytest.raises(CutOff):
@@ -278,7 +277,7 @@ def test_the_state_of_another_training_is_not_taken_up(
     arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, tasks = replace(arguments, base_steps=4), make_tasks()
-    monkeypatch.setattr(training, "TrainingCheckpoint", partial(TrainingCheckpoint, every_seconds=0))
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY_SECONDS", 0)
     parts = [{split: task.examples(split) for split in ("train", "validation", "test")} for task in tasks]
     renamed = [
         Task.from_examples(t.name, [f"{t.name}, reworded."], **part) for t, part in zip(tasks, parts, strict=True)
