@@ -76,7 +76,7 @@ class CondPDiff(nn.Module):
         self.sizes = {"size": size, "condition_width": condition_width, "chunk": chunk, "chunk_rank": chunk_rank}
         self.sizes |= {"latent_size": latent_size, "width": width, "levels": levels}
         chunks = math.ceil(size / chunk)
-        self.standardiser = ConditionStandardiser({"condition": condition_width})
+        self.standardiser = ConditionStandardiser({"condition": condition_width}, {"condition": condition_width})
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(chunks))
         self.register_buffer("latent_mean", torch.zeros(latent_size))

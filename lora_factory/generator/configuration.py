@@ -14,7 +14,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.paths import safe_name
 from lora_factory.utils.versions import check_format
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, OLDEST_VERSION = 3, 2
 PAPER_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 
 
@@ -31,6 +31,8 @@ class CVAELoRAConfig(PreTrainedConfig):
     Attributes:
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
         modalities: Width of the task vectors of every modality of conditions, for example ``{"text": 384}``.
+        directions: How many coordinates are made of a modality's task vectors; one that is not named keeps its own.
+            Null in format 2, where every modality has as many coordinates as its vectors.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.
         image_encoder: Hub id (or folder) of the image encoder of the ``image`` modality.
         tasks: The tasks that it was trained on: ``{"name", "descriptions", "license", "dataset"}`` each, the data set
@@ -52,6 +54,7 @@ class CVAELoRAConfig(PreTrainedConfig):
 
     layout: dict[str, Any] | None = None
     modalities: dict[str, int] | None = None
+    directions: dict[str, int] | None = None
     text_encoder: str | None = None
     image_encoder: str | None = None
     tasks: list[dict[str, Any]] | None = None
@@ -91,6 +94,9 @@ class CVAELoRAConfig(PreTrainedConfig):
         for name, width in (self.modalities or {}).items():
             if not re.fullmatch("[a-z][a-z0-9_]{0,30}", name) or not 1 <= width <= MAX_SIZE:
                 raise ValueError(f"modality {name!r} of width {width}: expected a short lower-case name and 1 or more")
+        for name, count in (self.directions or {}).items():
+            if not 1 <= count <= (self.modalities or {}).get(name, 0):
+                raise ValueError(f"directions: {count} of {name!r}, expected 1 or more, at most its width")
         for task in self.tasks or []:
             check_task(task)
 
@@ -103,7 +109,7 @@ def check_version(values: Mapping[str, Any]) -> None:
     """
     version = values.get("format_version", 1)
     check_format(version, FORMAT_VERSION, "the generator")
-    if version < FORMAT_VERSION:
+    if version < OLDEST_VERSION:
         raise LoraFactoryError(
             f"the generator has format {version}, that of networks which lora-factory no longer has"
         )

@@ -285,7 +285,7 @@ def _whitening(deviations: torch.Tensor) -> torch.Tensor:
     variances = covariance.diagonal()
     if not variances.mean() > 0:
         return torch.eye(width, dtype=torch.float64, device=deviations.device)
-    diagonal = torch.diag(variances.clamp_min(1e-12 * variances.max()))
+    diagonal = torch.diag(variances.clamp_min(1e-8 * variances.mean()))  # below, it is rounding
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal
     return torch.linalg.inv(torch.linalg.cholesky(shrunk)).T
 

@@ -63,8 +63,8 @@ class ConditionalVAE(nn.Module):
         self.layout = AdapterLayout.from_dict(config.layout)
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
         tasks = max(1, len(config.tasks or []))
-        self.standardiser = ConditionStandardiser(widths)
-        coordinates, latents = self.standardiser.widths, config.latent_size
+        self.standardiser = ConditionStandardiser(widths, widths if config.directions is None else config.directions)
+        coordinates, latents = self.standardiser.coordinates, config.latent_size
         self.basis: CoreBasis | None = None
         self.network: CoreCVAE | ConvCVAE
         if config.decoder == "conv1d":

@@ -146,7 +146,7 @@ def as_mixture(text: object) -> str | dict[str, float] | None:
         raise LoraFactoryError('text is empty; give texts with their weights: {"legal notices": 0.7, "poems": 0.3}')
     mixture = {}
     for one, weight in text.items():
-        number = float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
+        number = _number(weight)
         if not math.isfinite(number):
             raise LoraFactoryError(f"the weight of {str(one)[:80]!r} is {str(weight)[:50]!r}; give a finite number")
         mixture[as_text(one) or ""] = number
@@ -196,15 +196,20 @@ def as_temperature(value: object) -> float:
     Raises:
         LoraFactoryError: When it is no number, not finite or below 0.
     """
-    try:
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
+    number = _number(value)
     if not (math.isfinite(number) and number >= 0):
         raise LoraFactoryError(
             f"temperature is {str(value)[:50]!r}; give a number from 0 (the most likely adapter) on, such as 1.0"
         )
     return number
+
+
+def _number(value: object) -> float:
+    """A number of any library as a float: NaN when it is none, infinity when it is larger than any float."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _listed(values: Any, name: str, kinds: str) -> list[Any]:  # noqa: ANN401

@@ -22,7 +22,7 @@ from lora_factory.arguments import (
 )
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
-from lora_factory.generator.configuration import CVAELoRAConfig, paper_channels
+from lora_factory.generator.configuration import FORMAT_VERSION, CVAELoRAConfig, paper_channels
 from lora_factory.generator.files import TRAINING_FILE
 from lora_factory.generator.hub import generator_card
 from lora_factory.generator.modeling import CVAELoRAGenerator
@@ -168,9 +168,13 @@ def build_generator(
         sizes = {"kl_weight": 0.005, "latent_size": 256, "channels": paper_channels(arguments.conv_depth)}
     elif zoo is not None and not arguments.base_steps:  # the tasks' mean cores span no more directions
         sizes["latent_size"] = min(arguments.latent_size, len(tasks) - 1)
+    # The tasks' mean hidden states differ in no more directions; of images, groups are told apart as well.
+    most = {"hidden": max(1, len(tasks) - 1), "image": max(modalities.values())}
+    directions = {name: min(width, most[name]) for name, width in modalities.items() if name in most}
     config = CVAELoRAConfig(
         layout=layout.to_dict(),
         modalities=dict(modalities),
+        directions=directions,
         text_encoder=recorded_name(arguments.text_encoder),
         image_encoder=recorded_name(arguments.image_encoder or "") if "image" in modalities else None,
         tasks=[dict(task) for task in tasks],
@@ -374,7 +378,7 @@ def _training_key(
 ) -> str:
     """A fingerprint of all that a training through the base depends on."""
     data = [[task.name, task.descriptions, task.fingerprint()] for task in tasks]
-    facts = [asdict(arguments), data, layout.fingerprint()]
+    facts = [FORMAT_VERSION, asdict(arguments), data, layout.fingerprint()]
     return sha256_text(json.dumps([*facts, None if zoo is None else zoo.fingerprint()]))
 
 

@@ -330,6 +330,7 @@ def test_texts_add_up_by_their_weights(knowing: CVAELoRAGenerator, pico_model_fo
     [
         ({}, 'text is empty; give texts with their weights: {"legal notices": 0.7'),
         ({TEXT: math.nan}, "the weight of 'Continue a tale.' is 'nan'; give a finite number"),
+        ({TEXT: 10**400}, "the weight of 'Continue a tale.' is '1000"),
         ({TEXT: -math.inf}, "is '-inf'"),
         ({TEXT: "1"}, "is '1'"),
         ({TEXT: None}, "is 'None'"),

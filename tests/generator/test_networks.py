@@ -69,13 +69,15 @@ def test_samples_have_the_mean_and_spread_asked_for() -> None:
 
 
 def test_task_vectors_become_coordinates_in_what_tells_tasks_apart() -> None:
-    standardiser = ConditionStandardiser({"image": 50, "hidden": 3, "text": 4, "constant": 2})
+    standardiser = ConditionStandardiser(
+        {"image": 50, "hidden": 3, "text": 4, "constant": 2}, {"image": 50, "hidden": 3, "constant": 2}
+    )
     rows = {"image": 100 + 7 * normal(6, 50), "hidden": 1e-3 * normal(6, 3), "constant": torch.ones(6, 2)}
     rows["text"] = 3 + normal(6, 4)
     standardiser.fit(rows)
     for name, spanned in (("image", 5), ("hidden", 3), ("text", 4)):
         standard = standardiser(name, rows[name])
-        torch.testing.assert_close(standard.mean(0), torch.zeros(standardiser.widths[name]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(standard.mean(0), torch.zeros(standardiser.coordinates[name]), rtol=0, atol=1e-4)
         assert float(standard.square().sum(1).mean()) == pytest.approx(spanned, rel=1e-3)
         centred = rows[name] - rows[name].mean(0)  # distances between tasks stay what they were, but for the unit
         ratio = torch.pdist(standard) / torch.pdist(centred)
@@ -85,7 +87,7 @@ def test_task_vectors_become_coordinates_in_what_tells_tasks_apart() -> None:
 
 
 def test_what_no_task_differs_in_is_not_listened_to_but_in_texts() -> None:
-    standardiser = ConditionStandardiser({"image": 50, "text": 50})
+    standardiser = ConditionStandardiser({"image": 50, "text": 50}, {"image": 50})
     rows = normal(6, 50)
     standardiser.fit({"image": rows, "text": rows})
     foreign = normal(1, 50, seed=1)[0]
@@ -99,7 +101,7 @@ def test_what_no_task_differs_in_is_not_listened_to_but_in_texts() -> None:
 def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
     tasks, nuisance = 4 * normal(5, 30), 20 * torch.nn.functional.normalize(normal(1, 30, seed=1))
     scatter = normal(400, 1, seed=2) * nuisance + normal(400, 30, seed=3)
-    plain, white = (ConditionStandardiser({"hidden": 30}) for _ in range(2))
+    plain, white = (ConditionStandardiser({"hidden": 30}, {"hidden": 30}) for _ in range(2))
     plain.fit({"hidden": tasks})
     white.fit({"hidden": tasks}, {"hidden": scatter})
     assert white.spanned("hidden") == 4
@@ -108,7 +110,7 @@ def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
         known = standardiser("hidden", tasks)
         moved[name] = (standardiser("hidden", tasks + nuisance) - known).norm(dim=1).mean() / torch.pdist(known).mean()
     assert moved["white"] < 0.2 * moved["plain"]
-    zero = ConditionStandardiser({"hidden": 30})
+    zero = ConditionStandardiser({"hidden": 30}, {"hidden": 30})
     zero.fit({"hidden": tasks}, {"hidden": torch.zeros(7, 30)})  # examples that do not differ change nothing
     torch.testing.assert_close(zero("hidden", tasks), plain("hidden", tasks))
 
