@@ -261,20 +261,23 @@ class FoundGenerator:
 
     Attributes:
         repo_id: Its Hub id.
+        commit: The newest commit.
         downloads: Downloads in the last 30 days.
         license: Its licence, as its card says.
     """
 
     repo_id: str
+    commit: str | None
     downloads: int
     license: str
 
 
-def search_generators(base_model: str) -> list[FoundGenerator]:
+def search_generators(base_model: str, *, token: str | bool | None = None) -> list[FoundGenerator]:
     """Find the generators for a base model, those with the most downloads first.
 
     Args:
         base_model: Hub id of the base model.
+        token: Access token, for private ones.
 
     Raises:
         LoraFactoryError: When the Hub cannot be asked.
@@ -283,9 +286,9 @@ def search_generators(base_model: str) -> list[FoundGenerator]:
         raise LoraFactoryError(f"base_model={base_model!r} is no Hub id; write user/name")
     wanted = ["lora-factory", "adapter-generation", f"base_model:{base_model}"]
     with _hub_errors(base_model, "nothing was searched", "search for generators for"):
-        found = list(HfApi().list_models(filter=wanted, full=True))
+        found = list(HfApi(token=token).list_models(filter=wanted, full=True))
     return sorted(
-        (FoundGenerator(model.id, model.downloads or 0, _license_tag(model.tags or [])) for model in found),
+        (FoundGenerator(model.id, model.sha, model.downloads or 0, _license_tag(model.tags or [])) for model in found),
         key=lambda generator: (-generator.downloads, generator.repo_id),
     )
 
