@@ -202,7 +202,9 @@ class ComparedMethods:
     def _features(self, way: str) -> dict[str, torch.Tensor]:
         """Vectors of every task's descriptions or training examples, shape ``(n, width)`` by the task's name."""
         if way == "hidden":
-            return example_features(self.trainer, self.fold.tasks)
+            width = (self.fold.generator.config.modalities or {}).get("hidden")  # in format 2 without the memory
+            states = example_features(self.trainer, self.fold.tasks)
+            return {name: rows[:, :width] for name, rows in states.items()}
         encoder = self.fold.generator.text_encoder
         return {task.name: encoder.encode(list(task.descriptions)) for task in self.fold.tasks}
 

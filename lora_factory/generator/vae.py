@@ -202,7 +202,8 @@ class ConditionalVAE(nn.Module):
         self._refuse_unheard("hidden", "examples", remedy)
         examples = as_examples(examples)
         base = open_reader(self.layout, examples, base_model, tokenizer)
-        return {"hidden": task_vector(example_states(base, examples))}
+        states = example_states(base, examples)[:, : (self.config.modalities or {})["hidden"]]  # format 2: no memory
+        return {"hidden": task_vector(states)}
 
     def encode_images(self, images: Sequence[ImageLike]) -> dict[str, Tensor]:
         """A few images of a task as a condition: the mean of their vectors.

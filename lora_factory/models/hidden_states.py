@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from lora_factory.tasks.task import Task
 
 
+MEMORY = 24  # directions of errors and states whose products are kept
+
+
 class HiddenStateEncoder:
     """Hidden states of examples on the base model: the paper's task vectors, before their mean (Eq. 1).
 
@@ -40,7 +43,7 @@ class HiddenStateEncoder:
         batch_size: Examples a forward pass.
 
     Attributes:
-        width: Size of the vectors, three times the model's hidden size.
+        width: Size of the vectors, three times the model's hidden size and the memory's.
         identifier: Names the vectors, for example as a cache key: model type, a hash over its weights, and lengths.
     """
 
@@ -60,10 +63,11 @@ class HiddenStateEncoder:
         base = cast(PreTrainedModel, base_of(model))
         self._backbone = base.base_model  # without the head: logits are not needed
         self._head = base.get_output_embeddings()
-        self.width = 3 * base.config.get_text_config().hidden_size
+        hidden_size = base.config.get_text_config().hidden_size
+        self.width = 3 * hidden_size + min(MEMORY, hidden_size) ** 2
         with without_adapters(self.model):  # a merged adapter is in the base model's own weights
             fingerprint = _weights_fingerprint(base)
-        self.identifier = f"hidden-states-and-errors-2:{base.config.model_type}:{fingerprint}:{max_length}"
+        self.identifier = f"hidden-states-and-errors-3:{base.config.model_type}:{fingerprint}:{max_length}"
 
     def encode(self, examples: Sequence[Example | str]) -> Tensor:
         """Read examples with the model.
@@ -72,10 +76,12 @@ class HiddenStateEncoder:
             examples: Texts, or prompts with their completions, which are read as one text.
 
         Returns:
-            ``[hidden state of the last token; mean over all tokens; mean prediction error]`` of the last layer,
-            float32, on the CPU, shape ``(examples, 3 * hidden size)``. The prediction error is the output embedding
-            of the next token less its expectation under the model: the direction in which the hidden states have to
-            move for the example to become more likely, whatever the adapter is that moves them.
+            ``[hidden state of the last token; mean over all tokens; mean prediction error; memory]`` of the last
+            layer, float32, on the CPU, shape ``(examples, width)``. The prediction error is the output embedding of
+            the next token less its expectation under the model: the direction in which the hidden states have to move
+            for the example to become more likely, whatever the adapter is that moves them. The memory is the mean
+            outer product of error and state, each in `MEMORY` fixed directions: the gradient of the example's
+            likelihood by a linear map of the last states, which says where they have to move from where.
 
         Raises:
             LoraFactoryError: When an example is empty, or the tokenizer has no token for it.
@@ -118,7 +124,7 @@ def task_vector(features: Tensor) -> Tensor:
 def _summary(
     hidden: Tensor, mask: Tensor, logits: Iterable[Tensor], targets: Tensor, scored: Tensor, embeddings: Tensor
 ) -> Tensor:
-    """Join last state, mean state and mean prediction error to a vector per example: ``(n, 3 * width)``, on the CPU.
+    """Join last state, mean state, mean prediction error and memory to a vector per example, on the CPU.
 
     Args:
         hidden: Shape ``(n, tokens, width)``.
@@ -129,10 +135,20 @@ def _summary(
         embeddings: Rows ``e`` of the output embedding; an error is ``e(target) - sum_v p(v) e(v)``.
     """
     expected = torch.stack([row.float().softmax(-1) @ embeddings for row in logits])
-    error = masked_mean(embeddings[targets.clamp_min(0)] - expected, scored)
+    errors = embeddings[targets.clamp_min(0)] - expected
     places = torch.arange(mask.shape[1], device=mask.device)
     last = hidden[torch.arange(len(hidden), device=hidden.device), (mask * places).argmax(1)]
-    return torch.cat([last, masked_mean(hidden, mask), error], dim=-1).cpu()
+    directions = _directions(hidden.shape[-1]).to(hidden.device)
+    moved, states = (errors * scored[..., None]) @ directions, hidden[:, : errors.shape[1]] @ directions
+    memory = moved.mT @ states / scored.sum(1).clamp_min(1)[:, None, None]
+    return torch.cat([last, masked_mean(hidden, mask), masked_mean(errors, scored), memory.flatten(1)], dim=-1).cpu()
+
+
+def _directions(width: int) -> Tensor:
+    """Orthonormal columns ``(width, MEMORY)`` that are the same on every machine: those of a cosine transform."""
+    places, frequencies = torch.arange(width) + 0.5, torch.arange(min(MEMORY, width))
+    columns = torch.cos(torch.pi * places[:, None] * frequencies / width)
+    return columns / columns.norm(dim=0)
 
 
 def _weights_fingerprint(model: nn.Module) -> str:
@@ -156,7 +172,7 @@ def example_states(base: Base, examples: Sequence[Any]) -> Tensor:
     of a model that reads images, the states are those in which the answer is predicted: they have seen the rest.
 
     Returns:
-        ``[last state; mean state; mean prediction error]``, float32, on the CPU, ``(examples, 3 * hidden size)``.
+        ``[last state; mean state; mean prediction error; memory]`` as ``HiddenStateEncoder`` has them.
 
     Raises:
         LoraFactoryError: When an example is empty, or not one for this model.

@@ -31,6 +31,7 @@ class _SentenceEncoder:
             return
         from transformers import AutoModel, AutoTokenizer
 
+        from lora_factory.models.inputs import positions
         from lora_factory.models.loading import load_pretrained
 
         self._model, self._tokenizer = load_pretrained(
@@ -47,7 +48,8 @@ class _SentenceEncoder:
         if self._two_towers:
             self.limit = int(self._model.config.text_config.max_position_embeddings)
         else:
-            self.limit = min(MAX_TEXT_TOKENS, self._tokenizer.model_max_length)
+            limit = positions(self._model) or MAX_TEXT_TOKENS
+            self.limit = min(MAX_TEXT_TOKENS, self._tokenizer.model_max_length, limit)
         with torch.no_grad():
             self.width = self(["a"]).shape[-1]
 

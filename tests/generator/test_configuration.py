@@ -19,8 +19,8 @@ def test_values_are_kept() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 3}, "reads versions up to 2; pip install --upgrade lora-factory"),
-        ({"format_version": 3, "width": "what only a newer version knows"}, "reads versions up to 2"),
+        ({"format_version": 4}, "reads versions up to 3; pip install --upgrade lora-factory"),
+        ({"format_version": 4, "width": "what only a newer version knows"}, "reads versions up to 3"),
         ({"format_version": 0}, "format_version=0"),
         ({}, "the generator has format 1, that of networks which lora-factory no longer has"),
         ({"format_version": 1, "width": "of another kind then"}, "generator has format"),
@@ -30,6 +30,11 @@ def test_values_are_kept() -> None:
         ({"depth": 10**6}, "larger than any real generator's"),
         ({"modalities": {"../x": 3}}, "modality '../x'"),
         ({"modalities": {"text": 0}}, "of width 0"),
+        (
+            {"modalities": {"text": 3}, "directions": {"text": 4}},
+            "4 of 'text', expected 1 or more",
+        ),
+        ({"modalities": {"text": 3}, "directions": {"hidden": 1}}, "directions: 1 of 'hidden'"),
         ({"tasks": [{"name": "../x", "descriptions": ["x"]}]}, "'../x' cannot be a file name"),
         ({"tasks": [{"name": "x", "descriptions": []}]}, "must be texts, at least one"),
         ({"tasks": [{"name": "x", "descriptions": ["x"], "license": 3}]}, "license=3 must be a text or null"),

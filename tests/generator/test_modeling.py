@@ -102,9 +102,32 @@ def test_config_round_trip(generator: CVAELoRAGenerator, tmp_path: Path) -> None
     generator.save_pretrained(tmp_path / "generator")
     config = AutoConfig.from_pretrained(tmp_path / "generator")
     assert type(config) is CVAELoRAConfig
-    for name in ("layout", "modalities", "tasks", "decoder", "width", "latent_size", "format_version"):
+    for name in ("layout", "modalities", "directions", "tasks", "decoder", "width", "latent_size", "format_version"):
         assert getattr(config, name) == getattr(generator.config, name)
     assert list(config.channels) == [3, 4]
+
+
+def test_a_generator_of_format_2_writes_what_it_wrote(
+    layout: AdapterLayout, pico_encoder_folder: Path, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    new = make_generator(layout, pico_encoder_folder, hidden=96).config  # 96: without the memory of examples
+    values = {**new.to_dict(), "format_version": 2}
+    del values["directions"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = CVAELoRAGenerator(CVAELoRAConfig.from_dict(values))
+        for parameter in generator.parameters():
+            parameter.data.normal_(std=0.1)
+    shapes = {name: tuple(value.shape) for name, value in generator.standardiser.state_dict().items()}
+    assert shapes["text_basis"] == (32, 32) and shapes["hidden_basis"] == (96, 96)
+    generator.eval().save_pretrained(tmp_path / "old")
+    assert json.loads((tmp_path / "old" / "config.json").read_text())["format_version"] == 2
+    loaded = CVAELoRAGenerator.from_pretrained(tmp_path / "old")
+    assert torch.equal(weights(loaded), weights(CVAELoRAGenerator.from_pretrained(tmp_path / "old")))
+    torch.testing.assert_close(weights(loaded), weights(generator), rtol=1e-4, atol=1e-6)
+    condition = loaded.encode_examples(["An old text.", "Another."], pico_model_folder)
+    assert condition["hidden"].shape == (96,)
+    assert all(value.isfinite().all() for value in loaded.generate_state_dict(conditions=condition).values())
 
 
 def test_half_precision_generates_too(folder: Path, core_generator: CVAELoRAGenerator) -> None:
@@ -304,7 +327,7 @@ def cut_config(folder: Path) -> None:
         (edit_config(width=0), "must be at least 1"),
         (edit_config(width="wide"), "cannot load a generator"),
         (edit_config(format_version=1), "has format 1.*train it with train_generator, again"),
-        (edit_config(format_version=3), "format_version=3.*pip install --upgrade lora-factory"),
+        (edit_config(format_version=4), "format_version=4.*pip install --upgrade lora-factory"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

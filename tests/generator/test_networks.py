@@ -110,6 +110,12 @@ def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
         known = standardiser("hidden", tasks)
         moved[name] = (standardiser("hidden", tasks + nuisance) - known).norm(dim=1).mean() / torch.pdist(known).mean()
     assert moved["white"] < 0.2 * moved["plain"]
+    units = torch.logspace(-2, 2, 30)  # the units of the columns do not matter
+    other = ConditionStandardiser({"hidden": 30}, {"hidden": 4})
+    other.fit({"hidden": tasks * units}, {"hidden": scatter * units})
+    torch.testing.assert_close(
+        other("hidden", tasks * units).abs(), white("hidden", tasks)[:, :4].abs(), rtol=1e-2, atol=1e-2
+    )
     zero = ConditionStandardiser({"hidden": 30}, {"hidden": 30})
     zero.fit({"hidden": tasks}, {"hidden": torch.zeros(7, 30)})  # examples that do not differ change nothing
     torch.testing.assert_close(zero("hidden", tasks), plain("hidden", tasks))

@@ -33,6 +33,7 @@ def make_generator(
     config = CVAELoRAConfig(
         layout=layout.to_dict(),
         modalities={"text": text, "hidden": hidden} | ({"image": images[1]} if images else {}),
+        directions={"hidden": 2} | ({"image": images[1]} if images else {}),
         text_encoder=str(encoder),
         image_encoder=str(images[0]) if images else None,
         tasks=[{"name": name, "descriptions": [name], "license": None} for name in ("poems", "code", "law")],

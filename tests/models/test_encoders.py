@@ -13,8 +13,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 from lora_factory.adapters.attach import adapter_parameters
 from lora_factory.errors import LoraFactoryError
@@ -191,6 +200,38 @@ def test_open_clip_without_weights_is_an_error(name: str, message: str) -> None:
         TextEncoder(name)
 
 
+def test_a_multilingual_encoder_reads_no_more_than_its_positions(tmp_path: Path) -> None:
+    texts = ["Rechtliche Hinweise", "mentions légales", "юридические тексты", "法律文本", "legal notices"]
+    plain = Tokenizer(models.Unigram())
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=special, unk_token="<unk>", show_progress=False)
+    plain.train_from_iterator(texts * 5, trainer)
+    plain.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = XLMRobertaConfig(  # counts positions from behind the padding token: 66 are 64
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=66,
+        pad_token_id=1,
+    )
+    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = TextEncoder(tmp_path)
+    vectors = encoder.encode(texts)
+    assert vectors.shape == (5, 32)
+    assert torch.pdist(vectors).min() > 1e-3
+    with pytest.warns(UserWarning, match="longer than the 64 tokens that the text encoder reads"):
+        assert encoder.encode(["Hinweise " * 100]).isfinite().all()
+
+
 @torch.no_grad()
 def naive_hidden_states(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     tokens = torch.tensor([tokenizer(text).input_ids[:128]])
@@ -200,7 +241,11 @@ def naive_hidden_states(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBa
         rows[token] - sum(p * row for p, row in zip((state @ rows.T).softmax(-1), rows, strict=True))
         for state, token in zip(hidden, tokens[0, 1:], strict=False)
     ]
-    return torch.cat([hidden[-1], hidden.mean(0), torch.stack(errors).mean(0)])
+    waves = [(torch.pi * (torch.arange(32) + 0.5) * frequency / 32).cos() for frequency in range(24)]
+    columns = torch.stack([wave / wave.norm() for wave in waves])
+    products = [torch.outer(columns @ error, columns @ state) for error, state in zip(errors, hidden, strict=False)]
+    memory = torch.stack(products).mean(0)
+    return torch.cat([hidden[-1], hidden.mean(0), torch.stack(errors).mean(0), memory.flatten()])
 
 
 def test_hidden_states_match_a_naive_computation(
@@ -208,11 +253,11 @@ def test_hidden_states_match_a_naive_computation(
 ) -> None:
     encoder = HiddenStateEncoder(pico_model, pico_tokenizer, batch_size=2)
     features = encoder.encode([*TEXTS, Example("The quick", " brown fox")])
-    assert features.shape == (4, encoder.width) == (4, 96)
+    assert features.shape == (4, encoder.width) == (4, 96 + 24 * 24)
     assert features.dtype == torch.float32
     for text, row in zip([*TEXTS, "The quick brown fox"], features, strict=True):
         torch.testing.assert_close(row, naive_hidden_states(pico_model, pico_tokenizer, text), atol=1e-5, rtol=1e-4)
-    assert encoder.encode([]).shape == (0, 96)
+    assert encoder.encode([]).shape == (0, 96 + 24 * 24)
     with pytest.raises(LoraFactoryError, match="is empty"):
         encoder.encode([Example("", "")])
 

@@ -74,7 +74,7 @@ def test_states_are_of_the_base_alone_and_one_row_an_example(
 ) -> None:
     examples = case[1][0].examples("train")
     states = example_states(trainer, examples[:3])
-    assert states.shape == (3, 3 * 32)
+    assert states.shape == (3, 3 * 32 + 24 * 24)
     assert torch.isfinite(states).all()
     trainer.slot.load(trainer.initial + 0.3)
     assert torch.allclose(example_states(trainer, examples[:3]), states, atol=1e-6)

@@ -116,7 +116,7 @@ def test_a_saved_generator_is_the_one_returned(
     assert [(task["name"], tuple(task["descriptions"])) for task in config.tasks] == list(DESCRIPTIONS.items())
     assert [task["license"] for task in config.tasks] == [None, "MIT", None, None]
     assert loaded.layout == zoo.layout.with_rank(8)  # four adapters of rank 2
-    assert (config.decoder, config.latent_size, config.format_version) == ("core", 3, 2)
+    assert (config.decoder, config.latent_size, config.format_version) == ("core", 3, 3)
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     assert training["arguments"]["steps"] == 300
     assert [record["step"] for record in training["history"]] == [0, 50, 100, 150, 200, 250, 299]
@@ -253,7 +253,9 @@ def test_hidden_states_and_texts_each_suffice(
 ) -> None:
     train_generator(zoo, tmp_path / "generator", arguments, tasks=tasks, base_model=pico_model_folder)
     generator = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
-    assert generator.config.modalities == {"text": 128, "hidden": 96}
+    assert generator.config.modalities == {"text": 128, "hidden": 96 + 24 * 24}
+    assert generator.config.directions == {"hidden": len(tasks) - 1}  # means of tasks differ in no more
+    assert generator.standardiser.get_buffer("hidden_basis").shape == (len(tasks) - 1, 96 + 24 * 24)
     encoder = HiddenStateEncoder(*load_base_model(pico_model_folder))
     for task in tasks:
         hidden = {"hidden": task_vector(encoder.encode(task.examples("train")))}
