@@ -148,7 +148,7 @@ def as_mixture(text: object) -> str | dict[str, float] | None:
     for one, weight in text.items():
         number = _number(weight)
         if not math.isfinite(number):
-            raise LoraFactoryError(f"the weight of {str(one)[:80]!r} is {str(weight)[:50]!r}; give a finite number")
+            raise LoraFactoryError(f"the weight of {str(one)[:80]!r} is {_shown(weight)}; give a finite number")
         mixture[as_text(one) or ""] = number
     return mixture
 
@@ -186,7 +186,7 @@ def as_whole_number(value: object, name: str, most: int | None = None) -> int:
         number = -1
     if number < 0 or (most is not None and number > most):
         wanted = "an integer from 0 on" if most is None else f"an integer from 0 to {most}"
-        raise LoraFactoryError(f"{name} is {str(value)[:50]!r}; give {wanted}")
+        raise LoraFactoryError(f"{name} is {_shown(value)}; give {wanted}")
     return number
 
 
@@ -199,7 +199,7 @@ def as_temperature(value: object) -> float:
     number = _number(value)
     if not (math.isfinite(number) and number >= 0):
         raise LoraFactoryError(
-            f"temperature is {str(value)[:50]!r}; give a number from 0 (the most likely adapter) on, such as 1.0"
+            f"temperature is {_shown(value)}; give a number from 0 (the most likely adapter) on, such as 1.0"
         )
     return number
 
@@ -210,6 +210,14 @@ def _number(value: object) -> float:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.inf
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value for a message; Python prints no integer of more than 4,300 digits."""
+    try:
+        return repr(str(value)[:50])
+    except ValueError:
+        return "an integer of thousands of digits"
 
 
 def _listed(values: Any, name: str, kinds: str) -> list[Any]:  # noqa: ANN401

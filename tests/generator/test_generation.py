@@ -160,6 +160,8 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
         ({"temperature": math.nan}, "temperature is 'nan'"),
         ({"temperature": math.inf}, "temperature is 'inf'"),
         ({"temperature": 10**400}, "temperature is '1000"),
+        ({"temperature": 10**5000}, "temperature is an integer of thousands of digits"),
+        ({"seed": 10**5000}, "seed is an integer of thousands of digits"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"refine_steps": -1}, "refine_steps is"),
         ({"refine_steps": 2.5}, "refine_steps is"),

@@ -110,7 +110,7 @@ def test_examples_steer_too(
     trained: tuple[CVAELoRAGenerator, Path], arguments: TrainArguments, pico_model_folder: Path
 ) -> None:
     (generator, _), tasks = trained, make_tasks()
-    assert generator.config.modalities == {"text": 32, "hidden": 96}
+    assert generator.config.modalities == {"text": 32, "hidden": 96 + 24 * 24}
     trainer = reader(generator, arguments, pico_model_folder, tasks)
     found = {}
     for asked in tasks:
