@@ -305,7 +305,8 @@ def _collect(options: argparse.Namespace) -> int:
     if processes.is_main_process:
         _print_collected(options.output_dir, len(tasks) * len(arguments.seeds), failed)
         words = ("--zoo", options.output_dir, "--tasks", options.tasks, "--output-dir", "generator")
-        say_next(options, "train", *words)
+        if len(failed) < len(tasks) * len(arguments.seeds):
+            say_next(options, "train", *words)
     processes.wait_for_everyone()  # a launcher stops the main process when another ends with an error before it
     processes.destroy_process_group()
     return 1 if failed else 0

@@ -46,7 +46,7 @@ def take_steps(
         After every step its number, its loss and the bar.
 
     Raises:
-        LoraFactoryError: When a loss is not finite.
+        LoraFactoryError: When a loss or a gradient is not finite.
     """
     optimizer.zero_grad()  # what a run left that failed between two batches
     with progress_bar(total=total, initial=start, desc=label, **bar_options) as bar:
@@ -54,8 +54,9 @@ def take_steps(
             loss = gradients(step)
             if not math.isfinite(loss):
                 raise LoraFactoryError(f"{label}: the loss is {loss} at step {step}; {advice}")
-            for group in optimizer.param_groups:
-                clip(group["params"], max_grad_norm)
+            norms = [clip(group["params"], max_grad_norm) for group in optimizer.param_groups]
+            if not all(math.isfinite(norm) for norm in norms):
+                raise LoraFactoryError(f"{label}: the gradients are not finite at step {step}; {advice}")
             optimizer.step()
             if schedule is not None:
                 schedule.step()

@@ -123,6 +123,8 @@ def _cells(compared: ComparedMethods, names: Sequence[str], log: CellLog) -> Ite
             "settings": settings,
             "generator": compared.generator_fingerprint if method.startswith(GENERATED) else None,
         }
+        if method in compared.baselines:
+            facts["vectors"] = compared.vectors
         try:
             cell = log.get_or_compute(facts, partial(_scored, compared, task, seed, method))
         except ArithmeticError as error:

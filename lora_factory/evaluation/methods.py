@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -43,6 +44,7 @@ from lora_factory.reporting.summary import (
 )
 from lora_factory.tasks.task import Task
 from lora_factory.utils.files import atomic_file
+from lora_factory.utils.paths import sha256_text
 from lora_factory.zoo.checkpoints import mean_checkpoint, open_checkpoints
 
 MULTITASK = "multi-task LoRA"
@@ -79,13 +81,15 @@ class ComparedMethods:
             "greedy soup": lambda task, seed: self._greedy,
             MULTITASK: lambda task, seed: self._multitask(seed),
         }
+        self.baselines: dict[str, Callable[[Task, int], torch.Tensor]] = {}
         for name, suffix in self.ways.items():
-            self.methods |= {
+            self.baselines |= {
                 f"retrieval{suffix}": partial(self._baseline, Retrieval, name),
                 f"similarity mixture{suffix}": partial(self._baseline, SimilarityMixture, name),
                 f"PCA + ridge{suffix}": partial(self._baseline, PcaRidge, name),
             }
-        self.methods[f"COND P-DIFF{self.ways[self.first_way]}"] = self._diffused
+        self.baselines[f"COND P-DIFF{self.ways[self.first_way]}"] = self._diffused
+        self.methods |= self.baselines
         for name, suffix in self.ways.items():
             self.methods |= {
                 f"{GENERATED}{suffix}": partial(self.generated, [name]),
@@ -131,7 +135,7 @@ class ComparedMethods:
     def diffusion(self, seed: int) -> CondPDiff:
         """COND P-DIFF trained on the zoo with this seed, conditioned on the generator's first modality."""
         way = self.first_way
-        folder = self.folder / f"cond-p-diff-{way}-{seed}-{self.fold.zoo.fingerprint()[:12]}"
+        folder = self.folder / f"cond-p-diff-{way}-{seed}-{self.fold.zoo.fingerprint()[:12]}-{self.vectors}"
         if folder not in self._loaded:
             if not folder.is_dir():
                 features = {name: self.features[way][name] for name in self.weights}
@@ -162,6 +166,12 @@ class ComparedMethods:
         """What the generator's network makes of a task's condition: ``(targets,)``."""
         rows = {way: self.condition(way, task.name, seed)[None]}
         return self.fold.generator.made(rows, 1, seed=seed, temperature=temperature)[0]
+
+    @cached_property
+    def vectors(self) -> str:
+        """A fingerprint of the task vectors' encoders and widths, which the baselines are fitted to as well."""
+        config = self.fold.generator.config
+        return sha256_text(json.dumps([config.modalities, config.text_encoder, config.image_encoder]))[:12]
 
     @cached_property
     def generator_fingerprint(self) -> str:

@@ -32,7 +32,7 @@ class CVAELoRAConfig(PreTrainedConfig):
         layout: ``AdapterLayout.to_dict()`` of the adapters that the generator writes; names base model and commit.
         modalities: Width of the task vectors of every modality of conditions, for example ``{"text": 384}``.
         directions: How many coordinates are made of a modality's task vectors; one that is not named keeps its own.
-            Null in format 2, where every modality has as many coordinates as its vectors.
+            Format 2 has no such field: all modalities are named there, with their width.
         text_encoder: Hub id (or folder) of the sentence encoder of the ``text`` modality.
         image_encoder: Hub id (or folder) of the image encoder of the ``image`` modality.
         tasks: The tasks that it was trained on: ``{"name", "descriptions", "license", "dataset"}`` each, the data set
@@ -78,6 +78,8 @@ class CVAELoRAConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401
         """Build a configuration from JSON values of this format; see `check_version`."""
         check_version(config_dict)
+        if config_dict.get("format_version") == OLDEST_VERSION:
+            config_dict = {"directions": config_dict.get("modalities"), **config_dict}
         return super().from_dict(config_dict, **kwargs)
 
     def validate_generator(self) -> None:

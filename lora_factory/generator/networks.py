@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils.generic import ModelOutput
 
 CODE_SCALE = 0.3  # of the values that a code of unit variance adds to a core, before training
+ROUNDING = 1e-5  # of a vector's length; batches of other sizes differ by less
 SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be fewer than directions
 
 
@@ -108,19 +109,23 @@ class ConditionStandardiser(nn.Module):
             within: For some of them, how examples differ from the mean of their task, shape ``(examples, width)``.
         """
         for name, rows in features.items():
-            mean, basis = rows.mean(0), self._basis(name)
+            mean, basis, scale = rows.mean(0), self._basis(name), self.get_buffer(f"{name}_scale")
             self.get_buffer(f"{name}_mean").copy_(mean)
-            if basis is None:
-                self.get_buffer(f"{name}_scale").copy_((rows - mean).square().mean().sqrt().clamp_min(1e-6))
+            apart = rows - mean
+            differ = apart.norm() > ROUNDING * rows.norm()
+            if basis is None:  # a text far from tasks that do not differ is no reason for large coordinates
+                scale.copy_((apart if differ else rows).square().mean().sqrt().clamp_min(1e-6))
                 continue
-            white = _whitening((within or {}).get(name, rows[:0]))
-            _, lengths, directions = torch.linalg.svd((rows - mean).double() @ white, full_matrices=False)
-            lengths = lengths[: len(basis)]
-            spanned = (lengths > 1e-4 * lengths[0].clamp_min(1e-12)).sum().clamp_min(1)
             basis.zero_()
+            if not differ:  # it says nothing
+                scale.fill_(1)
+                continue
+            white = _whitening((within or {}).get(name, rows[:0]), rows.square().mean())
+            _, lengths, directions = torch.linalg.svd(apart.double() @ white, full_matrices=False)
+            lengths = lengths[: len(basis)]
+            spanned = (lengths > 1e-4 * lengths[0]).sum()
             basis[:spanned] = (directions[:spanned] @ white.T).to(basis)
-            variance = lengths.square().sum() / (len(rows) * spanned)
-            self.get_buffer(f"{name}_scale").copy_(variance.sqrt().clamp_min(1e-6))
+            scale.copy_((lengths.square().sum() / (len(rows) * spanned)).sqrt())
 
     def forward(self, name: str, vector: torch.Tensor) -> torch.Tensor:
         """Coordinates ``(batch, coordinates[name])`` of one modality's task vectors, shape ``(batch, width)``."""
@@ -135,7 +140,7 @@ class ConditionStandardiser(nn.Module):
         """The root mean square distance of task vectors from their mean, in the units of the encoder."""
         spanned, basis, stretch = self.spanned(name), self._basis(name), 1.0
         if basis is not None:
-            stretch = max(1e-12, float(basis[:spanned].norm(dim=1).mean()))
+            stretch = float(basis[:spanned].norm(dim=1).mean()) or math.inf
         return float(self.get_buffer(f"{name}_scale")) / stretch * math.sqrt(spanned)
 
     def spanned(self, name: str) -> int:
@@ -274,16 +279,16 @@ class CoreCVAE(nn.Module):
         return self.hidden((given * there).sum(0) / there.sum(0).clamp_min(1))
 
 
-def _whitening(deviations: torch.Tensor) -> torch.Tensor:
+def _whitening(deviations: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """The matrix that turns rows of ``(n, width)`` into ones of about unit covariance; float64, ``(width, width)``.
 
     The covariance is shrunk by a tenth towards its diagonal, so that the units of the columns do not matter; where it
-    is zero or unknown nothing is changed.
+    is unknown, or no more than the rounding of vectors of mean square ``size``, nothing is changed.
     """
     width = deviations.shape[1]
     covariance = deviations.double().T @ deviations.double() / max(1, len(deviations))
     variances = covariance.diagonal()
-    if not variances.mean() > 0:
+    if not variances.mean() > ROUNDING**2 * size:
         return torch.eye(width, dtype=torch.float64, device=deviations.device)
     diagonal = torch.diag(variances.clamp_min(1e-8 * variances.mean()))  # below, it is rounding
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal

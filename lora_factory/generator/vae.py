@@ -63,7 +63,7 @@ class ConditionalVAE(nn.Module):
         self.layout = AdapterLayout.from_dict(config.layout)
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
         tasks = max(1, len(config.tasks or []))
-        self.standardiser = ConditionStandardiser(widths, widths if config.directions is None else config.directions)
+        self.standardiser = ConditionStandardiser(widths, config.directions or {})
         coordinates, latents = self.standardiser.coordinates, config.latent_size
         self.basis: CoreBasis | None = None
         self.network: CoreCVAE | ConvCVAE
@@ -153,7 +153,17 @@ class ConditionalVAE(nn.Module):
 
         Args:
             features: For every modality the rows ``(n, width)`` of every task (descriptions, examples, images).
+
+        Raises:
+            LoraFactoryError: When a row is not finite.
         """
+        for name, tasks in features.items():
+            for task, rows in tasks.items():
+                if not torch.isfinite(rows).all():
+                    raise LoraFactoryError(
+                        f"task {task!r}: its {name} vectors hold NaN or infinite values; the model that makes them is "
+                        "damaged, or its precision too low: try dtype='float32' (--dtype)"
+                    )
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         differing, within = dict(vectors), {}
         if "image" in features:

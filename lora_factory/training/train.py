@@ -138,6 +138,7 @@ def train_generator(
         if zoo is None:
             calibrate_spread(generator.cpu(), seen)
     generator = generator.cpu().eval()
+    _check_weights(generator)
     if accelerator.is_main_process:
         save_generator(generator, output_dir, record, overwrite=overwrite, inputs=inputs)
         if arguments.base_steps and working.exists():
@@ -296,6 +297,16 @@ def _checked(
             "pass 0, or decoder='core'"
         )
     return arguments
+
+
+def _check_weights(generator: CVAELoRAGenerator) -> None:
+    """Refuse weights that half precision, in which adapters are served, cannot hold."""
+    largest = float(torch.stack([parameter.detach().abs().max() for parameter in generator.parameters()]).max())
+    if not largest <= torch.finfo(torch.float16).max:
+        raise LoraFactoryError(
+            f"the training ended with weights up to {largest:.3g}, which half precision cannot hold; lower "
+            "learning_rate, or with base_steps base_learning_rate and basis_learning_rate"
+        )
 
 
 def _warn_of_twins(described: Mapping[str, Sequence[str]]) -> None:

@@ -195,11 +195,11 @@ _REPORTS = {
     "evaluation.json": rb'"bits_per_character"',
     "comparison.json": rb'"created_with"',
     "cells.jsonl": rb'\A(\{"key": "[0-9a-f]{64}"|\Z)',
-    "tables.md": rb"\A# Comparison on ",
-    "report.html": rb"<title>Comparison on ",
+    "tables.md": rb"\A# (Adapters generated for|Comparison on) ",  # the latter until 0.2
+    "report.html": rb"<title>(Adapters generated for|Comparison on) ",
     "detection.json": rb'"created_with"',
     "detection.md": rb"\A# ",
-    "detection.html": rb"<title>Comparison on ",
+    "detection.html": rb"<title>(Detection with|Comparison on) ",
     "results.json": rb'"unseen_task"',
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import TRAINING_TEXT, with_template
+from helpers.training import save_word_encoder
 from transformers import PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
@@ -102,6 +103,22 @@ def test_finished_cells_are_not_repeated(
     monkeypatch.setattr(comparison, "score_task", repeated)
     monkeypatch.setattr(methods, "train_multitask", repeated)
     assert compare(fold, pico_model_folder, output, ARGUMENTS)["cells"] == first["cells"]
+
+
+def test_cells_of_another_encoders_vectors_are_not_taken_up(
+    fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path
+) -> None:
+    compare(fold, pico_model_folder, output, ARGUMENTS)
+    shutil.copytree(output, tmp_path / "kept")
+    encoder = save_word_encoder(tmp_path / "words")
+    training = TrainArguments(steps=1, text_encoder=str(encoder))
+    generator = train_generator(fold.zoo, tmp_path / "generator", training)
+    other = dataclasses.replace(fold, generator=generator)
+    names = ["retrieval", "PCA + ridge", "COND P-DIFF"]
+    for folder in ("kept", "fresh"):
+        compare(other, pico_model_folder, tmp_path / folder, ARGUMENTS, methods=names)
+    found = [json.loads((tmp_path / folder / "comparison.json").read_text())["cells"] for folder in ("kept", "fresh")]
+    assert found[0] == found[1]
 
 
 def test_the_same_seeds_give_the_same_table(fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path) -> None:

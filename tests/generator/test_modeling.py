@@ -130,6 +130,13 @@ def test_a_generator_of_format_2_writes_what_it_wrote(
     assert all(value.isfinite().all() for value in loaded.generate_state_dict(conditions=condition).values())
 
 
+def test_task_vectors_that_are_not_finite_are_refused(layout: AdapterLayout, pico_encoder_folder: Path) -> None:
+    generator = make_generator(layout, pico_encoder_folder)
+    rows = {"poems": torch.ones(2, 64), "code": torch.tensor([[1.0] * 63 + [torch.inf]])}
+    with pytest.raises(LoraFactoryError, match="task 'code': its hidden vectors hold NaN or infinite"):
+        generator.fit_conditions({"hidden": rows})
+
+
 def test_half_precision_generates_too(folder: Path, core_generator: CVAELoRAGenerator) -> None:
     half = CVAELoRAGenerator.from_pretrained(folder, dtype=torch.bfloat16)
     expected = weights(core_generator)

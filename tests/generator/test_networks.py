@@ -121,6 +121,20 @@ def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
     torch.testing.assert_close(zero("hidden", tasks), plain("hidden", tasks))
 
 
+@pytest.mark.parametrize("rounding", [0.0, 1e-7])
+def test_tasks_that_do_not_differ_say_nothing(rounding: float) -> None:
+    same = normal(1, 30).expand(5, 30) * (1 + rounding * normal(5, 30, seed=1))
+    within = {"hidden": rounding * normal(40, 30, seed=2)}
+    standardiser = ConditionStandardiser({"text": 30, "hidden": 30}, {"hidden": 4})
+    standardiser.fit({"text": same, "hidden": same}, within)
+    foreign = normal(3, 30, seed=3)
+    assert not standardiser("hidden", foreign).any() and standardiser.length("hidden") == 0
+    assert standardiser("text", foreign).abs().max() < 10
+    assert standardiser("text", same).abs().max() < 1e-4
+    standardiser.fit({"hidden": normal(5, 30)}, within)  # examples of a task that do not differ whiten nothing
+    assert 0.1 < standardiser("hidden", foreign).square().mean().sqrt() < 10
+
+
 def test_shapes_and_gradients(network: CoreCVAE | ConvCVAE) -> None:
     network.train()
     loss = torch.zeros(())

@@ -466,6 +466,12 @@ def test_report_is_written_and_the_same_every_time(tmp_path: Path) -> None:
     again = write_report(comparison, tmp_path / "second")
     assert path.read_text() == again.read_text()
     assert (tmp_path / "first" / "tables.md").read_text() == markdown_tables(comparison)
+    assert write_report(comparison, tmp_path / "first") == path  # in place of the last one
+    for name in ("tables.md", "report.html"):  # or of one that 0.1 has written
+        file = tmp_path / "first" / name
+        file.write_text(file.read_text().replace("Adapters generated for", "Comparison on", 1))
+    write_report(comparison, tmp_path / "first")
+    assert path.read_text() == again.read_text()
 
 
 @needs_extra
