@@ -304,7 +304,7 @@ def test_wrong_inputs_leave_an_earlier_generator_alone(
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(LoraFactoryError, match=r"train generator: the loss is .*lower learning_rate"):
         train_generator(zoo, folder, replace(arguments, steps=5, learning_rate=1e30), overwrite=True)
-    with pytest.raises(LoraFactoryError, match="ended with weights up to .*, which half precision cannot hold"):
+    with pytest.raises(LoraFactoryError, match=r"ended with weights up to .*, which half precision cannot hold"):
         train_generator(zoo, folder, replace(arguments, steps=2, learning_rate=1e30), overwrite=True)
     with pytest.raises(LoraFactoryError, match=r"no examples of the zoo's tasks \['sums'\]"):
         train_generator(zoo, folder, arguments, tasks=tasks[:3], overwrite=True)
