@@ -68,7 +68,7 @@ def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 class Base(Protocol):
-    """A frozen base model that reads examples with adapters of one layout; an ``LoRATrainer`` is one."""
+    """A frozen base model that reads examples with adapters of one layout; a ``LoRATrainer`` is one."""
 
     @property
     def model(self) -> Any: ...  # noqa: ANN401, D102
