@@ -102,7 +102,7 @@ def detect(
 
     Args:
         model: An image-text-to-text model, with or without an adapter.
-        inputs: The model's processor, for example an ``LoRATrainer``'s ``inputs``.
+        inputs: The model's processor, for example a ``LoRATrainer``'s ``inputs``.
         examples: Images with their sizes and prompts; annotated boxes are not read.
         batch_size: Images per forward pass.
         max_new_tokens: Number of tokens after which an answer is cut off.
