@@ -135,7 +135,7 @@ def test_accumulated_batches_count_as_one_large_one(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", told)  # as `accelerate launch` does
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # Adam would hide a factor on the gradient
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: None)  # so would clipping
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.zeros(()))  # so would clipping
     options = {"steps": 2, "snapshots": 1, "learning_rate": 0.1}  # the first step is the warm-up, at rate 0
     finals = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_leaves_no_run(
 def test_a_run_that_diverged_leaves_no_run(pico_model_folder: Path, tmp_path: Path, rate: float, reason: str) -> None:
     # Whatever a processor makes of such weights, no finite loss is taken for a good one.
     arguments = replace(SMALL, steps=10, learning_rate=rate)
-    with pytest.raises(LoraFactoryError, match=rf"prose.*({reason}|loss is)"):
+    with pytest.raises(LoraFactoryError, match=rf"prose.*({reason}|loss is|gradients are not finite)"):
         collect_adapters(tasks("prose"), pico_model_folder, tmp_path / "zoo", arguments)
     assert [path.name for path in (tmp_path / "zoo").iterdir() if path.name[0] != "."] == ["zoo.json"]
 
