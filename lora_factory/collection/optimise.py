@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.progress import progress_bar
 
-MAX_GRAD_NORM = 1.0
+MAX_GRAD_NORM = 1.0  # transformers' default, and that of every training here so far
 
 
 def take_steps(
@@ -35,7 +35,7 @@ def take_steps(
         optimizer: The norm of the gradients of each of its groups is clipped.
         total: The number of the last step.
         label: What the progress bar and errors say.
-        advice: What an error says after a loss that is not finite.
+        advice: What an error says after a loss or a gradient that is not finite.
         schedule: Sets the learning rate after every step; default: ``gradients`` does, or it stays.
         start: Steps that were taken before.
         clip: Accelerate's ``clip_grad_norm_`` for parameters that it shards.

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.utils.generic import ModelOutput
 
 CODE_SCALE = 0.3  # of the values that a code of unit variance adds to a core, before training
-ROUNDING = 1e-5  # of a vector's length; batches of other sizes differ by less
+# Share of a vector's length up to which vectors count as equal: float32 has 6e-8, batches of other sizes some more.
+ROUNDING = 1e-5
 SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be fewer than directions
 
 

@@ -169,9 +169,9 @@ def build_generator(
         sizes = {"kl_weight": 0.005, "latent_size": 256, "channels": paper_channels(arguments.conv_depth)}
     elif zoo is not None and not arguments.base_steps:  # the tasks' mean cores span no more directions
         sizes["latent_size"] = min(arguments.latent_size, len(tasks) - 1)
-    # The tasks' mean hidden states differ in no more directions; of images, groups are told apart as well.
-    most = {"hidden": max(1, len(tasks) - 1), "image": max(modalities.values())}
-    directions = {name: min(width, most[name]) for name, width in modalities.items() if name in most}
+    directions = {name: width for name, width in modalities.items() if name != "text"}
+    if "hidden" in directions:  # means of tasks differ in no more directions; of images, groups are told apart as well
+        directions["hidden"] = min(directions["hidden"], max(1, len(tasks) - 1))
     config = CVAELoRAConfig(
         layout=layout.to_dict(),
         modalities=dict(modalities),

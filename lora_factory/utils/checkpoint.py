@@ -29,7 +29,7 @@ from lora_factory.utils.paths import sha256_file, sha256_text
 from lora_factory.utils.safe_files import read_json_object
 
 _STATE_FILE, _TENSORS_FILE = "state.json", "state.safetensors"
-SAVE_EVERY_SECONDS = 300.0
+SAVE_EVERY_SECONDS = 300.0  # of a training through the base: no more of it is lost
 _LOGGER = logging.getLogger(__name__)
 
 
