@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,9 +22,16 @@ DESCRIPTIONS = {
 
 
 def make_zoo(
-    folder: Path, layout: AdapterLayout, names: tuple[str, ...] = tuple(DESCRIPTIONS), runs: int = 1
+    folder: Path,
+    layout: AdapterLayout,
+    names: tuple[str, ...] = tuple(DESCRIPTIONS),
+    runs: int = 1,
+    sizes: Mapping[str, float] | None = None,
 ) -> AdapterZoo:
-    """Five snapshots a run around a random adapter of its own, with a spread of a tenth of the adapters' distance."""
+    """Five snapshots a run around a random adapter of its own, with a spread of a tenth of the adapters' distance.
+
+    ``sizes`` are factors by which the weights of some tasks are larger.
+    """
     zoo = AdapterZoo.create(folder, layout)
     source = torch.Generator().manual_seed(0)
     for name in names:
@@ -44,7 +52,8 @@ def make_zoo(
                 versions={},
                 license="MIT" if name == "law" else None,
             )
-            zoo.add_run(record, center + 0.01 * torch.randn(5, layout.size, generator=source))
+            rows = center + 0.01 * torch.randn(5, layout.size, generator=source)
+            zoo.add_run(record, (sizes or {}).get(name, 1.0) * rows)
     return zoo
 
 

@@ -219,6 +219,17 @@ def test_a_rank_that_does_not_hold_the_zoo_is_said(
     assert made[2] > 0.2 and made[8] == made[12] == 0
 
 
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_an_adapter_that_drowns_the_others_is_said(
+    layout: AdapterLayout, arguments: TrainArguments, tmp_path: Path, caplog: pytest.LogCaptureFixture, size: float
+) -> None:
+    zoo = make_zoo(tmp_path / "zoo", layout, sizes={"law": size})
+    train_generator(zoo, tmp_path / "generator", arguments)
+    said = caplog.text
+    assert ("the generator misses more than 20 %" in said) == (size > 1)
+    assert size == 1 or ("that of law has" in said and "steps= (now 300)" in said)
+
+
 def test_a_rank_that_no_module_can_have_is_refused(zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path) -> None:
     with pytest.raises(LoraFactoryError, match=r"rank=100000 is above what any module's weight can have, \d+; give"):
         train_generator(zoo, tmp_path / "generator", replace(arguments, rank=100_000))
