@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.models.hidden_states import example_states, task_vector
+from lora_factory.models.hidden_states import example_states
 from lora_factory.models.losses import query_loss
 from lora_factory.tasks.task import Task
 from lora_factory.training.train import train_generator
@@ -230,7 +230,9 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         name: {c: {"text": made.text_encoder.encode([by_cell[c]])} for c in scored} for name, by_cell in texts.items()
     }
     with trainer.slot.disabled():
-        states = {c: task_vector(example_states(trainer, tasks[c].examples("train")[:EXAMPLES])) for c in scored}
+        read = {c: example_states(trainer, tasks[c].examples("train")[:EXAMPLES]) for c in scored}
+    states = {c: made.task_vector("hidden", rows) for c, rows in read.items()}
+    conditions["one example"] = {c: {"hidden": made.task_vector("hidden", rows[:1])[None]} for c, rows in read.items()}
     conditions[f"{EXAMPLES} examples"] = {c: {"hidden": states[c][None]} for c in scored}
     conditions["paraphrase and examples"] = {
         c: conditions["held-out paraphrase"][c] | {"hidden": states[c][None]} for c in scored

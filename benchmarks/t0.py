@@ -189,8 +189,8 @@ def written(generator: CVAELoRAGenerator, task: Task) -> torch.Tensor:
 
 @torch.no_grad()
 def read(generator: CVAELoRAGenerator, states: torch.Tensor) -> torch.Tensor:
-    """What it writes for the mean of some examples' hidden states, ``(n, width)``."""
-    return generator.assemble(generator.made({"hidden": states.mean(0, keepdim=True)}, 1))[0]
+    """What it writes for some examples' hidden states, ``(n, width)``."""
+    return generator.assemble(generator.made({"hidden": generator.task_vector("hidden", states)[None]}, 1))[0]
 
 
 def from_examples(

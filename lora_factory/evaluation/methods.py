@@ -111,11 +111,8 @@ class ComparedMethods:
             }
 
     def condition(self, way: str, name: str, seed: int) -> torch.Tensor:
-        """A task's vector, shape ``(width,)``: its first description, or the mean over a few of its examples."""
-        rows = self.features[way][name]
-        if way == "text":
-            return rows[0]
-        return rows[self._drawn(name, seed)].mean(0)
+        """A task's vector, shape ``(width,)``: its first description, or what a few of its examples say."""
+        return self.fold.generator.task_vector(way, self._support(way, name, seed))
 
     def generated(
         self, ways: Sequence[str], task: Task, seed: int, *, temperature: float = 0.0, another: bool = False
@@ -218,6 +215,11 @@ class ComparedMethods:
         encoder = self.fold.generator.text_encoder
         return {task.name: encoder.encode(list(task.descriptions)) for task in self.fold.tasks}
 
+    def _support(self, way: str, name: str, seed: int) -> torch.Tensor:
+        """The vectors that a task's condition is made of, ``(n, width)``: of one description, or of a few examples."""
+        rows = self.features[way][name]
+        return rows[:1] if way == "text" else rows[self._drawn(name, seed)]
+
     def _drawn(self, name: str, seed: int) -> torch.Tensor:
         """Indices of the training examples that a task's condition is made of."""
         source = torch.Generator().manual_seed(seed)
@@ -256,10 +258,10 @@ class ComparedMethods:
 
     def _baseline(self, kind: type[ConditionBaseline], way: str, task: Task, seed: int) -> torch.Tensor:
         keys = torch.stack([self.features[way][name].mean(0) for name in self.weights])
-        return kind.fit(keys, self.means).generate(self.condition(way, task.name, seed))
+        return kind.fit(keys, self.means).generate(self._support(way, task.name, seed).mean(0))
 
     def _diffused(self, task: Task, seed: int) -> torch.Tensor:
-        return self.diffusion(seed).generate(self.condition(self.first_way, task.name, seed), seed)
+        return self.diffusion(seed).generate(self._support(self.first_way, task.name, seed).mean(0), seed)
 
     def _refined(self, method: str, task: Task, seed: int, *, another: bool = False) -> torch.Tensor:
         trainer, name = self.trainer_of(method), self._conditioned_on(task, another=another)

@@ -14,7 +14,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.paths import safe_name
 from lora_factory.utils.versions import check_format
 
-FORMAT_VERSION, OLDEST_VERSION = 3, 2
+FORMAT_VERSION, OLDEST_VERSION = 4, 2
 PAPER_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 
 
@@ -47,7 +47,7 @@ class CVAELoRAConfig(PreTrainedConfig):
         latent_size: Size of the latent z; the paper uses 256.
         channels: Output channels of the convolutions of ``"conv1d"``; their number is its depth (the paper: 12).
         kl_weight: Factor of the KL divergence: 1 is the evidence lower bound; the paper uses 0.005 per squared error.
-        format_version: Version of this file's format.
+        format_version: Version of this file's format. Up to 3, a few examples were taken for the whole task.
     """
 
     model_type = "cvae_lora"

@@ -11,7 +11,7 @@ compiler, which takes 2 s, so they are not used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,14 +87,17 @@ class ConditionStandardiser(nn.Module):
     Args:
         widths: Width of every modality's task vectors.
         directions: At most so many coordinates are made of a modality; one that is not named keeps its own.
+        noisy: Modalities of which a few examples are read as no more than they say; see `expected`.
 
     Attributes:
         coordinates: Number of coordinates of every modality.
     """
 
-    def __init__(self, widths: Mapping[str, int], directions: Mapping[str, int]) -> None:
+    def __init__(self, widths: Mapping[str, int], directions: Mapping[str, int], noisy: Iterable[str] = ()) -> None:
         super().__init__()
         self.coordinates = {**widths, **directions}
+        for name in noisy:
+            self.register_buffer(f"{name}_noise", torch.zeros(directions[name]))
         for name, width in widths.items():
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_scale", torch.ones(()))
@@ -121,17 +124,42 @@ class ConditionStandardiser(nn.Module):
             if not differ:  # it says nothing
                 scale.fill_(1)
                 continue
-            white = _whitening((within or {}).get(name, rows[:0]), rows.square().mean())
+            scatter = (within or {}).get(name, rows[:0])
+            white = _whitening(scatter, rows.square().mean())
             _, lengths, directions = torch.linalg.svd(apart.double() @ white, full_matrices=False)
             lengths = lengths[: len(basis)]
             spanned = (lengths > 1e-4 * lengths[0]).sum()
             basis[:spanned] = (directions[:spanned] @ white.T).to(basis)
             scale.copy_((lengths.square().sum() / (len(rows) * spanned)).sqrt())
+            if (noise := self._buffers.get(f"{name}_noise")) is not None:
+                between, inside = ((part @ basis.T).square().sum(0) / max(1, len(part)) for part in (apart, scatter))
+                noise.copy_(torch.where(between > 0, inside / between, 0))
 
     def forward(self, name: str, vector: torch.Tensor) -> torch.Tensor:
         """Coordinates ``(batch, coordinates[name])`` of one modality's task vectors, shape ``(batch, width)``."""
         centred, basis = vector - self.get_buffer(f"{name}_mean"), self._basis(name)
         return (centred if basis is None else centred @ basis.T) / self.get_buffer(f"{name}_scale")
+
+    def expected(self, name: str, means: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The task vectors to be expected of tasks of which a few examples are known.
+
+        With variance b of tasks and w of a task's examples along a coordinate, it is the posterior mean, b / (b + w/n)
+        times the mean of n examples (probabilistic linear discriminants; Ioffe 2006). What the modality's coordinates
+        do not show, or a modality that is not `noisy`, stays as it is.
+
+        Args:
+            name: The modality.
+            means: Means of the examples' vectors, ``(batch, width)``.
+            counts: How many examples each is the mean of.
+        """
+        noise, basis = self._buffers.get(f"{name}_noise"), self._basis(name)
+        if noise is None or basis is None:
+            return means
+        noise, basis = noise.to(means), basis.to(means)
+        share = noise / (noise + means.new_tensor(counts)[:, None])
+        found = (means - self.get_buffer(f"{name}_mean").to(means)) @ basis.mT
+        inverse = torch.linalg.pinv((basis @ basis.mT).double(), hermitian=True).to(means)
+        return means - (share * found) @ inverse @ basis
 
     def all(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The coordinates of several modalities' task vectors."""

@@ -63,7 +63,8 @@ class ConditionalVAE(nn.Module):
         self.layout = AdapterLayout.from_dict(config.layout)
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
         tasks = max(1, len(config.tasks or []))
-        self.standardiser = ConditionStandardiser(widths, config.directions or {})
+        noisy = {"hidden"} & set(widths) if config.format_version >= 4 else ()
+        self.standardiser = ConditionStandardiser(widths, config.directions or {}, noisy)
         coordinates, latents = self.standardiser.coordinates, config.latent_size
         self.basis: CoreBasis | None = None
         self.network: CoreCVAE | ConvCVAE
@@ -191,7 +192,7 @@ class ConditionalVAE(nn.Module):
         base_model: str | Path | PreTrainedModel | PeftModel | None = None,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ) -> dict[str, Tensor]:
-        """A few examples of a task as a condition: their mean hidden states on the frozen base model (Eq. 1).
+        """A few examples of a task as a condition: what their hidden states say of the task's mean ones (Eq. 1).
 
         Args:
             examples: Texts, prompts with their completions (as pairs or as ``{"prompt", "completion"}``), or images
@@ -206,14 +207,23 @@ class ConditionalVAE(nn.Module):
             LoraFactoryError: When this generator was trained without examples, one is empty, or a live model comes
                 without its tokenizer.
         """
-        from lora_factory.models.hidden_states import example_states, task_vector
+        from lora_factory.models.hidden_states import example_states
 
         remedy = "train a generator with tasks= (--tasks) of the zoo, or pass a text and refine_steps=60 beside them"
         self._refuse_unheard("hidden", "examples", remedy)
         examples = as_examples(examples)
         base = open_reader(self.layout, examples, base_model, tokenizer)
         states = example_states(base, examples)[:, : (self.config.modalities or {})["hidden"]]  # format 2: no memory
-        return {"hidden": task_vector(states)}
+        return {"hidden": self.task_vector("hidden", states)}
+
+    def task_vector(self, modality: str, rows: Tensor) -> Tensor:
+        """The task vector ``(width,)`` of a few examples' or images' vectors ``(n, width)``.
+
+        It is their mean (Eq. 1), or of examples the mean that is to be expected of more of them.
+        """
+        from lora_factory.models.hidden_states import task_vector
+
+        return self.standardiser.expected(modality, task_vector(rows)[None], [len(rows)])[0]
 
     def encode_images(self, images: Sequence[ImageLike]) -> dict[str, Tensor]:
         """A few images of a task as a condition: the mean of their vectors.
@@ -227,11 +237,9 @@ class ConditionalVAE(nn.Module):
         Raises:
             LoraFactoryError: When this generator was trained without images, none is given, or one cannot be read.
         """
-        from lora_factory.models.hidden_states import task_vector
-
         self._refuse_unheard("image", "images", "or train a generator with images= (--images) of every task")
         images = as_images(images)
-        return {"image": task_vector(self.image_encoder.encode(images))}
+        return {"image": self.task_vector("image", self.image_encoder.encode(images))}
 
     def nearest_tasks(self, vectors: Mapping[str, Tensor], count: int = 3) -> list[dict[str, Any]]:
         """The zoo's tasks whose vectors ``(width,)`` are nearest, best first: ``{"task", "similarity"}``.

@@ -63,8 +63,8 @@ def draw_conditions(
 ) -> dict[str, Tensor]:
     """Draw a task vector of each of some tasks, in these modalities or in a random subset of all.
 
-    A task vector is one of the task's wordings, or the mean over a random support set of its examples' hidden states
-    (Eq. 1) or of its images. Noise on them makes their neighbours valid conditions too.
+    A task vector is one of the task's wordings, the mean over a random support set of its images (Eq. 1), or what
+    the hidden states of such a set say of the mean. Noise on them makes their neighbours valid conditions too.
 
     Returns:
         Conditions ``(tasks, width)``, on the generator's device.
@@ -72,9 +72,11 @@ def draw_conditions(
     conditions = {}
     for name in _random_subset(list(features), source) if modalities is None else modalities:
         support = {"text": 1, "image": FEATURE_EXAMPLES}.get(name, MAX_SUPPORT)
-        drawn = torch.stack([_support_mean(features[name][task], support, source) for task in tasks])
+        sets = [_support(features[name][task], support, source) for task in tasks]
+        means = torch.stack([rows.mean(0) for rows in sets])
+        vectors = generator.standardiser.expected(name, means, [len(rows) for rows in sets])
         noise = CONDITION_NOISE * generator.standardiser.length(name)
-        conditions[name] = (drawn + noise * torch.randn(drawn.shape, generator=source)).to(generator.device)
+        conditions[name] = (vectors + noise * torch.randn(vectors.shape, generator=source)).to(generator.device)
     return conditions
 
 
@@ -101,7 +103,7 @@ def _random_subset(modalities: Sequence[str], source: torch.Generator) -> list[s
     return [name for bit, name in enumerate(modalities) if drawn >> bit & 1]
 
 
-def _support_mean(rows: Tensor, largest: int, source: torch.Generator) -> Tensor:
-    """Mean over one to ``largest`` rows, drawn without replacement."""
+def _support(rows: Tensor, largest: int, source: torch.Generator) -> Tensor:
+    """One to ``largest`` rows, drawn without replacement."""
     count = int(torch.randint(1, min(largest, len(rows)) + 1, (), generator=source))
-    return rows[torch.randperm(len(rows), generator=source)[:count]].mean(0)
+    return rows[torch.randperm(len(rows), generator=source)[:count]]

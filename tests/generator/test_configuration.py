@@ -19,8 +19,8 @@ def test_values_are_kept() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 4}, "reads versions up to 3; pip install --upgrade lora-factory"),
-        ({"format_version": 4, "width": "what only a newer version knows"}, "reads versions up to 3"),
+        ({"format_version": 5}, "reads versions up to 4; pip install --upgrade lora-factory"),
+        ({"format_version": 5, "width": "what only a newer version knows"}, "reads versions up to 4"),
         ({"format_version": 0}, "format_version=0"),
         ({}, "the generator has format 1, that of networks which lora-factory no longer has"),
         ({"format_version": 1, "width": "of another kind then"}, "generator has format"),

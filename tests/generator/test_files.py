@@ -96,7 +96,7 @@ def test_options_are_parted_from_those_of_transformers() -> None:
 def test_older_and_newer_formats_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "cvae_lora", "format_version": 9, "width": {"of": "a later version"}}))
-    with pytest.raises(LoraFactoryError, match="format_version=9: this lora-factory reads versions up to 3"):
+    with pytest.raises(LoraFactoryError, match="format_version=9: this lora-factory reads versions up to 4"):
         read_config(path)
     for values in ({}, {"format_version": 1, "width": {"of": "an earlier version"}}):
         path.write_text(json.dumps({"model_type": "cvae_lora"} | values))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.conditions import normal
 from helpers.generators import make_generator
 from helpers.models import attach, random_adapter
 from peft import PeftModel, get_peft_model_state_dict
@@ -24,6 +25,10 @@ from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.generator import generation
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.hidden_states import example_states
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.losses import FrozenBase
+from lora_factory.tasks.given import as_examples
 
 TEXT = "Continue a rhymed poem."
 TOKENS = torch.arange(3, 19)[None]
@@ -105,6 +110,24 @@ def test_config_round_trip(generator: CVAELoRAGenerator, tmp_path: Path) -> None
     for name in ("layout", "modalities", "directions", "tasks", "decoder", "width", "latent_size", "format_version"):
         assert getattr(config, name) == getattr(generator.config, name)
     assert list(config.channels) == [3, 4]
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_few_examples_were_taken_for_the_task_up_to_format_3(
+    layout: AdapterLayout, pico_encoder_folder: Path, pico_model_folder: Path, tmp_path: Path, version: int
+) -> None:
+    width = 96 + 24 * 24
+    values = {**make_generator(layout, pico_encoder_folder, hidden=width).config.to_dict(), "format_version": version}
+    generator = CVAELoRAGenerator(CVAELoRAConfig.from_dict({**values, "directions": {"hidden": 2}})).eval()
+    hidden = {name: normal(1, width, seed=seed) + normal(9, width, seed=9) for seed, name in enumerate("abc")}
+    generator.fit_conditions({"text": {name: normal(2, 32) for name in "abc"}, "hidden": hidden})
+    generator.save_pretrained(tmp_path / "saved")
+    loaded = CVAELoRAGenerator.from_pretrained(tmp_path / "saved")
+    assert ("hidden_noise" in loaded.standardiser.state_dict()) == (version == 4)
+    states = example_states(FrozenBase(*load_base_model(pico_model_folder), layout), as_examples(["A text.", "More."]))
+    condition = loaded.encode_examples(["A text.", "More."], pico_model_folder)["hidden"]
+    assert torch.equal(condition, states.mean(0)) == (version == 3)
+    assert torch.equal(condition, generator.task_vector("hidden", states))
 
 
 def test_a_generator_of_format_2_writes_what_it_wrote(
@@ -334,7 +357,7 @@ def cut_config(folder: Path) -> None:
         (edit_config(width=0), "must be at least 1"),
         (edit_config(width="wide"), "cannot load a generator"),
         (edit_config(format_version=1), "has format 1.*train it with train_generator, again"),
-        (edit_config(format_version=4), "format_version=4.*pip install --upgrade lora-factory"),
+        (edit_config(format_version=5), "format_version=5.*pip install --upgrade lora-factory"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

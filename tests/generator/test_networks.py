@@ -121,14 +121,45 @@ def test_what_examples_of_one_task_differ_in_is_listened_to_less() -> None:
     torch.testing.assert_close(zero("hidden", tasks), plain("hidden", tasks))
 
 
+def test_a_few_examples_are_read_as_no_more_than_they_say() -> None:
+    width, known, counts = 20, 50, [1, 4, 16, 400]
+    tasks = normal(known + 200, width) * torch.logspace(1, -1, width)  # they differ a lot in some directions
+    examples = tasks[:, None] + normal(len(tasks) * max(counts), width, seed=1).view(len(tasks), -1, width)
+    standardiser = ConditionStandardiser({"hidden": width}, {"hidden": width}, ["hidden"])
+    within = (examples[:known] - examples[:known].mean(1, keepdim=True)).flatten(0, 1)
+    standardiser.fit({"hidden": tasks[:known]}, {"hidden": within})
+    lost = []
+    for count in counts:
+        means = examples[known:, :count].mean(1)
+        found = standardiser.expected("hidden", means, [count] * len(means))
+        lost.append(float((found - tasks[known:]).square().sum() / (means - tasks[known:]).square().sum()))
+    assert lost[0] < 0.7 and lost == sorted(lost) and lost[-1] == pytest.approx(1, abs=0.05)
+    mixed = standardiser.expected("hidden", examples[known : known + 2, 0], [1, 10_000])
+    torch.testing.assert_close(mixed[1], examples[known + 1, 0], rtol=1e-2, atol=1e-2)
+    plain = ConditionStandardiser({"hidden": width}, {"hidden": width})
+    plain.fit({"hidden": tasks[:known]}, {"hidden": within})
+    assert torch.equal(plain.expected("hidden", mixed, [1, 2]), mixed)
+
+
+def test_what_tells_no_task_apart_stays_in_a_task_vector() -> None:
+    tasks, foreign = torch.cat([normal(5, 6), torch.zeros(5, 4)], 1), torch.cat([torch.zeros(6), torch.ones(4)])
+    standardiser = ConditionStandardiser({"hidden": 10}, {"hidden": 4}, ["hidden"])
+    standardiser.fit({"hidden": tasks}, {"hidden": normal(60, 10, seed=1) * torch.tensor([1.0] * 6 + [0.0] * 4)})
+    found, moved = (standardiser.expected("hidden", rows, [2]) for rows in (tasks[:1], tasks[:1] + foreign))
+    torch.testing.assert_close(moved - found, foreign[None], rtol=0, atol=1e-4)
+    coordinates, mean = standardiser("hidden", found), standardiser("hidden", tasks[:1])
+    assert (coordinates.abs() < mean.abs()).all() and (coordinates * mean > 0).all()
+
+
 @pytest.mark.parametrize("rounding", [0.0, 1e-7])
 def test_tasks_that_do_not_differ_say_nothing(rounding: float) -> None:
     same = normal(1, 30).expand(5, 30) * (1 + rounding * normal(5, 30, seed=1))
     within = {"hidden": rounding * normal(40, 30, seed=2)}
-    standardiser = ConditionStandardiser({"text": 30, "hidden": 30}, {"hidden": 4})
+    standardiser = ConditionStandardiser({"text": 30, "hidden": 30}, {"hidden": 4}, ["hidden"])
     standardiser.fit({"text": same, "hidden": same}, within)
     foreign = normal(3, 30, seed=3)
     assert not standardiser("hidden", foreign).any() and standardiser.length("hidden") == 0
+    assert torch.equal(standardiser.expected("hidden", foreign, [1, 2, 3]), foreign)
     assert standardiser("text", foreign).abs().max() < 10
     assert standardiser("text", same).abs().max() < 1e-4
     standardiser.fit({"hidden": normal(5, 30)}, within)  # examples of a task that do not differ whiten nothing

@@ -116,7 +116,7 @@ def test_a_saved_generator_is_the_one_returned(
     assert [(task["name"], tuple(task["descriptions"])) for task in config.tasks] == list(DESCRIPTIONS.items())
     assert [task["license"] for task in config.tasks] == [None, "MIT", None, None]
     assert loaded.layout == zoo.layout.with_rank(8)  # four adapters of rank 2
-    assert (config.decoder, config.latent_size, config.format_version) == ("core", 3, 3)
+    assert (config.decoder, config.latent_size, config.format_version) == ("core", 3, 4)
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     assert training["arguments"]["steps"] == 300
     assert [record["step"] for record in training["history"]] == [0, 50, 100, 150, 200, 250, 299]
