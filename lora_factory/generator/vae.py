@@ -63,7 +63,7 @@ class ConditionalVAE(nn.Module):
         self.layout = AdapterLayout.from_dict(config.layout)
         widths = dict(sorted(config.modalities.items()))  # the order that config.json keeps
         tasks = max(1, len(config.tasks or []))
-        noisy = {"hidden"} & set(widths) if config.format_version >= 4 else ()
+        noisy = sorted({"text", "hidden"} & set(widths)) if config.format_version >= 4 else ()
         self.standardiser = ConditionStandardiser(widths, config.directions or {}, noisy)
         coordinates, latents = self.standardiser.coordinates, config.latent_size
         self.basis: CoreBasis | None = None
@@ -169,8 +169,8 @@ class ConditionalVAE(nn.Module):
         differing, within = dict(vectors), {}
         if "image" in features:
             differing["image"] = torch.cat([group_means(rows) for rows in features["image"].values()])
-        if "hidden" in features:
-            within["hidden"] = torch.cat([rows - rows.mean(0) for rows in features["hidden"].values()])
+        for name in {"text", "hidden"} & set(features):
+            within[name] = torch.cat([rows - rows.mean(0) for rows in features[name].values()])
         self.standardiser.fit(differing, within)
         for name, rows in vectors.items():
             self.get_buffer(f"{name}_task_vectors").copy_(rows)

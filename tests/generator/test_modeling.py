@@ -123,7 +123,8 @@ def test_a_few_examples_were_taken_for_the_task_up_to_format_3(
     generator.fit_conditions({"text": {name: normal(2, 32) for name in "abc"}, "hidden": hidden})
     generator.save_pretrained(tmp_path / "saved")
     loaded = CVAELoRAGenerator.from_pretrained(tmp_path / "saved")
-    assert ("hidden_noise" in loaded.standardiser.state_dict()) == (version == 4)
+    state = loaded.standardiser.state_dict()
+    assert ("hidden_noise" in state) == ("text_filter" in state) == (version == 4)
     states = example_states(FrozenBase(*load_base_model(pico_model_folder), layout), as_examples(["A text.", "More."]))
     condition = loaded.encode_examples(["A text.", "More."], pico_model_folder)["hidden"]
     assert torch.equal(condition, states.mean(0)) == (version == 3)

@@ -151,11 +151,34 @@ def test_what_tells_no_task_apart_stays_in_a_task_vector() -> None:
     assert (coordinates.abs() < mean.abs()).all() and (coordinates * mean > 0).all()
 
 
+def test_what_wordings_of_one_task_differ_in_is_read_less() -> None:
+    width, tasks = 30, 60
+    apart = torch.cat([3 * normal(tasks, 10), torch.zeros(tasks, width - 10)], 1)  # tasks differ in ten directions,
+    wordings = apart[:, None] + torch.cat([torch.zeros(8), torch.full((12,), 2.0), torch.zeros(10)]) * normal(
+        tasks * 40, width, seed=1
+    ).view(tasks, 40, width)  # wordings in twelve others and two of these
+    known, new = wordings[:, :-1], wordings[:, -1]
+    moved, foreign = {}, torch.cat([torch.zeros(20), torch.ones(10)])
+    within = (known - known.mean(1, keepdim=True)).flatten(0, 1)
+    for noisy in ((), ("text",)):
+        standardiser = ConditionStandardiser({"text": width}, {}, noisy)
+        standardiser.fit({"text": known.mean(1)}, {"text": within})
+        places, found = standardiser("text", known.mean(1)), standardiser("text", new)
+        moved[noisy] = float((found - places).square().sum() / places.square().sum())
+        assert float(places.square().mean()) == pytest.approx(1, rel=1e-3)
+        strange = standardiser("text", new + foreign) - found  # what nothing is known about is still heard
+        torch.testing.assert_close(strange * standardiser.get_buffer("text_scale"), foreign.expand_as(strange))
+    assert moved[("text",)] < 0.3 * moved[()]
+    one = ConditionStandardiser({"text": width}, {}, ["text"])
+    one.fit({"text": new}, {"text": torch.zeros_like(new)})  # one wording each: nothing is known of how they differ
+    torch.testing.assert_close(one.get_buffer("text_filter"), torch.eye(width), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rounding", [0.0, 1e-7])
 def test_tasks_that_do_not_differ_say_nothing(rounding: float) -> None:
     same = normal(1, 30).expand(5, 30) * (1 + rounding * normal(5, 30, seed=1))
-    within = {"hidden": rounding * normal(40, 30, seed=2)}
-    standardiser = ConditionStandardiser({"text": 30, "hidden": 30}, {"hidden": 4}, ["hidden"])
+    within = {name: rounding * normal(40, 30, seed=2) for name in ("text", "hidden")}
+    standardiser = ConditionStandardiser({"text": 30, "hidden": 30}, {"hidden": 4}, ["text", "hidden"])
     standardiser.fit({"text": same, "hidden": same}, within)
     foreign = normal(3, 30, seed=3)
     assert not standardiser("hidden", foreign).any() and standardiser.length("hidden") == 0
