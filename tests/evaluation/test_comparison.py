@@ -262,6 +262,6 @@ def test_the_multitask_lora_may_have_a_rank_of_its_own(fold: Fold, pico_model_fo
 
 def test_a_condition_from_examples_is_of_as_many_as_asked(fold: Fold, pico_model_folder: Path, tmp_path: Path) -> None:
     one = ComparedMethods(fold, pico_model_folder, tmp_path, dataclasses.replace(ARGUMENTS, examples=1))
-    rows = one.features["hidden"]["verse"]
+    rows = [fold.generator.task_vector("hidden", row[None]) for row in one.features["hidden"]["verse"]]
     assert any(torch.equal(one.condition("hidden", "verse", 0), row) for row in rows)
     assert len({one.condition("hidden", "verse", seed).sum().item() for seed in range(8)}) > 1
