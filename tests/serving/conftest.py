@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.generator.modeling import CVAELoRAGenerator
 
+TASKS = {"poems": "The old man reads a letter", "code": "print(index) for index in range(10)", "law": "free of charge"}
+
 
 @pytest.fixture(scope="session")
 def base_folder(pico_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,6 +33,8 @@ def generator_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory
     encoder = save_word_encoder(tmp_path_factory.mktemp("served") / "encoder")
     folder = tmp_path_factory.mktemp("served") / "generator"
     generator = make_generator(named, encoder, text=128, hidden=96)
+    known = {name: generator.text_encoder.encode([text]) for name, text in TASKS.items()}
+    generator.fit_conditions({"text": known})
     generator.scale.mul_(20)  # so that a text changes the most likely tokens
     generator.save_pretrained(folder)
     return folder
