@@ -42,6 +42,8 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.terminal import console
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from lora_factory.evaluation.perplexity import TextScore
 
 
@@ -307,9 +309,18 @@ def _collect(options: argparse.Namespace) -> int:
         words = ("--zoo", options.output_dir, "--tasks", options.tasks, "--output-dir", "generator")
         if len(failed) < len(tasks) * len(arguments.seeds):
             say_next(options, "train", *words)
-    processes.wait_for_everyone()  # a launcher stops the main process when another ends with an error before it
-    processes.destroy_process_group()
+    _leave(processes)
     return 1 if failed else 0
+
+
+def _leave(processes: PartialState) -> None:
+    """End all processes of a launcher together, and their group before them.
+
+    A launcher stops the main process when another ends with an error before it; and a process that ends within its
+    group can be aborted by the threads of the group.
+    """
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
 
 
 def _print_collected(folder: str, runs: int, failed: dict[str, str]) -> None:
@@ -354,13 +365,15 @@ def _train(options: argparse.Namespace) -> None:
     )
     from accelerate import PartialState
 
-    if PartialState().is_main_process:
+    processes = PartialState()
+    if processes.is_main_process:
         size = sum(file.stat().st_size for file in local_path(options.output_dir).iterdir()) / 1e6
         say(f"wrote {options.output_dir}, a generator of {size:.1f} MB for {len(generator.config.tasks or ())} tasks")
         if "text" in (generator.config.modalities or ()):
             text = generator.config.tasks[0]["descriptions"][0] if generator.config.tasks else "what it is for"
             words = ("--generator", options.output_dir, "--text", text, "--output-dir", "my-adapter")
             say_next(options, "generate", *words)
+    _leave(processes)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ EIGHT = tuple(f"task-{number}" for number in range(8))
 TWO_PROCESSES = """
 import os, sys, time
 from pathlib import Path
+from accelerate import PartialState
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.tasks.task_file import load_tasks
 from lora_factory.zoo.store import AdapterZoo
@@ -64,6 +65,8 @@ AdapterZoo.add_run = counted
 collect_adapters(folder / "tasks.json", model, folder / "two", SMALL)
 AdapterZoo.add_run = add_run
 collect_adapters(load_tasks(folder / "tasks.json")[:2], model, folder / "together", TOGETHER)
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
 """
 
 
