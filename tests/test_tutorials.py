@@ -134,8 +134,7 @@ def test_serve() -> None:
             else:
                 run_block(language, text.replace("http://127.0.0.1:8000", server.url), names)
     started.__exit__(None, None, None)
-    assert names["answer"].usage.prompt_tokens > 0  # the answer is sampled, and may be empty
-    assert names["answer"].choices[0].finish_reason in ("stop", "length")
+    assert names["answer"].usage.completion_tokens > 0
     assert BASE in names["names"]
     (config,) = Path("licence-lora").rglob("adapter_config.json")
     assert json.loads(config.read_text())["r"] == 1
