@@ -47,8 +47,8 @@ class CVAELoRAConfig(PreTrainedConfig):
         latent_size: Size of the latent z; the paper uses 256.
         channels: Output channels of the convolutions of ``"conv1d"``; their number is its depth (the paper: 12).
         kl_weight: Factor of the KL divergence: 1 is the evidence lower bound; the paper uses 0.005 per squared error.
-        format_version: Version of this file's format. Up to 3, one text or a few examples were
-            taken for all that there is to say of a task.
+        format_version: Version of this file's format. Generators of formats 2 and 3 do not filter texts, and take the
+            mean of a few examples for that of the task.
     """
 
     model_type = "cvae_lora"

@@ -19,7 +19,9 @@ from torch import nn
 from transformers.utils.generic import ModelOutput
 
 CODE_SCALE = 0.3  # of the values that a code of unit variance adds to a core, before training
-# Share of a vector's length up to which vectors count as equal: float32 has 6e-8, batches of other sizes some more.
+# Share of a vector's length up to which vectors count as equal. In batches of other sizes, vectors of the same text
+# differ by up to 1.2e-6 (MiniLM) and 6.6e-6 (SmolLM2-135M, float32); in bfloat16 by 0.016, and count as
+# different.
 ROUNDING = 1e-5
 SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be fewer than directions
 # The same of texts. On the grid's validation fold, paraphrases gain 0.124 nats (seen cells), 0.083 (combinations),
@@ -85,16 +87,16 @@ class ConditionStandardiser(nn.Module):
 
     Those of texts keep their dimensions: by what a text says beyond the directions in which known ones differ, the
     network tells texts that mean no task. Where texts of one task differ more than tasks do, little is left of them
-    (a Wiener filter). Those of images and examples, of which single ones differ much
-    within a task, become coordinates in the span of the tasks' deviations from their mean, over their root mean square
-    coordinate; the basis is orthonormal, or where it is known how the examples of one task differ, orthonormal after
-    whitening by that (linear discriminants). The statistics are persistent buffers, so that a downloaded generator has
-    them.
+    (a Wiener filter). Those of images and examples, of which single ones differ much within a task, become coordinates
+    in the span of the tasks' deviations from their mean, over their root mean square coordinate; the basis is
+    orthonormal, or where it is known how the examples of one task differ, orthonormal after whitening by that (linear
+    discriminants). The statistics are persistent buffers, so that a downloaded generator has them.
 
     Args:
         widths: Width of every modality's task vectors.
         directions: At most so many coordinates are made of a modality; one that is not named keeps its own.
-        noisy: Modalities of which one text, or a few examples, are read as no more than they say; see `expected`.
+        noisy: Modalities whose vectors of one task differ: single vectors are filtered where a modality keeps its own
+            coordinates, and means of a few are read by `expected` where it has others.
 
     Attributes:
         coordinates: Number of coordinates of every modality.

@@ -112,9 +112,13 @@ class ConditionalVAE(nn.Module):
         """One number per module (per factor for ``"conv1d"``) as one per target."""
         return numbers.repeat_interleave(torch.tensor(self.sizes, device=numbers.device))
 
+    def restored(self, targets: torch.Tensor) -> torch.Tensor:
+        """The cores (weights, for ``"conv1d"``) of targets, both ``(batch, targets)``."""
+        return self.center + targets * self.spread_over(self.scale)
+
     def assemble(self, targets: torch.Tensor) -> torch.Tensor:
         """The adapters ``(batch, D)`` of targets ``(batch, targets)``; zeros are those without a condition."""
-        rows = self.center + targets * self.spread_over(self.scale)
+        rows = self.restored(targets)
         return rows if self.basis is None else self.basis.adapters(rows)
 
     def made(
@@ -146,7 +150,7 @@ class ConditionalVAE(nn.Module):
         """
         assert isinstance(self.network, CoreCVAE)
         codes = self.network.prior(self.standardiser.all(conditions), batch, present).mean
-        return self.center + self.network.decode(codes) * self.spread_over(self.scale)
+        return self.restored(self.network.decode(codes))
 
     @torch.no_grad()
     def fit_conditions(self, features: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

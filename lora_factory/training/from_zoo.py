@@ -193,8 +193,8 @@ def _warn_of_missed(
     """Say so when the network has not learned to make tasks' adapters of their own first descriptions."""
     network = generator.network
     assert isinstance(network, CoreCVAE)
-    own = network.decode(torch.stack([rows[:, 1:].mean(0) for rows in codes.values()]).to(generator.device))
-    wanted = generator.center + own * generator.spread_over(generator.scale)
+    own = torch.stack([rows[:, 1:].mean(0) for rows in codes.values()]).to(generator.device)
+    wanted = generator.restored(network.decode(own))
     described = torch.stack([texts[task][0] for task in codes]).to(generator.device)
     scaling = generator.spread_over(generator.scale.new_tensor([m.scaling for m in generator.layout.modules]))
     missed = (scaling * (generator.cores({"text": described}, len(codes)) - wanted)).square().sum(1)
