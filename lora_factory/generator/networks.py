@@ -30,6 +30,13 @@ SHRINKAGE = 0.1  # of the covariance of a task's examples, of which there may be
 # description and one in new words have an accuracy of 0.951 and 0.853 unfiltered, 0.947 and 0.812 with 0.1, 0.948 and
 # 0.863 with 0.3.
 TEXT_SHRINKAGE = 0.3
+# How much the code of a modality counts beside one of weight 1. On the grid's validation fold, a paraphrase with 16
+# examples gains 0.158 nats (seen cells), 0.131 (combinations), 0.057 (languages) and 0.081 (kind) with a weight of 2,
+# 0.159, 0.131, 0.058 and 0.080 with 3, 0.159, 0.131, 0.059 and 0.079 with 4; examples alone 0.157, 0.128, 0.058 and
+# 0.073. With one example, 0.131, 0.107, 0.042 and 0.066; 0.128, 0.102, 0.041 and 0.062; 0.126, 0.098, 0.040 and 0.059.
+# With 16 and gibberish for a text, 0.135, 0.106, 0.052 and 0.065; 0.144, 0.115, 0.055 and 0.068; 0.149, 0.119, 0.056
+# and 0.070.
+CODE_WEIGHTS = {"hidden": 3.0}
 
 
 @dataclass
@@ -317,14 +324,22 @@ class CoreCVAE(nn.Module):
         batch: int,
         present: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """What the MLP makes of conditions, ``(batch, width)``: the mean over the modalities that are given."""
+        """What the MLP makes of conditions, ``(batch, width)``.
+
+        In training it reads the mean of the inputs of the modalities that a row has. On the grid's validation fold,
+        where it is trained on the mean below instead, paraphrases gain 0.02 nats less on seen cells, combinations and
+        languages. Afterwards it reads each modality alone, and codes add: a text that says nothing of a task leaves
+        three quarters of what the task's examples say.
+        """
         if not conditions:
             return self.prior_mean.weight.new_zeros(batch, self.prior_mean.in_features)
         given = torch.stack([self.inputs[name](vectors) for name, vectors in conditions.items()])
-        if present is None:
-            return self.hidden(given.mean(0))
-        there = torch.stack([present[name] for name in conditions])
-        return self.hidden((given * there).sum(0) / there.sum(0).clamp_min(1))
+        weights = given.new_tensor([1.0 if self.training else CODE_WEIGHTS.get(name, 1.0) for name in conditions])
+        weights = weights[:, None, None]
+        if present is not None:
+            weights = weights * torch.stack([present[name] for name in conditions])
+        shares = weights / weights.sum(0).clamp_min(1)
+        return self.hidden((shares * given).sum(0)) if self.training else (shares * self.hidden(given)).sum(0)
 
 
 def _whitening(deviations: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

@@ -225,6 +225,19 @@ def test_every_condition_counts(network: CoreCVAE | ConvCVAE) -> None:
         assert not any(torch.allclose(result, other) for other in results[:index])
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_codes_of_a_text_and_of_examples_add_and_examples_count_three_times(depth: int) -> None:
+    network = CoreCVAE(SIZE, WIDTHS, latents=4, width=16, depth=depth).eval()
+    torch.nn.init.normal_(network.prior_mean.weight)
+    torch.nn.init.normal_(network.prior_mean.bias)
+    given = conditions(3)
+    text, hidden = (network.prior({name: given[name]}, 3).mean for name in ("text", "hidden"))
+    torch.testing.assert_close(network.prior(given, 3).mean, (text + 3 * hidden) / 4)
+    present = {"text": torch.tensor([[True], [True], [False]]), "hidden": torch.tensor([[True], [False], [False]])}
+    expected = torch.stack([(text[0] + 3 * hidden[0]) / 4, text[1], torch.zeros(4)])
+    torch.testing.assert_close(network.prior(given, 3, present).mean, expected)
+
+
 def test_no_condition_is_the_centre_whatever_was_trained(network: CoreCVAE | ConvCVAE) -> None:
     if isinstance(network, CoreCVAE):
         assert not network.decode(network.prior({}, 3).mean).any()
