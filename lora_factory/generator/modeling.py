@@ -136,7 +136,8 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
                 changed, as ``peft.get_peft_model`` changes it; given again, it is copied without its adapters, so that
                 the model which was returned first stays as it is.
             examples: A few examples of the task, beside ``text`` or instead of it: a condition as
-                `encode_examples` makes it, and what ``refine_steps`` refine the written adapter on.
+                `encode_examples` makes it, which counts three times as much as the text, and what ``refine_steps``
+                refine the written adapter on.
             images: A few images of the task, likewise; see `encode_images`.
             conditions: Task vectors by modality, instead of or beside ``text``.
             seed: Seed of the sample; of no effect at temperature 0.
