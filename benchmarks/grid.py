@@ -234,15 +234,13 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     states = {c: made.task_vector("hidden", rows) for c, rows in read.items()}
     conditions["one example"] = {c: {"hidden": made.task_vector("hidden", rows[:1])[None]} for c, rows in read.items()}
     conditions[f"{EXAMPLES} examples"] = {c: {"hidden": states[c][None]} for c in scored}
-    conditions["paraphrase and one example"] = {
-        c: conditions["held-out paraphrase"][c] | conditions["one example"][c] for c in scored
+    pairs = {
+        "paraphrase and one example": ("held-out paraphrase", "one example"),
+        "paraphrase and examples": ("held-out paraphrase", f"{EXAMPLES} examples"),
+        "gibberish and examples": ("gibberish", f"{EXAMPLES} examples"),
     }
-    conditions["paraphrase and examples"] = {
-        c: conditions["held-out paraphrase"][c] | {"hidden": states[c][None]} for c in scored
-    }
-    conditions["gibberish and examples"] = {
-        c: conditions["gibberish"][c] | {"hidden": states[c][None]} for c in scored
-    }
+    for pair, (text, few) in pairs.items():
+        conditions[pair] = {c: conditions[text][c] | conditions[few][c] for c in scored}
     print(
         f"fold {options.fold}, seed {options.seed}, {options.steps * 16:,} sequences of 128 tokens per row, rank "
         f"{options.rank}, {options.core} cores, {made.num_parameters():,} weights"

@@ -308,7 +308,7 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
     distance = round(1 - nearest[0]["similarity"], 4) if nearest else None
     others = _neighbour_distances(generator, list(vectors))
     known = {name: generator.get_buffer(f"{name}_task_vectors") for name in vectors}
-    sizes = generator.made(known, len(next(iter(known.values())))).norm(dim=1)
+    sizes = _targets(generator, order, known, each=True).norm(dim=1)
     return {
         "nearest": nearest,
         "distance": distance,

@@ -368,6 +368,23 @@ def test_adapters_from_examples(
         listening.encode_examples(["text", ""], pico_model_folder)
 
 
+def test_a_generator_in_training_mode_says_the_same_of_a_text_and_examples(
+    listening: CVAELoRAGenerator, pico_model_folder: Path
+) -> None:
+    condition = listening.encode_examples(["def add(left, right):", "return left + right"], pico_model_folder)
+    found, made = (
+        ask("Add numbers.", conditions=condition) for ask in (listening.explain, listening.generate_state_dict)
+    )
+    listening.train()
+    try:
+        assert listening.explain("Add numbers.", conditions=condition) == found
+        again = listening.generate_state_dict("Add numbers.", conditions=condition)
+        assert listening.training
+    finally:
+        listening.eval()
+    assert all(torch.equal(again[name], made[name]) for name in made)
+
+
 def test_a_generator_of_texts_alone_says_so_when_given_examples(
     trained: tuple[CVAELoRAGenerator, Path], pico_model_folder: Path
 ) -> None:
