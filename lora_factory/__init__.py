@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from lora_factory.zoo.store import AdapterZoo as AdapterZoo
 
 # How often a waiting thread of libgomp looks before it sleeps; read when torch loads it. By default waiting threads
-# keep the cores that other programs need: on two cores beside three busy loops, a loop of small products took 9 times
-# as long as idle; with this 3.8 times, and idle the same. A user's own setting wins.
+# keep the cores that other programs need. On two cores beside five busy processes, a step of the demo's collection
+# takes 1.7 times what a fair share of the cores would make of it with 1,000, 1.9 times with 2,000 and 3.3 times with
+# 10,000; alone it takes 0.64, 0.61 and 0.66 s (benchmarks/busy.py). A user's own setting wins.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 install()
 __getattr__, __dir__, __all__ = lazy(

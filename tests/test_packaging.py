@@ -123,7 +123,7 @@ def test_arguments_and_errors_are_the_modules_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("own", "expected"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_waiting_threads_leave_the_cores_to_others(own: dict[str, str], expected: str | None) -> None:
     environment = {
