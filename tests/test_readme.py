@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.downloads import put_into_cache
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from lora_factory.cli.commands import main
-from lora_factory.models.embedded import embedded_base_model, embedded_text_encoder
+from lora_factory.models.embedded import EMBEDDED_BASE_MODEL, embedded_base_model, embedded_text_encoder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAYERS = 6  # of the base model's 30
 
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_cache: Path) -> None:
-    """The Hub's cache, as it is when plain PEFT has downloaded the base model."""
+    """The embedded base model with its first layers alone, for the test's time; plain PEFT has it from the Hub."""
     monkeypatch.setenv("LORA_FACTORY_CACHE", str(embedded_cache))
-    models = {"HuggingFaceTB/SmolLM2-135M-Instruct": embedded_base_model()}
-    put_into_cache(models, tmp_path / "hub", monkeypatch)
+    whole = embedded_base_model()
+    monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path / "cache"))
+    shallow = shutil.copytree(whole, tmp_path / "cache" / whole.name, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((whole / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+    weights = load_file(whole / "model.safetensors").items()
+    kept = {name: weight for name, weight in weights if not (found := layer.match(name)) or int(found[1]) < LAYERS}
+    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
+    put_into_cache({EMBEDDED_BASE_MODEL: shallow}, tmp_path / "hub", monkeypatch)
 
 
 @pytest.mark.slow
@@ -35,7 +46,6 @@ def test_the_readme_from_an_empty_folder(
 ) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr("lora_factory.models.hidden_states.FEATURE_EXAMPLES", 16)  # of 128, for the test's time
     section = README.split("\n## From tasks to an adapter\n")[1].split("\n## ")[0]
     names: dict[str, object] = {}
     for language, text in re.findall(r"```(\w+)\n(.*?)```", section, flags=re.DOTALL):

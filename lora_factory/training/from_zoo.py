@@ -244,7 +244,7 @@ def _minimise(
 ) -> list[dict[str, float]]:
     """Take ``arguments.steps`` steps of AdamW; returns one record about every fiftieth step."""
     rate = arguments.learning_rate or RATES[arguments.decoder]
-    optimizer, history = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01), []
+    optimizer, history = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True), []
     warmup = math.ceil(arguments.steps * WARMUP_RATIO)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps)
     outputs: list[dict[str, float]] = []
