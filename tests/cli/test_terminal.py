@@ -18,14 +18,14 @@ FIRST, REST = "permission is hereby granted free of charge to any person obtaini
 FOLDER = "models/" + "a-long-name-of-a-folder-" * 2
 CODE = f"""
 import warnings
+from types import SimpleNamespace
 from lora_factory.cli import commands as cli
 from lora_factory.cli.output import say
-from lora_factory.evaluation.perplexity import TextScore
 
 def run(options):
     warnings.warn("the text is\\n far")
     say("{WORDS} {"x" * 100}", wrap=True)
-    score = TextScore(6.5, 1000, 3000)
+    score = SimpleNamespace(perplexity=665.14, bits_per_character=3.126)
     row = {{task: score for task in ("licences", "letters", "poems", "python_code")}}
     cli._print_scores({{name: row for name in ("base model", {FOLDER!r})}})
     cli._print_scores({{name: row for name in ("base model", {WORDS!r})}})

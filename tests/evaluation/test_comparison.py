@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def fold(tmp_path_factory: pytest.TempPathFactory, pico_model_folder: Path, pico
 def short_diffusion(monkeypatch: pytest.MonkeyPatch) -> None:
     short = partial(methods.train_cond_p_diff, autoencoder_steps=10, diffusion_steps=10)
     monkeypatch.setattr(methods, "train_cond_p_diff", short)
+    monkeypatch.setattr(methods.CondPDiff, "generate", partialmethod(methods.CondPDiff.generate, steps=10))
 
 
 @pytest.fixture(scope="module")
