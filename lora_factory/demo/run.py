@@ -67,8 +67,8 @@ FULL = DemoSize(
         rank=2,
         lora_alpha=4.0,
         target_modules="q_proj,v_proj",
-        steps=32,
-        snapshots=8,
+        steps=16,
+        snapshots=4,
         batch_size=4,
         sequence_length=64,
         learning_rate=5e-3,
@@ -76,7 +76,7 @@ FULL = DemoSize(
         dtype="bfloat16",
     ),
     train=TrainArguments(),
-    test_tokens=2000,
+    test_tokens=1000,
 )
 FAST = DemoSize(
     seen_tasks=3,
