@@ -302,13 +302,14 @@ class AdapterLayout:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Split vectors (..., D) into a state dict of contiguous tensors (..., *shape), views where possible."""
+        return {key: part.contiguous() for key, part in self.views(vector).items()}
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Split vectors (..., D) into a state dict of views (..., *shape)."""
         if vector.ndim < 1 or vector.shape[-1] != self.size:
             raise LoraFactoryError(f"vector has shape {tuple(vector.shape)}, expected (..., {self.size})")
         parts = vector.split([math.prod(shape) for shape in self._shapes.values()], dim=-1)
-        return {
-            key: part.unflatten(-1, shape).contiguous()
-            for (key, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
+        return {key: part.unflatten(-1, shape) for (key, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def peft_config(self) -> LoraConfig:
         """Return the PEFT configuration of adapters of this layout, for inference, naming base model and commit."""

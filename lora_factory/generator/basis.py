@@ -159,7 +159,7 @@ class CoreBasis(nn.Module):
         @torch.no_grad()
         def nearest(vectors: Tensor) -> Tensor:
             cores, own = [], {module.path: module for module in layout.modules}
-            weights = layout.unflatten(vectors.float())
+            weights = layout.views(vectors.float())
             for wide, size in zip(self.layout.modules, self.sizes, strict=True):
                 if (module := own.get(wide.path)) is None:
                     cores.append(vectors.new_zeros(len(vectors), size, dtype=torch.float32))
@@ -175,7 +175,7 @@ class CoreBasis(nn.Module):
 
 def _thin(layout: AdapterLayout, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """``A`` (n, r, in) and ``scaling · B`` (n, out, r) of every module of adapters ``(n, D)``, in float32."""
-    weights = layout.unflatten(vectors.float())
+    weights = layout.views(vectors.float())
     return {m.path: (weights[m.key_a].flatten(2), m.scaling * weights[m.key_b].flatten(2)) for m in layout.modules}
 
 
