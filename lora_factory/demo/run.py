@@ -78,12 +78,7 @@ FULL = DemoSize(
     train=TrainArguments(),
     test_tokens=1000,
 )
-FAST = DemoSize(
-    seen_tasks=3,
-    collect=replace(FULL.collect, steps=12, snapshots=4),
-    train=TrainArguments(steps=300),
-    test_tokens=1000,
-)
+FAST = replace(FULL, seen_tasks=3, collect=replace(FULL.collect, steps=12), train=TrainArguments(steps=300))
 
 
 @dataclass

@@ -108,7 +108,8 @@ class HiddenStateEncoder:
         hidden = self._backbone(**inputs, use_cache=False).last_hidden_state
         mask, embeddings = inputs["attention_mask"], self._head.weight
         scored = mask[:, 1:].bool()
-        logits = (states[counts] @ embeddings.T for states, counts in zip(hidden[:, :-1], scored, strict=True))
+        chosen = (states[counted].to(embeddings) for states, counted in zip(hidden[:, :-1], scored, strict=True))
+        logits = (states @ embeddings.T for states in chosen)
         return _summary(hidden, mask, logits, inputs["input_ids"][:, 1:], scored, embeddings)
 
 
@@ -137,22 +138,23 @@ def _summary(
         targets: Token ids that are predicted.
         scored: Those of ``targets`` whose error counts, bool.
         embeddings: Rows ``e`` of the output embedding; an error is ``e(target) - sum_v p(v) e(v)``. Of single tokens
-            only its products with the directions are computed, in the model's own precision.
+            only its products with the directions are computed, in the precision of the logits.
     """
     places = torch.arange(mask.shape[1], device=mask.device)
     last = hidden[torch.arange(len(hidden), device=hidden.device), (mask * places).argmax(1)].float()
     directions = _directions(hidden.shape[-1]).to(hidden.device)
-    exact = embeddings.float()
-    shadows, wanted, expected, memory = (exact @ directions).to(embeddings), [], [], []
-    for states, counts, ids, row in zip(hidden, scored, targets, logits, strict=True):
-        shares, ids = row.softmax(-1), ids[counts]
-        wanted.append(exact[ids].sum(0))
-        expected.append(shares.sum(0, dtype=torch.float32))
-        moved = shadows[ids].float() - (shares @ shadows).float()
-        memory.append((moved.mT @ (states[: len(counts)][counts].float() @ directions)).flatten())
-    counted = scored.sum(1, keepdim=True).clamp_min(1)
-    errors, products = (torch.stack(wanted) - torch.stack(expected) @ exact) / counted, torch.stack(memory) / counted
-    return torch.cat([last, masked_mean(hidden.float(), mask), errors, products], dim=-1).cpu()
+    embeddings = embeddings.float()
+    projected, wanted, expected, memory = embeddings @ directions, [], [], []
+    for states, counted, ids, row in zip(hidden, scored, targets, logits, strict=True):
+        probabilities, ids = row.softmax(-1), ids[counted]
+        wanted.append(embeddings[ids].sum(0))
+        expected.append(probabilities.sum(0, dtype=torch.float32))
+        moved = projected[ids] - (probabilities @ projected.to(probabilities)).float()
+        memory.append((moved.mT @ (states[: len(counted)][counted].float() @ directions)).flatten())
+    errors = torch.stack(wanted) - torch.stack(expected) @ embeddings
+    sums = torch.cat([errors, torch.stack(memory)], dim=-1)
+    means = sums / scored.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([last, masked_mean(hidden.float(), mask), means], dim=-1).cpu()
 
 
 def _directions(width: int) -> Tensor:
@@ -203,7 +205,7 @@ def _read(base: Base, rows: Sequence[Any]) -> Tensor:
     if states is None:  # a decoder alone predicts the token that follows
         states, labels, logits = outputs.hidden_states, labels[:, 1:], logits[:, :-1]
     hidden, answered = states[-1][:, : labels.shape[1]], labels != IGNORED
-    scored_logits = (row[counts] for row, counts in zip(logits, answered, strict=True))
+    scored_logits = (row[counted] for row, counted in zip(logits, answered, strict=True))
     embeddings = base.model.get_output_embeddings().weight
     return _summary(hidden, answered, scored_logits, labels, answered, embeddings)
 

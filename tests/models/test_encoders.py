@@ -262,6 +262,14 @@ def test_hidden_states_match_a_naive_computation(
         encoder.encode([Example("", "")])
 
 
+def test_a_head_in_another_precision_than_its_base_is_read(
+    pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    exact = HiddenStateEncoder(pico_model, pico_tokenizer).encode(TEXTS)
+    pico_model.bfloat16().lm_head.float()  # as when a base in 4 bits is prepared for training
+    torch.testing.assert_close(HiddenStateEncoder(pico_model, pico_tokenizer).encode(TEXTS), exact, atol=0.1, rtol=0.1)
+
+
 def test_hidden_states_read_the_frozen_base_by_default(
     pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase
 ) -> None:
