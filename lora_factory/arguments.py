@@ -515,6 +515,8 @@ def _check_seeds(arguments: object, *seeds: int) -> None:
     name = "seeds" if hasattr(arguments, "seeds") else "seed"
     if large := [seed for seed in seeds if not -(2**63) <= seed < 2**63]:
         raise LoraFactoryError(f"{name} holds {large[0]}; a seed has 64 bits, so give a smaller number")
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise LoraFactoryError(f"{name}={seeds} holds {twice[0]} more than once; give every seed once")
 
 
 def _one_of(arguments: object, name: str, *values: str) -> None:

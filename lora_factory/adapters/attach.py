@@ -39,6 +39,7 @@ from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import is_hub_id
 
 _LOGGER = logging.getLogger(__name__)
+_SINGLE_EXPERT = re.compile(r"(?:^|\.)experts\.[^.]+\.")
 
 
 def attach_adapter(
@@ -153,13 +154,28 @@ def adapters_in_batch(model: PreTrainedModel | PeftModel, layout: AdapterLayout,
         adapters: Shape ``(n, D)``.
 
     Raises:
-        LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
+        LoraFactoryError: When the base model has not the layout's modules, a batch cannot be split into ``n``, or the
+            rows of a module do not stay in the order of the batch.
     """
+    check_order(layout, len(adapters))
     weights, hooks = layout.unflatten(adapters), {}
     for adapted in layout.modules:
         hooks[adapted.path] = partial(_add_lora, weights[adapted.key_a], weights[adapted.key_b] * adapted.scaling)
     with hooked(model, layout, hooks):
         yield
+
+
+def check_order(layout: AdapterLayout, count: int) -> None:
+    """Refuse several adapters in one batch where a router hands out its tokens: nobody knows whose they are then.
+
+    Raises:
+        LoraFactoryError: When the layout has modules of single experts.
+    """
+    if count > 1 and (single := [module.path for module in layout.modules if _SINGLE_EXPERT.search(module.path)]):
+        raise LoraFactoryError(
+            f"{single[0]} belongs to one expert of a mixture, which gets tokens of several adapters in any order; "
+            f"adapt other modules: target_modules= (--target-modules), without {single[0].rpartition('.')[2]}"
+        )
 
 
 @contextmanager
@@ -232,7 +248,7 @@ def add_shared_lora(
 def _low(module: nn.Module, values: Tensor, factor_a: Tensor) -> Tensor:
     """``A`` of a module's input, the R values last."""
     if isinstance(module, nn.Embedding):
-        return functional.embedding(values, factor_a.mT)
+        return functional.embedding(values, factor_a.mT) * getattr(module, "embed_scale", 1.0)  # Gemma's, as in PEFT
     values = values.to(factor_a.dtype)
     if isinstance(module, _ConvNd):
         convolution: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[factor_a.ndim - 3]
@@ -249,7 +265,8 @@ def _out(module: nn.Module, low: Tensor, factor_b: Tensor) -> Tensor:
 def _check_shares(values: Tensor, count: int) -> None:
     if len(values) % count:
         raise LoraFactoryError(
-            f"a batch of {len(values)} rows cannot be shared by {count} adapters; give each as many"
+            f"a module gets {len(values)} rows for {count} adapters, which cannot be told apart; give each adapter as "
+            "many, and adapt modules that keep the rows of the batch: target_modules= (--target-modules)"
         )
 
 

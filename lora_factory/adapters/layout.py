@@ -65,6 +65,8 @@ class AdapterLayout:
             raise LoraFactoryError(
                 f"base_model is {self.base_model!r}; name the Hub id or folder that the adapters belong to"
             )
+        if not isinstance(self.base_revision, str | None):
+            raise LoraFactoryError(f"base_revision is {self.base_revision!r}; give a branch, tag or commit, or None")
         paths = [module.path for module in self.modules]
         if not paths or paths != sorted(set(paths), key=natural_key):
             raise LoraFactoryError("the modules of a layout must be at least one, distinct and in natural order")
@@ -315,7 +317,12 @@ class AdapterLayout:
         """Return the PEFT configuration of adapters of this layout, for inference, naming base model and commit."""
         from peft import LoraConfig
 
-        config = LoraConfig.from_peft_type(**self.inference_config())
+        try:
+            config = LoraConfig.from_peft_type(**self.inference_config())
+        except (TypeError, ValueError) as error:
+            raise LoraFactoryError(
+                f"PEFT takes no LoRA with the settings of this layout: {error}; correct its lora_config"
+            ) from error
         assert isinstance(config, LoraConfig)  # check_plain_lora saw peft_type LORA
         return config
 

@@ -21,6 +21,7 @@ from lora_factory.arguments import (
 from lora_factory.cli.config import apply_config
 from lora_factory.cli.options import (
     Commands,
+    Once,
     add_base_model,
     add_generator,
     add_options,
@@ -79,13 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command from its flags and, where they name one with ``--config``, from a YAML file.
 
+    ``words`` among them are the words after the command's name.
+
     Raises:
         LoraFactoryError: When the file cannot be used; see `apply_config`.
     """
     parser, commands = _parsers()
     if words and words[0] in commands.choices:
         apply_config(commands.choices[words[0]], words[1:])
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    options.words = tuple(words[1:])
+    return options
 
 
 def _continues(options: argparse.Namespace) -> bool:
@@ -178,12 +183,16 @@ def _add_train(commands: Commands) -> None:
         "--overwrite", action="store_true", help="replace a generator in --output-dir (default: refuse to)"
     )
     add_options(train, TrainArguments)
+    train.epilog = (
+        "With --zoo, these are decided by the zoo and may not be given: --lora-alpha, --target-modules, "
+        "--sequence-length, --packing, --max-tokens, --chat-template, --validation-sequences, --dtype, --quantization."
+    )
 
 
 def _add_generate(commands: Commands) -> None:
     generate = command(commands, "generate", _generate, "write an adapter from a description")
     add_generator(generate)
-    generate.add_argument("--text", help="description of the task, in a sentence (default: none)")
+    generate.add_argument("--text", action=Once, help="description of the task, in a sentence (default: none)")
     generate.add_argument(
         "--texts",
         metavar="FILE",
@@ -217,7 +226,7 @@ def _add_generate(commands: Commands) -> None:
 def _add_explain(commands: Commands) -> None:
     explain = command(commands, "explain", _explain, "say how far a description is from what a generator knows")
     add_generator(explain)
-    add_required(explain, "--text", "description of a task, in a sentence")
+    explain.add_argument("--text", action=Once, required=True, help="description of a task, in a sentence (required)")
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -273,7 +282,11 @@ def _add_export(commands: Commands) -> None:
 def _add_push(commands: Commands) -> None:
     push = command(commands, "push", _push, "push a generator, or an adapter that it writes, to the Hub")
     add_required(push, "--generator", "folder or Hub id of a generator")
-    push.add_argument("--text", help="push the adapter that the generator writes for this description (default: none)")
+    push.add_argument(
+        "--text",
+        action=Once,
+        help="push the adapter that the generator writes for this description (default: none)",
+    )
     add_sampling(push, "with --text: ")
     push.add_argument(
         "--comparison", help="comparison.json that evaluate wrote, for the card of the generator (default: none)"

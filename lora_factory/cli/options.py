@@ -29,6 +29,25 @@ Options = TypeVar(
 )
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+# What Python calls otherwise than the command line.
+PYTHON_NAMES = {"generate_adapter(…, rank=…)": "lora-factory generate --rank", "held_out": "held_out_tasks"}
+
+
+class Once(argparse.Action):
+    """Keep a flag's value, and refuse a second one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ANN401
+        option_string: str | None = None,
+    ) -> None:
+        """Set the value."""
+        if getattr(namespace, self.dest) is not None:
+            several = "; --texts names a file of several" if "--texts" in parser._option_string_actions else ""
+            parser.error(f"{option_string} is given twice{several}")
+        setattr(namespace, self.dest, values)
 
 
 def command(
@@ -141,7 +160,7 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
         message: What the error says.
         options: The command's parsed flags.
     """
-    internal = ("run", "continues", "config_options", "quiet")
+    internal = ("run", "continues", "config_options", "quiet", "words")
     in_file = frozenset(getattr(options, "config_options", ()))
     names = sorted((name for name in vars(options) if name not in internal), key=len, reverse=True)
     before, flag = r"(?<![\w.(/'\"=-])", "|".join(map(re.escape, names))
@@ -156,12 +175,15 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
 
     if not names:
         return message
+    for python, ours in PYTHON_NAMES.items():
+        if "--" in ours or ours in names:
+            message = re.sub(rf"{before}{re.escape(python)}(?!\w)", ours, message)
     value = r"\([^)]*\)|'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
     message = re.sub(rf"{before}(?P<name>{flag})=(?P<value>{value})", assigned, message)
     words = "|".join(re.escape(name) for name in names if "_" in name and name not in in_file)
     if words:
         message = re.sub(rf"{before}(?:{words})(?![\w=(/'\".)-])", lambda m: "--" + m[0].replace("_", "-"), message)
-    return message
+    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message)  # images= (--images)
 
 
 def _parser(flag: str, kind: Any) -> Callable[[str], object]:  # noqa: ANN401

@@ -10,6 +10,7 @@ import threading
 from lora_factory.arguments import APP_PORT, ServeArguments
 from lora_factory.cli.options import (
     Commands,
+    Once,
     add_base_model,
     add_generator,
     add_options,
@@ -32,7 +33,7 @@ def add_try(commands: Commands) -> None:
     trial = command(commands, "try", _try, "answer a prompt with the base model and with a generated adapter")
     add_generator(trial)
     add_required(trial, "--prompt", "question to both, or the beginning of a text that both continue")
-    trial.add_argument("--text", help="description of the task, in a sentence (default: none)")
+    trial.add_argument("--text", action=Once, help="description of the task, in a sentence (default: none)")
     trial.add_argument(
         "--examples", help="file of examples of the task, as for generate; with or without --text (default: none)"
     )

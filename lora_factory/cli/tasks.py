@@ -22,6 +22,9 @@ def add_check(commands: Commands) -> None:
     )
     add_required(check, "--tasks", "YAML or JSON task file, or a folder of them")
     add_required(check, "--base-model", "Hub id or folder of the base model")
+    # Flags and configuration files of collect are taken as they are.
+    check.add_argument("--output-dir", help="as for collect; nothing is written (default: none)")
+    check.add_argument("--base-model-name", help="as for collect; nothing depends on it (default: none)")
     add_options(check, CollectArguments)
 
 
@@ -50,9 +53,7 @@ def _check(options: argparse.Namespace) -> None:
         f"{size.memory / 1e9:.1f} GB of memory, {size.disk / 1e6:,.1f} MB of disk",
         wrap=True,
     )
-    words = ("--tasks", options.tasks, "--base-model", options.base_model)
-    settings = ("--config", options.config) if options.config else ()  # those that were measured
-    say_next(options, "collect", *words, *settings, "--output-dir", "zoo")
+    say_next(options, "collect", *options.words, *(() if options.output_dir else ("--output-dir", "zoo")))
 
 
 def _time(seconds: float) -> str:

@@ -59,7 +59,6 @@ def add_zoo(commands: Commands) -> None:
     what.add_argument(
         "--keep-last",
         type=int,
-        default=0,
         metavar="K",
         help="keep the runs with their last K snapshots, and remove their older ones (default: remove whole runs)",
     )
@@ -78,12 +77,12 @@ def add_zoo(commands: Commands) -> None:
 def _import(options: argparse.Namespace) -> None:
     """Import, say what is in the zoo now and what was refused."""
     arguments = read_options(options, ImportArguments)
-    from lora_factory.zoo.importing import AdapterSource, import_adapters
+    from lora_factory.zoo.importing import SEVERAL, AdapterSource, import_adapters
 
     sources: list[str | AdapterSource] = list(options.source)
     if options.task or options.description:
         if len(sources) > 1:
-            raise LoraFactoryError("--task and --description are for one source; list several in a text file")
+            raise LoraFactoryError(f"--task and --description are for one source; {SEVERAL}")
         sources = [AdapterSource(options.source[0], options.task, tuple(options.description))]
     report = import_adapters(sources, options.output_dir, arguments)
     say(*(f"{source} -> {place}" for source, place in report.imported.items()))

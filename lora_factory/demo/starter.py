@@ -18,7 +18,8 @@ DOCUMENTS = {"train": 60, "validation": 6, "test": 6}  # of every task at most, 
 _HEAD = """\
 # Tasks for lora-factory. Each becomes a LoRA; together they teach a generator to write one from a description.
 # These are examples, with text from the Python packages of this machine: put your own tasks in their place.
-# A generator needs three tasks at least, and about five to ten for every way in which they differ.
+# A generator needs two tasks at least. To be of use it needs three or more, and about five to ten for every way in
+# which they differ.
 tasks:
 """
 _TASK = """\

@@ -13,6 +13,7 @@ SHOWN_EXAMPLES = 24  # per task in the plot of hidden states
 SHOWN_BYTES = 256 << 20  # of checkpoints in the plots and in the mean KL; at least one checkpoint per task in any case
 
 
+@torch.no_grad()
 def diagnose(methods: ComparedMethods) -> dict[str, Any]:
     """Measure the KL of the latents, the novelty of generated adapters, and the spread of samples and of checkpoints.
 

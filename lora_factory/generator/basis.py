@@ -88,11 +88,13 @@ class CoreBasis(nn.Module):
             cores: Shape ``(n, C)``.
 
         Raises:
-            LoraFactoryError: When the base model has not the layout's modules, or a batch cannot be split into ``n``.
+            LoraFactoryError: When the base model has not the layout's modules, a batch cannot be split into ``n``, or
+                the rows of a module do not stay in the order of the batch.
         """
-        from lora_factory.adapters.attach import add_shared_lora, hooked
+        from lora_factory.adapters.attach import add_shared_lora, check_order, hooked
         from lora_factory.adapters.live_models import plain_model
 
+        check_order(self.layout, len(cores))
         factors, hooks = self.layout.unflatten(self.factors), {}
         for module, core in zip(self.layout.modules, self.matrices(cores), strict=True):
             b = factors[module.key_b].flatten(1) * module.scaling

@@ -88,6 +88,9 @@ class CVAELoRAConfig(PreTrainedConfig):
         for name, choices in (("decoder", ("core", "conv1d")), ("core", ("full", "diagonal"))):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r}: choose {choices[0]!r} or {choices[1]!r}")
+        for name in ("text_encoder", "image_encoder", "zoo_fingerprint"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name}={value!r} must be a text or null")
         check_format(self.format_version, FORMAT_VERSION, "the generator")
         sizes = (self.width, self.depth, self.latent_size, len(self.channels), *self.channels)
         if min(sizes) < 1:

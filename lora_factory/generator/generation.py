@@ -28,6 +28,7 @@ from lora_factory.arguments import MAX_SIZE
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.task_vectors import check_conditions
 from lora_factory.generator.vae import ConditionalVAE
+from lora_factory.hub.cards import described
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_mixture, as_temperature, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
@@ -79,6 +80,15 @@ class Order:
             object.__setattr__(self, name, value)
         if self.rank == 0:
             raise LoraFactoryError("rank=0 leaves no adapter; give 1 or more, or leave it out for the generator's own")
+        if self.refine_steps and self.examples is None:
+            raise LoraFactoryError(
+                f"refine_steps={self.refine_steps} needs examples=; give the examples to refine on, or leave it out"
+            )
+        for argument, modality in {"text": "text", "examples": "hidden", "images": "image"}.items():
+            if getattr(self, argument) is not None and modality in (self.conditions or {}):
+                raise LoraFactoryError(
+                    f"{argument}= and conditions={{{modality!r}: ...}} give the same task vector; leave one out"
+                )
 
     @property
     def texts(self) -> dict[str, float]:
@@ -98,6 +108,7 @@ class Made:
         vectors: All task vectors that it was made of, by modality.
         given: Those of them that were made of examples and images or given as such.
         lost: Share of the squared norm of ΔW that a lower rank has lost.
+        refined_on: On how many examples it was refined; 0 where that has changed nothing.
     """
 
     layout: AdapterLayout
@@ -105,6 +116,7 @@ class Made:
     vectors: dict[str, Tensor]
     given: dict[str, Tensor]
     lost: float = 0.0
+    refined_on: int = 0
 
 
 def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = None) -> Made:
@@ -129,17 +141,21 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
         heard = "hidden" in (generator.config.modalities or {})
         if heard or not (order.text or given) or not order.refine_steps:
             given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
-    vectors = _task_vectors(generator, replace(order, conditions=given))
+    vectors = _task_vectors(generator, order, given)
     if order.texts:
         _warn_of_strangers(generator, order.texts, vectors["text"])
     layout, state_dict, lost = _of_rank(generator.layout, _weights(generator, order, vectors)[0], order.rank)
-    if order.examples is not None and base is not None:
+    refined_on = 0
+    if order.examples is not None and order.refine_steps and base is not None:
         from lora_factory.generator.refine import refine_state_dict
 
         in_chat = generator.config.chat_template
         base = replace(base, layout=layout)
-        state_dict = refine_state_dict(base, state_dict, order.examples, order.refine_steps, chat_template=in_chat)
-    return Made(layout, state_dict, _summed(order, vectors), given, lost)
+        written = state_dict
+        state_dict = refine_state_dict(base, written, order.examples, order.refine_steps, chat_template=in_chat)
+        if any(not torch.equal(value, written[name]) for name, value in state_dict.items()):
+            refined_on = len(order.examples)
+    return Made(layout, state_dict, _summed(order, vectors), given, lost, refined_on)
 
 
 def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator[Made]:
@@ -187,9 +203,9 @@ def _of_rank(
     return (layout, state_dict, 0.0) if rank is None else truncate(layout, state_dict, rank)
 
 
-def _task_vectors(generator: ConditionalVAE, order: Order) -> dict[str, Tensor]:
-    """The task vectors of an order by modality, ``(texts, width)``, one row where there is no text."""
-    rows = [generator.conditions(text, order.conditions) for text in order.texts or [None]]
+def _task_vectors(generator: ConditionalVAE, order: Order, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The vectors of an order's texts and those given, by modality, ``(texts, width)``; one row without a text."""
+    rows = [generator.conditions(text, given) for text in order.texts or [None]]
     return {name: torch.stack([row[name] for row in rows]).to(generator.center) for name in rows[0]}
 
 
@@ -257,14 +273,14 @@ def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) ->
     nearest = generator.nearest_tasks(vectors)
     name, commit = generator.config.name_or_path or "", getattr(generator.config, "_commit_hash", None)
     generation = Generation(
-        text=described(order),
+        text=described(order.text),
         conditions=tuple(sorted(given)),
         seed=order.seed,
         temperature=order.temperature,
         chat_template=generator.config.chat_template,
         rank=order.rank,
         rank_error=round(made.lost, 6),
-        refined_on=len(order.examples) if order.examples is not None and order.refine_steps else 0,
+        refined_on=made.refined_on,
         nearest_tasks=tuple(nearest),
         distance=round(1 - nearest[0]["similarity"], 4) if nearest else None,
         zoo_distance=zoo_distance(generator, list(vectors)),
@@ -277,13 +293,6 @@ def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) ->
     )
     write_json(folder / GENERATION_FILE, asdict(generation), durable=False)
     return generation
-
-
-def described(order: Order) -> str | None:
-    """What an order's adapter is for, in one text: of several texts, each with its weight."""
-    if order.text is None or isinstance(order.text, str):
-        return order.text
-    return " + ".join(f"{weight:g} * {text!r}" for text, weight in order.texts.items())
 
 
 @torch.no_grad()
@@ -302,7 +311,7 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
         - ``use``: Size of what the condition changes (the norm of the targets), in units of its median over the known
           tasks: 0 writes the adapter without a condition.
     """
-    rows = _task_vectors(generator, order)
+    rows = _task_vectors(generator, order, order.conditions)
     targets, vectors = _targets(generator, order, rows), _summed(order, rows)
     nearest = generator.nearest_tasks(vectors)
     distance = round(1 - nearest[0]["similarity"], 4) if nearest else None

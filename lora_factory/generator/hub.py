@@ -14,7 +14,7 @@ from lora_factory.generator.files import is_public_name
 from lora_factory.generator.generation import Order, fulfil_texts, record, write_adapter
 from lora_factory.generator.vae import ConditionalVAE
 from lora_factory.hub.base_kinds import base_kind
-from lora_factory.hub.cards import CARD_FILE, AdapterCard, GeneratorCard, Origins
+from lora_factory.hub.cards import CARD_FILE, AdapterCard, GeneratorCard, Origins, heard
 from lora_factory.hub.client import Writer, about_model, check_base_model
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.paths import local_path
@@ -50,7 +50,7 @@ def generator_card(
         "weights of the generator": f"{sum(values.numel() for values in generator.parameters()):,}",
         "decoder": config.decoder if config.decoder == "conv1d" else f"{config.decoder}, {config.core}",
         "rank of its adapters": str(generator.layout.rank),
-        "listens to": ", ".join(config.modalities),
+        "listens to": heard(config.modalities),
         "text encoder": config.text_encoder or "none",
         **({"image encoder": config.image_encoder} if config.image_encoder else {}),
         "fingerprint of the zoo": config.zoo_fingerprint or "none",
@@ -62,6 +62,7 @@ def generator_card(
         versions=versions(),
         comparison=comparison,
         plot=plot,
+        from_zoo=config.zoo_fingerprint is not None,
         tags=tags,
     ).text
 

@@ -24,6 +24,7 @@ from lora_factory.generator.generation import Order, fulfil
 from lora_factory.generator.hub import adapter_writer, adapters_writer, generator_writer
 from lora_factory.generator.task_vectors import open_base, open_reader
 from lora_factory.generator.writer import AdapterWriter
+from lora_factory.hub.cards import heard
 from lora_factory.hub.client import PushOptions, collect_repositories, push
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
@@ -106,7 +107,7 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
         tasks = [task["name"] for task in self.config.tasks or ()]
         return {
             **self.layout.facts(),
-            "listens to": ", ".join(self.config.modalities),
+            "listens to": heard(self.config.modalities),
             "known tasks": f"{len(tasks)} ({few(tasks)})",
             "weights of the generator": f"{self.num_parameters():,}",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -101,12 +102,21 @@ def refine_state_dict(
     *,
     chat_template: bool = False,
 ) -> dict[str, Tensor]:
-    """`refine` for an adapter as PEFT names it and examples as a user has them."""
+    """`refine` for an adapter as PEFT names it and examples as a user has them; it warns when nothing changes."""
     settings = TokenOptions(chat_template=chat_template)
     if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
         settings = replace(settings, sequence_length=limit)
     sequences = base.inputs.encode(as_examples(examples), settings)
-    return base.layout.unflatten(refine(base, base.layout.flatten(state_dict), sequences, steps=steps))
+    start = base.layout.flatten(state_dict)
+    refined = refine(base, start, sequences, steps=steps)
+    if steps and torch.equal(refined, start.cpu()):
+        reason = (
+            f"they make {len(sequences)} sequence, and refining needs two, one to leave out; give more or longer ones"
+            if len(sequences) < 2
+            else f"none of up to {steps} steps lowered the loss on those left out; give more examples or other ones"
+        )
+        warnings.warn(f"the adapter was not refined on the examples: {reason}", stacklevel=4)
+    return base.layout.unflatten(refined)
 
 
 def _left_out(

@@ -18,6 +18,7 @@ from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.conv1d import ConvCVAE
 from lora_factory.generator.networks import ConditionStandardiser, CoreCVAE, GeneratorOutput, group_means
 from lora_factory.generator.task_vectors import check_conditions, open_reader
+from lora_factory.hub.cards import heard
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
@@ -286,5 +287,5 @@ class ConditionalVAE(nn.Module):
         modalities = self.config.modalities or {}
         if modality not in modalities:
             raise LoraFactoryError(
-                f"this generator listens to {', '.join(modalities)} and not to {noun}; pass a text, {remedy}"
+                f"this generator listens to {heard(modalities)} and not to {noun}; pass a text, {remedy}"
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,7 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]  # it is public, not re-exported
 from jinja2 import Environment, StrictUndefined, Template
 
-from lora_factory.adapters.folder import Generation
+from lora_factory.adapters.folder import CONDITION_FILE, Generation
 from lora_factory.hub.base_kinds import CAUSAL, BaseKind
 from lora_factory.utils.printable import printable
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, is_hub_id, read_text, reading
@@ -36,6 +37,10 @@ LICENSES = frozenset(
     " llama3.2 llama3.3 mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl postgresql"
     " unlicense wtfpl zlib".split()
 )
+# What users hand in for each kind of task vector; "hidden" is the internal name of that of examples.
+_GIVEN = {"text": "description", "hidden": "examples", "image": "images"}
+_STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_TERM = re.compile(rf"(?P<weight>-?\d[\d.e+-]*) \* (?P<text>{_STRING})(?: \+ |$)")
 MARK = "<!-- written by lora-factory:"
 
 
@@ -112,12 +117,14 @@ class GeneratorCard(_Card):
         versions: Versions of the packages that wrote it.
         comparison: What ``comparison.compare`` returned for it, if it was compared.
         plot: File name of the headroom plot, if there is one.
+        from_zoo: Whether it was trained on a zoo's adapters; else through the base model, on the tasks' data.
     """
 
     facts: Mapping[str, str]
     versions: Mapping[str, str]
     comparison: Mapping[str, Any] | None = None
     plot: str | None = None
+    from_zoo: bool = True
 
     @property
     def text(self) -> str:
@@ -151,6 +158,44 @@ class AdapterCard(_Card):
         if (one := self.generations.get("")) is not None:
             return render("adapter.md", head, card=self, it=one)
         return render("adapters.md", head, card=self)
+
+    @property
+    def _one(self) -> Generation:
+        return self.generations[""]
+
+    @property
+    def _given(self) -> list[str]:
+        """What the adapter was made of: description, examples, images."""
+        names = ["text"] if self._one.text else []
+        return list(dict.fromkeys(_GIVEN.get(name, "task vectors") for name in (*names, *self._one.conditions)))
+
+    @property
+    def sources(self) -> str:
+        """What it was written from."""
+        return " and ".join("a description" if noun == "description" else noun for noun in self._given)
+
+    @property
+    def wanted(self) -> str:
+        """What it is for."""
+        return " and ".join(f"the {noun}" for noun in self._given)
+
+    @property
+    def refined(self) -> str:
+        """How many examples it was refined on."""
+        count = self._one.refined_on
+        return f"{count} example{'' if count == 1 else 's'}"
+
+    @property
+    def generator(self) -> str:
+        """Where a reader of the card finds the generator; a folder's name says nothing to readers on the Hub."""
+        it, on_hub = self._one, "/" in self.title and is_hub_id(self.title)
+        known = it.generator and (it.generator_commit or not on_hub)
+        return it.generator if it.generator and known else "FOLDER-OF-THE-GENERATOR"
+
+    @property
+    def condition_file(self) -> str:
+        """The file of its task vectors, seen from beside its folder."""
+        return f"{self.title.rpartition('/')[2]}/{CONDITION_FILE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +330,7 @@ def _template(name: str) -> Template:
     """A compiled template; compiling takes 40 ms, filling in 1."""
     source = files("lora_factory.model_card_templates").joinpath(name).read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters |= {"md": inline, "python": _python}
+    environment.filters |= {"md": inline, "python": _python, "mixture": read_mixture, "heard": heard}
     return environment.from_string(source)
 
 
@@ -293,6 +338,39 @@ def inline(text: object) -> str:
     """Text from outside on one line, with what Markdown, HTML or a table would act on made harmless."""
     flat = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~#!$])", r"\\\1", flat)
+
+
+def heard(modalities: Iterable[str]) -> str:
+    """The names of modalities as users know them: those of their arguments."""
+    return ", ".join({"hidden": "examples"}.get(name, name) for name in modalities)
+
+
+def described(text: str | Mapping[str, float] | None) -> str | None:
+    """What an adapter is for, in one text: of several texts, each with its weight; `read_mixture` reads it back."""
+    if text is None or (isinstance(text, str) and isinstance(read_mixture(text), str)):
+        return text
+    texts = {text: 1.0} if isinstance(text, str) else text
+    return " + ".join(f"{_number(weight)} * {one!r}" for one, weight in texts.items())
+
+
+def read_mixture(text: str | None) -> str | dict[str, float] | None:
+    """The text, or the texts with their weights, that `described` has written into one."""
+    texts: dict[str, float] = {}
+    end = 0
+    while text and (term := _TERM.match(text, end)):
+        try:
+            texts[ast.literal_eval(term["text"])] = float(term["weight"])
+        except (ValueError, SyntaxError):
+            return text
+        end = term.end()
+    written = " + ".join(f"{_number(weight)} * {one!r}" for one, weight in texts.items())
+    return texts if texts and written == text else text
+
+
+def _number(weight: float) -> str:
+    """A weight in as few digits as give it back."""
+    short = f"{weight:g}"
+    return short if float(short) == weight else repr(weight)
 
 
 def _python(value: object) -> str:

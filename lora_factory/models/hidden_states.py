@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.adapters.live_models import base_of, plain_model, without_adapters
@@ -47,7 +49,6 @@ class HiddenStateEncoder:
 
     Attributes:
         width: Size of the vectors, three times the model's hidden size and the memory's.
-        identifier: Names the vectors, for example as a cache key: model type, a hash over its weights, and lengths.
     """
 
     def __init__(
@@ -63,14 +64,29 @@ class HiddenStateEncoder:
         self.tokenizer = tokenizer
         self.max_length = min(max_length, positions(model) or max_length)
         self.batch_size = batch_size
-        base = cast(PreTrainedModel, base_of(model))
-        self._backbone = base.base_model  # without the head: logits are not needed
+        self._base = base = cast(PreTrainedModel, base_of(model))
+        self._backbone = base.base_model
         self._head = base.get_output_embeddings()
         hidden_size = base.config.get_text_config().hidden_size
         self.width = 3 * hidden_size + min(MEMORY, hidden_size) ** 2
+
+    @cached_property
+    def identifier(self) -> str:
+        """The name of the vectors of token sequences, for example as a cache key; reads all of the base's weights."""
         with without_adapters(self.model):  # a merged adapter is in the base model's own weights
-            fingerprint = _weights_fingerprint(base)
-        self.identifier = f"hidden-states-and-errors-4:{base.config.model_type}:{fingerprint}:{max_length}"
+            fingerprint = model_fingerprint(self._base)
+        return f"hidden-states-and-errors-5:{self._base.config.model_type}:{fingerprint}:{self.max_length}"
+
+    @cached_property
+    def _plain_head(self) -> bool:
+        """Whether the base's logits are its states times the output embedding alone: no bias, factor or bound."""
+        weight, states = self._head.weight, next(self._backbone.parameters())
+        ids = torch.arange(min(8, len(weight)), device=weight.device)[None]
+        with torch.autocast(weight.device.type, states.dtype, enabled=states.dtype != weight.dtype):
+            whole = self._base(input_ids=ids, use_cache=False, output_hidden_states=True)
+            logits = whole.hidden_states[-1].to(weight) @ weight.T
+        tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())
+        return torch.allclose(logits, whole.logits.to(logits), rtol=0, atol=tolerance)
 
     def encode(self, examples: Sequence[Example | str]) -> Tensor:
         """Read examples with the model.
@@ -97,19 +113,28 @@ class HiddenStateEncoder:
         with frozen(self.model), without_adapters(self.model):
             return torch.cat([self._read(texts[start : start + self.batch_size]) for start in starts])
 
+    def tokens(self, text: str) -> list[int]:
+        """The tokens that are read of a text."""
+        return text_tokens(self.tokenizer, text, begins=True)[: self.max_length]
+
     def _read(self, texts: Sequence[str]) -> Tensor:
-        rows = [text_tokens(self.tokenizer, text, begins=True)[: self.max_length] for text in texts]
+        rows = [self.tokens(text) for text in texts]
         if not all(rows):
             raise LoraFactoryError(
                 f"the tokenizer has no token for the example {texts[rows.index([])][:60]!r}; "
                 "write it in characters that it knows"
             )
         inputs = pad_tokens(rows, next(self._backbone.parameters()).device)
-        hidden = self._backbone(**inputs, use_cache=False).last_hidden_state
         mask, embeddings = inputs["attention_mask"], self._head.weight
-        scored = mask[:, 1:].bool()
-        chosen = (states[counted].to(embeddings) for states, counted in zip(hidden[:, :-1], scored, strict=True))
-        logits = (states @ embeddings.T for states in chosen)
+        scored, logits = mask[:, 1:].bool(), None
+        if self._plain_head:  # the logits of one example at a time take less memory
+            hidden = self._backbone(**inputs, use_cache=False).last_hidden_state
+            chosen = (states[counted].to(embeddings) for states, counted in zip(hidden[:, :-1], scored, strict=True))
+            logits = (states @ embeddings.T for states in chosen)
+        else:
+            outputs = self._base(**inputs, use_cache=False, output_hidden_states=True)
+            hidden = outputs.hidden_states[-1]
+            logits = (row[counted] for row, counted in zip(outputs.logits[:, :-1], scored, strict=True))
         return _summary(hidden, mask, logits, inputs["input_ids"][:, 1:], scored, embeddings)
 
 
@@ -164,13 +189,15 @@ def _directions(width: int) -> Tensor:
     return columns / columns.norm(dim=0)
 
 
-def _weights_fingerprint(model: nn.Module) -> str:
-    """A quick hash over the base model's own parameters: names, shapes, precision and the first values of each."""
-    digest = hashlib.sha256()
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A hash over a base model: its configuration, and the names, shapes, precision and values of its parameters."""
+    unimportant = ("_name_or_path", "transformers_version", "use_cache")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in unimportant}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -229,10 +256,13 @@ def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
         return {task.name: example_states(base, task.examples("train")[:FEATURE_EXAMPLES]) for task in bar}
     encoder, cache = HiddenStateEncoder(base.model, base.tokenizer), TensorCache(cache_folder() / "features")
 
-    def encode(texts: list[str]) -> Tensor:
-        return encoder.encode([Example(*text.split("\0", 1)) for text in texts])
-
     for task in bar:
-        texts = ["\0".join(row) for row in task.examples("train")[:FEATURE_EXAMPLES]]
-        states[task.name] = cache.get_or_compute(encoder.identifier, texts, encode)
+        examples = task.examples("train")[:FEATURE_EXAMPLES]
+        by_tokens = {str(encoder.tokens(example.prompt + example.completion)): example for example in examples}
+
+        def encode(missing: list[str], by_tokens: dict[str, Example] = by_tokens) -> Tensor:
+            return encoder.encode([by_tokens[tokens] for tokens in missing])
+
+        keys = [str(encoder.tokens(example.prompt + example.completion)) for example in examples]
+        states[task.name] = cache.get_or_compute(encoder.identifier, keys, encode)
     return states

@@ -105,6 +105,7 @@ class MethodSummary:
         failed: Number of its failed cells, which enter no mean.
         token_budget: Training tokens that went through the base model, in all; None if unknown.
         beats_generator: Those of "seen" and "unseen" where this control or baseline recovers more than the generator.
+        compared_with: The row of the generator that it is compared with.
     """
 
     method: str
@@ -113,6 +114,7 @@ class MethodSummary:
     failed: int
     token_budget: int | None
     beats_generator: tuple[str, ...]
+    compared_with: str
 
     @property
     def groups(self) -> dict[str, GroupSummary | None]:
@@ -145,9 +147,9 @@ def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
     failed = [cell["method"] for cell, _ in failed_cells(comparison)]
     summaries = []
     for method in method_names(comparison):
+        ours = _generated_like(method, headrooms)
         groups = {
-            group: _summarise_group(headrooms[method, seen], headrooms[_generated_like(method, headrooms), seen])
-            for group, seen in GROUPS.items()
+            group: _summarise_group(headrooms[method, seen], headrooms[ours, seen]) for group, seen in GROUPS.items()
         }
         beats = [
             name for name, group in groups.items() if group and method not in _NO_RIVALS and group.lead.mean >= _LEAD
@@ -155,7 +157,12 @@ def summarise(comparison: Mapping[str, Any]) -> list[MethodSummary]:
         budget = comparison.get("budgets", {}).get(method)
         summaries.append(
             MethodSummary(
-                method, **groups, failed=failed.count(method), token_budget=budget, beats_generator=tuple(beats)
+                method,
+                **groups,
+                failed=failed.count(method),
+                token_budget=budget,
+                beats_generator=tuple(beats),
+                compared_with=ours,
             )
         )
     return summaries
@@ -365,13 +372,14 @@ def _steering_sentences(margins: Mapping[str, Interval]) -> Iterator[Finding]:
 
 
 def _rival_sentences(summaries: list[MethodSummary]) -> Iterator[Finding]:
-    """Name the controls and baselines that beat the generator."""
+    """Name the controls and baselines that beat the generator, and the row of it that each is compared with."""
     for summary in summaries:
+        row = "" if summary.compared_with == GENERATED else f' (row "{summary.compared_with}")'
         for name, group in summary.groups.items():
             if group and name in summary.beats_generator:
                 doubt = "" if group.lead.low > 0 else ", which may be noise"
                 yield Finding(
-                    f"{summary.method} beats the generator on {name} tasks by {group.lead} in headroom{doubt}.",
+                    f"{summary.method} beats the generator{row} on {name} tasks by {group.lead} in headroom{doubt}.",
                     warning=True,
                 )
 

@@ -11,7 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedConfig
+from torch.nn import Parameter
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_factory.adapters.attach import attach_adapter
 from lora_factory.adapters.folder import load_adapter
@@ -117,6 +118,7 @@ def export_merged(adapter: str | Path, output: str | Path, *, base_model: str | 
     name, revision = base_source(layout, base_model)
     with atomic_folder(output, inputs=[adapter, name]) as folder:
         model, tokenizer = load_base_model(name, revision=revision)
+        _untie(model, layout)
         try:
             merged: Any = attach_adapter(model, layout, weights).merge_and_unload(safe_merge=True)
         except ValueError as error:  # a weight is too large for the base model's 16 bits
@@ -124,6 +126,25 @@ def export_merged(adapter: str | Path, output: str | Path, *, base_model: str | 
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return local_path(output)
+
+
+def _untie(model: PreTrainedModel, layout: AdapterLayout) -> None:
+    """Give the output a weight of its own where it is that of the embeddings and an adapter changes one of the two."""
+    words: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or words.weight is not head.weight:
+        return
+    adapted = {module.path for module in layout.modules}
+    changed = [path for path, module in model.named_modules() if module in (words, head) and path in adapted]
+    if not changed:
+        return
+    if model.config.is_encoder_decoder:
+        raise LoraFactoryError(
+            f"{changed[0]} cannot be merged: its weight is also that of other modules of the base model, which the "
+            "adapter leaves as they are; use the adapter unmerged"
+        )
+    head.weight = Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def gguf_tensors(

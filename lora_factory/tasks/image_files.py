@@ -121,7 +121,16 @@ def images_in(folder: str | Path) -> list[Path]:
 
 
 def image_fingerprint(image: ImageLike) -> str:
-    """SHA-256 of a file's content, or of the size, mode and pixels of an image in memory."""
+    """SHA-256 of a file's content, or of the size, mode and pixels of an image in memory.
+
+    Raises:
+        LoraFactoryError: When the file cannot be read.
+    """
     if isinstance(image, Image.Image):
         return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else sha256_file(local_path(image))
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    path = local_path(image)
+    with reading(path, "give a whole image file"):
+        check_ordinary(path, MAX_IMAGE_BYTES)
+        return sha256_file(path)

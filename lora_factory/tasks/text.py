@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class DataSource:
             "csv", "parquet" or "text" with `data_files`. Each line of a text file is an example.
         name: The data set's configuration on the Hub.
         data_files: File names or patterns, per split of the source. A bare name stands for a list of one, and
-            without a split it means "train".
+            without a split it means "train". Of a data set on the Hub or a folder of data files they are in it.
         splits: For each of "train", "validation" and "test", the source's split; default: the split of the same name.
             With the Hub, slices such as "train[:1000]" work.
         text_column: Column of plain text; "text" unless `prompt_column` and `completion_column` are given.
@@ -88,8 +89,11 @@ class DataSource:
             raise LoraFactoryError(f"splits={splits!r} must map {', '.join(SPLITS)} to the source's split names")
         if self.data_files is not None:
             object.__setattr__(self, "data_files", _files_of_splits(self.data_files))
-        if self.max_rows is not None and (type(self.max_rows) is not int or self.max_rows < 1):
-            raise LoraFactoryError(f"max_rows={self.max_rows!r} of a data source must be a number of rows above 0")
+        if self.max_rows is not None and (type(self.max_rows) is not int or not 1 <= self.max_rows <= sys.maxsize):
+            raise LoraFactoryError(
+                f"max_rows={self.max_rows!r} of a data source must be a number of rows from 1 to {sys.maxsize}; leave "
+                "it out for all"
+            )
         if not isinstance(self.streaming, bool) or (self.streaming and self.max_rows is None):
             raise LoraFactoryError(
                 f"streaming={self.streaming!r} must be true or false, and true needs max_rows, for example "
@@ -302,6 +306,7 @@ def _matching_files(pattern: str) -> list[str]:
 
 def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
     """The source's rows for each of our splits that it has."""
+    _check_data_files(source, task)
     if source.format is not None:
         available = _load_local(source, source.local_files(), task)
     elif (folder := local_path(source.path)).is_dir():
@@ -311,7 +316,10 @@ def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
                 saved = datasets.load_from_disk(str(folder))
                 available = saved if isinstance(saved, Mapping) else {"train": saved}
             else:
-                available = datasets.load_dataset(_without_signs(folder, cache), cache_dir=cache, **how)
+                files = source.data_files
+                available = datasets.load_dataset(
+                    _without_signs(folder, cache), data_files=files, cache_dir=cache, **how
+                )
     elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         raise LoraFactoryError(
             f"task {task!r}: no data folder {source.path}; give an existing one, a data file or a Hub id"
@@ -338,13 +346,16 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
 
 def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]] | None:
     """The format and the files of local data that `read_rows` reads; None for what `datasets` reads."""
+    _check_data_files(source, task)
     if source.format is not None:
         return (source.format, source.local_files()) if source.format in _OWN_FORMATS else None
     folder = local_path(source.path)
     if not folder.is_dir() or _was_saved(folder):
         return None
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
-        builder = datasets.load_dataset_builder(_without_signs(folder, cache), cache_dir=cache)
+        builder = datasets.load_dataset_builder(
+            _without_signs(folder, cache), data_files=source.data_files, cache_dir=cache
+        )
         form = next(
             (
                 part.__module__.rpartition(".")[2]
@@ -365,6 +376,18 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
             " it one of these: .csv, .tsv, .json, .jsonl, .ndjson, .txt, all also with .gz behind"
         )
     return form, files
+
+
+def _check_data_files(source: DataSource, task: str) -> None:
+    """Refuse files beside what is one file, or was saved as a whole."""
+    one = source.format is not None and source.path not in LOCAL_FORMATS
+    if source.data_files and (one or _was_saved(local_path(source.path))):
+        what, remedy = "a data set that was saved as a whole", "leave data_files out and choose with splits"
+        if one:
+            what, remedy = "one file", f"write path: {source.format} with data_files"
+        raise LoraFactoryError(
+            f"task {task!r}: path={source.path!r} is {what}, of which data_files are no part; {remedy}"
+        )
 
 
 def _was_saved(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import (
     DEFAULT_BASE_STEPS,
     DEFAULT_RANK,
@@ -27,10 +28,11 @@ from lora_factory.generator.files import TRAINING_FILE
 from lora_factory.generator.hub import generator_card
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.hub.cards import CARD_FILE, handwritten, with_handwritten
-from lora_factory.models.hidden_states import example_features
+from lora_factory.models.hidden_states import example_features, model_fingerprint
 from lora_factory.models.image_encoders import ImageEncoder, image_vectors
 from lora_factory.models.loading import base_source
 from lora_factory.models.text_encoders import TextEncoder
+from lora_factory.tasks.given import as_images
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.tasks.images import ImageTask, language_tasks
 from lora_factory.tasks.task import Task
@@ -70,7 +72,8 @@ def train_generator(
         output_dir: Folder of the generator; it appears complete or not at all.
         arguments: Decoder, steps, learning rates, seed and text encoder.
         tasks: The zoo's tasks, or without a zoo the tasks to train on. The generator is conditioned on examples as
-            well as on texts: on their hidden states, or on the images of an `ImageTask`.
+            well as on texts: on their hidden states, or on the images of an `ImageTask`, which is not to be mixed with
+            other tasks.
         held_out: More tasks, to choose the step of ``base_steps`` by; see `train_through_base`.
         images: Images by the name of the task, when the generator is to be conditioned on images as well as on texts.
         base_model: Base model of the tasks; default: the one that the zoo names.
@@ -89,9 +92,12 @@ def train_generator(
         raise LoraFactoryError("output_dir is not given; name the folder that the generator is to be written to")
     zoo = AdapterZoo(zoo) if isinstance(zoo, str | Path) else zoo
     arguments = _checked(zoo, arguments, tasks, held_out, base_model, base_model_name)
-    if any(isinstance(task, ImageTask) for task in tasks or ()):
+    classifies = any(isinstance(task, ImageTask) for task in tasks or ())
+    if images is not None:
+        images = {name: as_images(rows) for name, rows in images.items()}
+    elif classifies:
         given = [task for task in (*(tasks or ()), *held_out) if isinstance(task, ImageTask)]
-        images = images or {task.name: task.images() for task in given}
+        images = {task.name: task.images() for task in given}
     inputs: list[str | Path | None] = [base_model, arguments.text_encoder, arguments.image_encoder]
     inputs += [zoo.folder, zoo.layout.base_model] if zoo is not None else []
     inputs += [image for row in (images or {}).values() for image in row if isinstance(image, str | Path)]
@@ -104,7 +110,7 @@ def train_generator(
     if tasks is not None:
         tasks = [*tasks] if zoo is None else _known(zoo, tasks)
         check_tasks([*tasks, *held_out])
-        if arguments.base_steps or images is None:
+        if arguments.base_steps or not classifies:
             everything = [*tasks, *held_out]
             trainer = _open_trainer(zoo, arguments, base_model, base_model_name, accelerator, everything)
     if images is not None and not arguments.image_encoder:
@@ -114,7 +120,7 @@ def train_generator(
     described = {task["name"]: task["descriptions"] for task in about}
     _warn_of_twins(described)
     features = _features(arguments, described, held_out, images, accelerator)
-    if images is None and trainer is not None and tasks is not None:
+    if tasks is not None and trainer is not None and not classifies:
         features["hidden"] = example_features(trainer, language_tasks([*tasks, *held_out]))
     widths = {name: next(iter(rows.values())).shape[1] for name, rows in features.items()}
     layout = trainer.layout if trainer is not None and zoo is None else _layout(zoo, arguments)
@@ -130,7 +136,7 @@ def train_generator(
             generator.center.copy_(generator.basis.identity())
             generator.basis.factors.copy_(trainer.initial)
     if arguments.base_steps and trainer is not None and tasks is not None:
-        key = _training_key(zoo, arguments, [*tasks, *held_out], layout)
+        key = _training_key(zoo, arguments, tasks, held_out, generator, trainer)
         checkpoint = TrainingCheckpoint(working / "through-base", key)
         record["history"] = train_through_base(
             generator, trainer, tasks, features, arguments, held_out=held_out, checkpoint=checkpoint
@@ -385,12 +391,17 @@ def _training_key(
     zoo: AdapterZoo | None,
     arguments: TrainArguments,
     tasks: Sequence[Task | ImageTask],
-    layout: AdapterLayout,
+    held_out: Sequence[Task | ImageTask],
+    generator: CVAELoRAGenerator,
+    trainer: LoRATrainer,
 ) -> str:
     """A fingerprint of all that a training through the base depends on."""
-    data = [[task.name, task.descriptions, task.fingerprint()] for task in tasks]
-    facts = [FORMAT_VERSION, asdict(arguments), data, layout.fingerprint()]
-    return sha256_text(json.dumps([*facts, None if zoo is None else zoo.fingerprint()]))
+    data = [[[task.name, task.descriptions, task.fingerprint()] for task in some] for some in (tasks, held_out)]
+    facts = [FORMAT_VERSION, asdict(arguments), data, generator.layout.fingerprint(), generator.config.modalities]
+    if "image" in generator.config.modalities:  # vectors of images come from the cache, bit for bit
+        facts.append(generator.get_buffer("image_task_vectors").tolist())
+    facts += [model_fingerprint(base_of(trainer.model)), None if zoo is None else zoo.fingerprint()]
+    return sha256_text(json.dumps(facts))
 
 
 def _known(zoo: AdapterZoo, tasks: Sequence[Task | ImageTask]) -> list[Task | ImageTask]:

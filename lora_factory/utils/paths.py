@@ -104,10 +104,12 @@ def sha256_text(text: str) -> str:
 
 
 def weights_identifier(name: str, revision: str | None) -> str:
-    """A Hub id with its revision, or the name of a folder or file with a hash of its weights."""
+    """A Hub id with its revision, or the name of a folder or file with a hash of its weights and settings."""
     path = Path(name)
     if not path.exists():
         return f"{name}@{revision}" if revision else name
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(one for ending in ("safetensors", "json", "txt") for one in path.glob(f"*.{ending}"))
     digest = sha256_text("".join(map(sha256_file, files)))
     return f"{path.resolve().name}#{digest[:16]}"

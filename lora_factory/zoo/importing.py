@@ -33,6 +33,7 @@ from lora_factory.utils.safe_files import (
 from lora_factory.zoo.run_record import RunRecord
 from lora_factory.zoo.store import ORIGIN_FILE, ZOO_FILE, AdapterZoo
 
+SEVERAL = "list several in a text file and import that, one a line: FOLDER<TAB>TASK<TAB>DESCRIPTION"
 _PICKLE_FILE = "adapter_model.bin"
 _LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, ADAPTER_FILE: MAX_ADAPTER_BYTES, CARD_FILE: MAX_CONFIG_BYTES}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
@@ -134,7 +135,10 @@ def import_adapters(
             except LoraFactoryError as error:
                 refused[candidate.source] = str(error)
     if not imported:
-        reasons = "; ".join(f"{source}: {reason}" for source, reason in refused.items())
+        alike: dict[str, list[str]] = {}
+        for source, reason in refused.items():
+            alike.setdefault(reason, []).append(source)
+        reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in alike.items())
         raise LoraFactoryError(f"nothing was imported: {reasons or 'no adapter was named'}")
     return ImportReport(AdapterZoo(output_dir), imported, refused)
 
@@ -187,6 +191,10 @@ def _candidate(
     name = folder.absolute().name
     with reading(entry.source[:300], "name a folder or a Hub id"):  # a name may be too long for the file system
         is_folder = folder.is_dir()
+    if not is_folder and re.search(r"\s", entry.source.strip()):
+        raise LoraFactoryError(
+            "there is no such folder; in a list, tabs stand between folder, task and description, not spaces"
+        )
     if not is_folder:
         repo_id, _, revision = entry.source.partition("@")
         name, seen = repo_id.rpartition("/")[2], set()
@@ -205,7 +213,9 @@ def _candidate(
     text = read_card(folder) or read_card(parts[-1][1])
     descriptions = entry.descriptions or tuple(filter(None, [card_description(text)]))
     if not descriptions:
-        raise LoraFactoryError("it has no model card that says what it does; give a description (--description)")
+        raise LoraFactoryError(
+            f"it has no model card that says what it does; give a description (--description), or {SEVERAL}"
+        )
     latin = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", name).strip("-._")[:100]
     task = safe_name(entry.task or latin or task_names([name])[name])  # a name without Latin letters gets a hash
     run = safe_name(entry.run or arguments.run_name)

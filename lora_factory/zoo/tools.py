@@ -25,7 +25,7 @@ def prune(
     tasks: Collection[str] = (),
     runs: Collection[str] = (),
     damaged: bool = False,
-    keep_last: int = 0,
+    keep_last: int | None = None,
     dry_run: bool = False,
 ) -> list[str]:
     """Remove runs, or the older checkpoints of runs.
@@ -36,18 +36,20 @@ def prune(
         runs: Look at runs of these names only; default: at all.
         damaged: Remove those among them that ``AdapterZoo.problems`` finds fault with. One that a newer version of
             this package wrote is not among them.
-        keep_last: Remove no run, but all of its checkpoints except for the last ones, as many as this.
+        keep_last: Remove no run, but all of its checkpoints except for the last ones, as many as this; at least 1.
         dry_run: Change nothing.
 
     Returns:
         One sentence for each change.
 
     Raises:
-        LoraFactoryError: When it is not said what to remove, a task or run is not there, or one whose checkpoints are
-            to be removed is damaged.
+        LoraFactoryError: When it is not said what to remove, ``keep_last`` is below 1, a task or run is not there, or
+            one whose checkpoints are to be removed is damaged.
     """
-    if keep_last < 0 or (damaged and keep_last) or not (tasks or runs or damaged or keep_last):
-        raise LoraFactoryError("say what to remove: name tasks or runs, or give either damaged or keep_last")
+    if keep_last is not None and keep_last < 1:
+        raise LoraFactoryError(f"keep_last={keep_last} must be 1 or more; to remove whole runs, leave it out")
+    if (damaged and keep_last) or not (tasks or runs or damaged or keep_last):
+        raise LoraFactoryError("say what to remove: name tasks or runs, or give either damaged=True or keep_last=")
     pairs = [(task, run) for task in tasks or zoo.tasks for run in zoo.runs(task) if not runs or run in runs]
     if missing := set(runs) - {run for _, run in pairs}:
         raise LoraFactoryError(f"the zoo {zoo.folder} has no run named {', '.join(sorted(missing))} there")

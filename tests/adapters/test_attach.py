@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import attach, lora_config, random_adapter, save_adapter
-from peft import get_peft_model, get_peft_model_state_dict
-from transformers import LlamaForCausalLM
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+)
 
-from lora_factory.adapters.attach import AdapterSlot, adapter_parameters
+from lora_factory.adapters.attach import AdapterSlot, adapter_parameters, adapters_in_batch
 from lora_factory.adapters.folder import load_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
@@ -124,3 +131,32 @@ def test_an_adapter_is_no_zoo(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(LoraFactoryError, match="is an adapter, not a zoo"):
         AdapterZoo(tmp_path)
+
+
+def test_several_adapters_in_a_batch_never_reach_single_experts() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0, "vocab_size": 50}
+    sparse = {"num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
+    model = NllbMoeForConditionalGeneration(NllbMoeConfig(**sizes, **heads, **sparse))
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["fc1"]))
+    config = peft_model.peft_config["default"]
+    layout = AdapterLayout.from_state_dict(get_peft_model_state_dict(peft_model), config, base_model="me/base")
+    with (
+        pytest.raises(LoraFactoryError, match=r"experts.expert_0.fc1 belongs to one expert of a mixture"),
+        adapters_in_batch(model, layout, torch.zeros(2, layout.size)),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_an_embedding_that_scales_its_output_scales_adapters_too() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text = Gemma3TextConfig(vocab_size=50, num_hidden_layers=1, head_dim=8, **sizes)
+    model = Gemma3ForCausalLM(text).eval()
+    options = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    peft_model, ids = get_peft_model(copy.deepcopy(model), options).eval(), torch.arange(5, 20)[None]
+    weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    layout = AdapterLayout.from_state_dict(weights, peft_model.peft_config["default"], base_model="me/base")
+    expected = peft_model(ids).logits
+    with adapters_in_batch(model, layout, layout.flatten(weights)[None]):
+        torch.testing.assert_close(model(ids).logits, expected)

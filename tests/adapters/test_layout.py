@@ -372,6 +372,7 @@ def damage(path, value):
         damage(["lora_config", "rank_pattern"], {"(": 2}),
         damage(["lora_config"], None),
         damage(["base_model"], ""),
+        damage(["base_revision"], 3),
     ],
 )
 def test_damaged_dictionaries_are_refused(small, apply):
@@ -379,6 +380,13 @@ def test_damaged_dictionaries_are_refused(small, apply):
     apply(values)
     with pytest.raises(LoraFactoryError):
         AdapterLayout.from_dict(values)
+
+
+def test_settings_that_peft_does_not_take_are_named(small):
+    values = small[2].to_dict()
+    values["lora_config"]["task_type"] = "FOO"
+    with pytest.raises(LoraFactoryError, match="FOO"):
+        AdapterLayout.from_dict(values).peft_config()
 
 
 def test_keys_that_modules_would_share_are_refused(small):

@@ -161,6 +161,15 @@ def test_flags_become_the_arguments() -> None:
             ["collect", "--tasks", "t", "--base-model", "b", "--output-dir", "z", "--seeds", ""],
             "seeds is empty; give at least one, for example --seeds 0",
         ),
+        (
+            ["collect", "--tasks", "t", "--base-model", "b", "--output-dir", "z", "--seeds", "0,1,0"],
+            "--seeds 0,1,0 holds 0 more than once; give every seed once",
+        ),
+        (
+            ["import", "a", "b", "--task", "c", "--output-dir", "z"],
+            "--task and --description are for one source; list several in a text file and import that, one a line: "
+            "FOLDER<TAB>TASK<TAB>DESCRIPTION",
+        ),
     ],
 )
 def test_wrong_values_end_with_one_line(
@@ -180,6 +189,8 @@ def test_wrong_values_end_with_one_line(
         (["collect", "--tasks", "t"], "the following arguments are required: --base-model, --output-dir"),
         (["demo", "--fastt"], "there is no option --fastt; did you mean --fast or --no-fast?"),
         (["collect", "--tasks", "t", "--ouput-dir=z"], "there is no option --ouput-dir; did you mean --output-dir?"),
+        (["generate", "--text", "a", "--text", "b"], "--text is given twice; --texts names a file of several"),
+        (["explain", "--text", "a", "--text=b"], "--text is given twice"),
         (["colect"], "there is no command 'colect'; did you mean collect?"),
         (["zoo", "lst"], "there is no command 'lst'; did you mean list?"),
         (["zoo", "x"], "there is no command 'x'; choose one of verify, list, prune, push, merge, pull"),
@@ -373,7 +384,15 @@ def test_explain_knows_a_tasks_own_description(
         ("--target-modules q_proj", "--target-modules 'q_proj' is decided by the zoo"),
         ("--lora-alpha 3", "--lora-alpha 3.0 is decided by the zoo"),
         ("--chat-template", "--chat-template is decided by the zoo"),
-        ("--rank 1", "--rank 1 is below that of the zoo's adapters, 2; give 2 or more, or 0"),
+        (
+            "--rank 1",
+            "--rank 1 is below that of the zoo's adapters, 2; give 2 or more, or 0 for the rank that holds them all. "
+            "An adapter of a lower rank is made at generation: lora-factory generate --rank\n",
+        ),
+        (
+            "--held-out-tasks tasks.json",
+            "--held-out-tasks chooses a step of --base-steps, which is 0; pass --base-steps",
+        ),
         ("--base-steps 3", "--base-steps 3 needs the tasks' examples; pass --tasks, the task file of the zoo"),
         ("--multitask-steps 3", "--multitask-steps 3 are the first of --base-steps 0; give as many of these or more"),
     ],
@@ -383,6 +402,7 @@ def test_what_a_zoo_decides_may_not_be_given_beside_it(
     said: str,
     pico_model: LlamaForCausalLM,
     pico_encoder_folder: Path,
+    tasks_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -396,6 +416,28 @@ def test_what_a_zoo_decides_may_not_be_given_beside_it(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
     assert not (tmp_path / "g").exists()
+
+
+def test_check_names_the_collection_that_it_measured(
+    tasks_file: Path, pico_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.yaml").write_text("sequence_length: 16\nbase_model_name: pico/llama\nlearning_rate: 0.001\n")
+    words = ["--config", "c.yaml", "--tasks=tasks.json", "--base-model", str(pico_model_folder), "--steps", "10"]
+    words += ["--snapshots", "3", "--no-packing"]
+    assert cli.main(["check", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"next: lora-factory collect {' '.join(words)} --output-dir zoo"
+    )
+    Path("c.yaml").write_text("sequence_length: 16\noutput_dir: loras\n")
+    assert cli.main(["check", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: lora-factory collect {' '.join(words)}"
+    assert not Path("loras").exists()
+
+
+def test_messages_name_flags_for_what_python_calls_otherwise() -> None:
+    options = cli.parse(["generate", "--generator", "g", "--output-dir", "a"])
+    said = "hears no image; or train a generator with images= (--images) of every task"
+    assert cli_options.in_flags(said, options) == "hears no image; or train a generator with --images of every task"
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:

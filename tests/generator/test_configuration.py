@@ -26,6 +26,7 @@ def test_values_are_kept() -> None:
         ({"format_version": 1, "width": "of another kind then"}, "generator has format"),
         ({"core": "round"}, "core='round': choose 'full' or 'diagonal'"),
         ({"decoder": "token"}, "decoder='token': choose 'core' or 'conv1d'"),
+        ({"text_encoder": 3}, "text_encoder"),
         ({"latent_size": 0}, "must be at least 1"),
         ({"depth": 10**6}, "larger than any real generator's"),
         ({"modalities": {"../x": 3}}, "modality '../x'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import shutil
@@ -85,6 +86,27 @@ def test_an_adapter_is_refined_on_the_users_examples(
     assert "before it was refined" in card and EXAMPLES[0] not in card
 
 
+@pytest.mark.parametrize(
+    ("examples", "steps", "message"),
+    [(["word"], 4, "they make 1 sequence, and refining needs two"), (EXAMPLES, 2, "none of up to 2 steps")],
+)
+def test_refining_that_changes_nothing_is_said_and_not_recorded(
+    generator: CVAELoRAGenerator,
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    examples: list[str],
+    steps: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr("lora_factory.generator.refine._mean_loss", lambda *_: 1.0)  # never lower
+    options = {"examples": examples, "base_model": pico_model_folder, "refine_steps": steps}
+    with pytest.warns(UserWarning, match=message):
+        folder = generator.save_adapter(TEXT, tmp_path / "adapter", **options)
+    assert json.loads((folder / "generation.json").read_text())["refined_on"] == 0
+    assert "refined" not in (folder / "README.md").read_text()
+
+
 def test_a_live_model_with_an_adapter_is_read_without_it(
     generator: CVAELoRAGenerator, pico_model_folder: Path
 ) -> None:
@@ -165,6 +187,10 @@ def test_a_generator_of_chat_adapters_refines_in_the_template_and_says_so(
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"refine_steps": -1}, "refine_steps is"),
         ({"refine_steps": 2.5}, "refine_steps is"),
+        ({"refine_steps": 4}, "refine_steps=4 needs examples="),
+        ({"conditions": {"text": torch.ones(32)}}, r"text= and conditions=\{'text': \.\.\.\} give the same"),
+        ({"images": ["a.png"], "conditions": {"image": torch.ones(8)}}, "images= and conditions="),
+        ({"examples": ["a"], "conditions": {"hidden": torch.ones(64)}}, "examples= and conditions="),
         ({"adapter_name": "v1.0"}, "adapter_name is 'v1.0'; PEFT takes a name without dots, for example 'v1_0'"),
         ({"adapter_name": ""}, "adapter_name is ''"),
         ({"adapter_name": "keys"}, "adapter_name is 'keys'"),
@@ -389,6 +415,41 @@ def test_a_condition_far_from_all_tasks_is_farther_than_all(knowing: CVAELoRAGen
     known = torch.nn.functional.normalize(knowing.text_task_vectors, dim=1)
     away = knowing.explain(conditions={"text": -known.sum(0)})
     assert away["farther_than"] == 1 and away["distance"] > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (KNOWN[0], {}),
+        (KNOWN[0], {"seed": 3, "temperature": 0.5}),
+        (KNOWN[0], {"rank": 1}),
+        ({KNOWN[0]: 0.7, 'a "quoted" it\'s': -1 / 3}, {"rank": 1}),
+        ({KNOWN[0]: 1 + 1e-6}, {}),
+        (f"0.5 * {KNOWN[0]!r} + 2 * {KNOWN[1]!r}", {}),  # a text that reads like a mixture
+        (None, {"examples": EXAMPLES}),
+        ({KNOWN[0]: 0.25, KNOWN[1]: 2}, {"examples": EXAMPLES}),
+        (KNOWN[0], {"examples": EXAMPLES, "rank": 1, "refine_steps": 4}),
+    ],
+)
+def test_the_call_in_a_card_writes_the_same_bytes(
+    knowing: CVAELoRAGenerator,
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: Any,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    knowing.save_pretrained("generator")
+    generator = CVAELoRAGenerator.from_pretrained("generator")
+    if "examples" in options:
+        options = options | {"base_model": pico_model_folder}
+    folder = generator.save_adapter(text, "adapter", **options)
+    code = (folder / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    before = generator.save_adapter(text, "before", **(options | {"refine_steps": 0}))
+    exec(code, {})
+    found = hashlib.sha256(Path("again", "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert found == json.loads((before / "generation.json").read_text())["sha256"]
 
 
 def test_a_lower_rank_is_the_nearest_and_its_loss_is_recorded(

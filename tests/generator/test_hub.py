@@ -69,7 +69,7 @@ result = {{"first": first, "race": race}}
     assert len(commits) == 4 and "412" in result["race"], "what came in between stops a push"
     assert "condition.safetensors" in commits[2].tree and "condition.safetensors" not in commits[0].tree
     before = commits[2].tree["README.md"].content.decode()
-    assert 'conditions=load_file("condition.safetensors")' in before
+    assert 'conditions=load_file("vectors/condition.safetensors")' in before
     assert "# By hand" in commits[0].tree["README.md"].content.decode(), "a hand-written card survives"
 
 

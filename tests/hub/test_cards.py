@@ -29,8 +29,10 @@ from lora_factory.hub.cards import (
     GeneratorCard,
     Origins,
     ZooCard,
+    described,
     inline,
     keep_handwritten,
+    read_mixture,
     split_card,
 )
 from lora_factory.reporting.report import html_page, markdown_tables
@@ -189,7 +191,43 @@ def test_the_call_that_makes_an_adapter_again_is_python() -> None:
     for text in texts:
         code = adapter_card(generation(text=text)).split("```python\n")[2].split("```")[0]
         exec(code.split("\n", 1)[1], {"CVAELoRAGenerator": Recorder})
-    assert calls == [((text, "adapter"), {"seed": 3, "temperature": 0.7}) for text in texts]
+    assert calls == [((text, "again"), {"seed": 3, "temperature": 0.7}) for text in texts]
+
+
+def test_a_card_says_what_its_adapter_was_made_of() -> None:
+    alone = adapter_card(generation(text=None, conditions=("hidden",)))
+    assert "written from examples by a" in alone and "| condition | examples |" in alone
+    assert "The task of the examples, as" in alone and "description" not in alone and "hidden" not in alone
+    both = adapter_card(generation(conditions=("hidden", "image"), refined_on=1))
+    assert "written from a description and examples and images by a" in both
+    assert "generator and refined on 1 example." in both and "| refined on | 1 example, which is not kept |" in both
+    assert "without any training" not in both and "Nothing was fine-tuned" not in both
+    assert "and refined on 2 examples." in adapter_card(generation(refined_on=2))
+
+
+def test_a_card_names_a_generator_that_its_readers_have() -> None:
+    local: dict[str, Any] = {"generator": "my-generator", "generator_commit": None}
+    assert 'from_pretrained("my-generator")' in adapter_card(generation(**local), title="adapter")
+    assert 'from_pretrained("FOLDER-OF-THE-GENERATOR")' in adapter_card(generation(**local))
+    assert f'from_pretrained("alice/generator", revision="{COMMIT}")' in adapter_card(generation())
+
+
+def test_a_generator_without_a_zoo_is_made_of_no_adapters() -> None:
+    assert "over\nthe weights of adapters that were fine-tuned on 2 tasks, made with" in generator_card()
+    card = generator_card(from_zoo=False)
+    assert (
+        "that was\ntrained through the base model on the data of 2 tasks, made with" in card
+        and "fine-tuned" not in card
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "1 * 'a'", "0.5 * 'a' + b", "2 * 'a' + 1 * 'a'", "1 * 'a' + ", None, HOSTILE]
+)
+def test_several_texts_in_one_are_read_back(text: str | None) -> None:
+    assert read_mixture(described(text)) in (text, {text: 1.0})
+    mixture = {text or "x": 1 / 3, "it's \\ \"b\" + 'c'\n": -1e-9, "d": 2.0}
+    assert read_mixture(described(mixture)) == mixture
 
 
 def test_hand_written_parts_survive() -> None:

@@ -11,14 +11,21 @@ from typing import NamedTuple
 import open_clip
 import pytest
 import torch
+from helpers.models import make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     XLMRobertaConfig,
@@ -29,8 +36,10 @@ from lora_factory.adapters.attach import adapter_parameters
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.bert import open_bert
 from lora_factory.models.embedded import embedded_text_encoder
-from lora_factory.models.hidden_states import HiddenStateEncoder, task_vector
+from lora_factory.models.hidden_states import HiddenStateEncoder, example_features, task_vector
+from lora_factory.models.losses import FrozenBase
 from lora_factory.models.text_encoders import MINILM, TextEncoder
+from lora_factory.tasks.task import Task
 from lora_factory.utils.cache import TensorCache
 
 TEXTS = ["The old man reads a letter.", "fox", "Permission is hereby granted, free of charge, to any person. " * 9]
@@ -287,8 +296,47 @@ def test_hidden_state_identifier_follows_the_base(
 ) -> None:
     before = HiddenStateEncoder(pico_model, pico_tokenizer).identifier
     assert HiddenStateEncoder(pico_model, pico_tokenizer, max_length=64).identifier != before
-    pico_model.model.layers[1].mlp.up_proj.weight.data += 0.1
-    assert HiddenStateEncoder(pico_model, pico_tokenizer).identifier != before
+    pico_model.model.embed_tokens.weight.data[-1] += 0.1
+    changed = HiddenStateEncoder(pico_model, pico_tokenizer).identifier
+    pico_model.config.rope_parameters["rope_theta"] *= 2
+    assert len({before, changed, HiddenStateEncoder(pico_model, pico_tokenizer).identifier}) == 3
+
+
+def test_cached_states_follow_the_tokenizer(
+    pico_model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_FACTORY_CACHE", str(tmp_path))
+    task = Task.from_examples("a", ["about a"], TEXTS)
+    for bos in (True, False, True):
+        base = FrozenBase(pico_model, make_tokenizer(bos=bos), None)
+        direct = HiddenStateEncoder(pico_model, base.tokenizer).encode(task.examples("train"))
+        torch.testing.assert_close(example_features(base, [task])["a"], direct)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}),
+        (CohereConfig, {"eos_token_id": 1}),
+        (Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 1.0}),
+        (PhiConfig, {}),
+    ],
+)
+def test_prediction_errors_are_those_of_the_models_own_logits(
+    pico_tokenizer: PreTrainedTokenizerBase, config: type[PreTrainedConfig], options: dict
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = config(vocab_size=300, num_hidden_layers=1, initializer_range=0.3, **sizes, **options)
+    model = AutoModelForCausalLM.from_config(small).eval()
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        head.bias.normal_()
+    ids = pico_tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    probabilities = model(ids).logits[0, :-1].softmax(-1)
+    expected = (head.weight[ids[0, 1:]] - probabilities @ head.weight).mean(0)
+    found = HiddenStateEncoder(model, pico_tokenizer).encode(TEXTS[:1])[0, 64:96]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_task_vector_is_the_mean() -> None:

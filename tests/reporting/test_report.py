@@ -261,6 +261,9 @@ def test_what_beats_the_generator_is_marked() -> None:
     comparison = make_comparison(LOSSES | better)
     assert [summary.method for summary in summarise(comparison) if summary.beats_generator] == ["multi-task LoRA"]
     assert "multi-task LoRA beats the generator on unseen tasks by 0.05 [0.05, 0.05] in headroom." in words(comparison)
+    lora = "multi-task LoRA, refined"
+    refined = make_comparison(LOSSES | {"generated from examples": 1.2, lora: 1.1})
+    assert f'{lora} beats the generator (row "generated from examples") on seen tasks by' in words(refined)
     assert "| **multi-task LoRA** | 0.95" in markdown_tables(comparison)
     assert "beats the generator (seen and unseen)" in terminal(comparison)
 

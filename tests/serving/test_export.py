@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -190,6 +191,22 @@ def test_a_merged_folder_is_a_model_of_its_own(
     ]
     assert texts[0] == texts[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_weight_that_input_and_output_share_is_merged_where_the_adapter_is(
+    pico_model_folder: Path, tmp_path: Path, module: str
+) -> None:
+    config = LlamaConfig.from_pretrained(pico_model_folder, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(pico_model_folder).save_pretrained(tmp_path / "base")
+    adapter = adapter_folder(tmp_path / "base", tmp_path / "adapter", target_modules=[module])
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    before, expected = plain(TOKENS).logits, PeftModel.from_pretrained(plain, adapter)(TOKENS).logits
+    assert (expected - before).abs().max() > 0.01
+    merged = AutoModelForCausalLM.from_pretrained(export_merged(adapter, tmp_path / "merged"))
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_writes_a_gguf_file(

@@ -42,6 +42,25 @@ def test_streaming_reads_the_named_columns_of_a_folder(tmp_path: Path) -> None:
     assert again.data == task.data and again.fingerprint() == task.fingerprint()
 
 
+@pytest.mark.parametrize("name", ["jsonl", "parquet"])
+def test_data_files_choose_among_the_files_of_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "data").mkdir()
+    for part in ("mine", "other", "held"):
+        rows = datasets.Dataset.from_list([{"text": f"{part} {number}"} for number in range(3)])
+        file = tmp_path / "data" / f"{part}.{name}"
+        rows.to_parquet(file) if name == "parquet" else rows.to_json(file)
+    files = {"train": f"mine.{name}", "test": [f"held.{name}"]}
+    (task,) = load_tasks(write_task(tmp_path, {"path": "data", "data_files": files}))
+    learned = {example.completion.split()[0] for split in ("train", "validation") for example in task.examples(split)}
+    assert learned == {"mine"}
+    assert [example.completion for example in task.examples("test")] == ["held 0", "held 1", "held 2"]
+    with pytest.raises(LoraFactoryError, match=f"missing.{name}"):
+        load_examples(DataSource(str(tmp_path / "data"), data_files={"train": f"missing.{name}"}), "a")
+    one = DataSource(str(tmp_path / "data" / f"mine.{name}"), data_files={"train": f"held.{name}"})
+    with pytest.raises(LoraFactoryError, match="is one file, of which data_files are no part"):
+        load_examples(one, "a")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_column_and_damaged_rows_are_named(tmp_path: Path, streaming: bool) -> None:
     write_rows(tmp_path / "a.jsonl", ROWS)
@@ -56,8 +75,9 @@ def test_a_missing_column_and_damaged_rows_are_named(tmp_path: Path, streaming: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_rows": 0}, "max_rows=0 .* must be a number of rows above 0"),
-        ({"max_rows": "7"}, "max_rows='7' .* must be a number of rows above 0"),
+        ({"max_rows": 0}, "max_rows=0 .* must be a number of rows from 1 to"),
+        ({"max_rows": "7"}, "max_rows='7' .* must be a number of rows from 1 to"),
+        ({"max_rows": 2**63}, "max_rows=9223372036854775808 .* must be a number of rows from 1 to"),
         ({"streaming": True}, "true needs max_rows"),
         ({"streaming": "yes", "max_rows": 5}, "streaming='yes' must be true or false"),
     ],

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from helpers.from_data import TEXTS, CutOff, cut_off_after, make_tasks
 from helpers.images import boxes_task, brightness_task, save_classifier
 from tiny_models import tiny_florence, tiny_t5
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_factory.adapters.attach import AdapterSlot, adapters_in_batch, wrap_base
 from lora_factory.arguments import CollectArguments, LoRAOptions, TrainArguments, from_record
@@ -249,6 +250,28 @@ def test_the_step_that_is_best_on_held_out_tasks_is_kept(
     assert "validation" not in plain.training_record["history"][-1]
     assert plain.training_record["history"][-1]["loss"] == history[-1]["loss"], "scoring changes no draw"
     assert not torch.equal(plain.basis.factors, made.basis.factors)
+
+
+def test_a_training_that_was_cut_off_starts_over_when_what_it_learns_from_has_changed(
+    arguments: TrainArguments, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, tasks = replace(arguments, base_steps=6, multitask_steps=2), make_tasks("prose", "code", "law")
+    other = AutoModelForCausalLM.from_pretrained(pico_model_folder)
+    other.lm_head.weight.data[-1] += 1
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(pico_model_folder).save_pretrained(tmp_path / "other")
+    whole = {"tasks": tasks, "base_model": pico_model_folder, "base_model_name": "me/base"}
+    fewer = {**whole, "tasks": tasks[:2], "held_out": tasks[2:]}
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY_SECONDS", 0)
+    for number, changed in enumerate((fewer, {**whole, "base_model": tmp_path / "other"})):
+        with monkeypatch.context() as patch:
+            cut_off_after(patch, 4)
+            with pytest.raises(CutOff):
+                train_generator(None, tmp_path / f"generator-{number}", settings, **whole)
+        made = train_generator(None, tmp_path / f"generator-{number}", settings, **changed)
+        alone = train_generator(None, tmp_path / f"alone-{number}", settings, **changed)
+        ours, theirs = made.state_dict(), alone.state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(

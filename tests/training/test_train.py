@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.images import save_classifier
 from helpers.models import attach
 from helpers.training import DESCRIPTIONS, make_zoo, save_word_encoder
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -274,6 +277,24 @@ def test_hidden_states_and_texts_each_suffice(
         assert error(generator, zoo, task.name, text=text) < 0.5
         assert error(generator, zoo, task.name, conditions=hidden) < 0.5
         assert error(generator, zoo, task.name, text=text, conditions=hidden) < 0.5
+
+
+def test_images_and_examples_are_both_learned(
+    zoo: AdapterZoo, arguments: TrainArguments, tasks: list[Task], pico_model_folder: Path, tmp_path: Path
+) -> None:
+    settings = replace(arguments, steps=5, image_encoder=str(save_classifier(tmp_path / "classifier")))
+    given: Any = {"tasks": tasks, "base_model": pico_model_folder}
+    colours = {task.name: [Image.new("RGB", (8, 8), (50 * number, 0, 0))] for number, task in enumerate(tasks)}
+    made = train_generator(zoo, tmp_path / "generator", settings, images=colours, **given)
+    assert set(made.config.modalities) == {"text", "image", "hidden"}
+    for wrong, words in (
+        (tmp_path / "none.png", "images is .* give a list"),
+        ([tmp_path / "none.png"], "none.png"),
+        ([tmp_path], "is a folder|Is a directory|no ordinary file"),
+        (colours[tasks[0].name][0], "give a list"),
+    ):
+        with pytest.raises(LoraFactoryError, match=words):
+            train_generator(zoo, tmp_path / "other", settings, images={**colours, tasks[0].name: wrong}, **given)
 
 
 def test_a_zoo_of_one_task_is_refused(layout: AdapterLayout, arguments: TrainArguments, tmp_path: Path) -> None:

@@ -285,14 +285,16 @@ def test_a_list_names_tasks_and_descriptions(adapters: Path, tmp_path: Path) -> 
         "",
         f"{adapters / 'wide'}\t\t\tsecond",
         "nobody/no-hub@v1",
+        "plain birds Write about birds",
     ]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
     assert read_list(tmp_path / "list.txt")[2] == AdapterSource("nobody/no-hub@v1")
     report = import_adapters([tmp_path / "list.txt"], tmp_path / "zoo", NAMED)
     assert set(report.imported.values()) == {"birds/imported", "wide/second"}
     assert report.zoo.descriptions("birds") == ("Write about birds",)
-    (reason,) = report.refused.values()
-    assert "cannot download nobody/no-hub" in reason
+    unreachable, spaces = report.refused.values()
+    assert "cannot download nobody/no-hub" in unreachable
+    assert spaces == "there is no such folder; in a list, tabs stand between folder, task and description, not spaces"
 
 
 def test_importing_again_changes_nothing_and_conflicts_are_named(adapters: Path, copy: Path, tmp_path: Path) -> None:
@@ -308,6 +310,11 @@ def test_importing_again_changes_nothing_and_conflicts_are_named(adapters: Path,
     assert f"it would be plain/imported, as {adapters / 'plain'} is" in report.refused[str(copy)]
     (copy / "README.md").unlink()
     assert "give a description" in refusal(copy, tmp_path / "zoo")
+    shutil.copytree(copy, tmp_path / "second")
+    with pytest.raises(LoraFactoryError, match=r"FOLDER<TAB>TASK<TAB>DESCRIPTION") as error:
+        import_adapters([copy, tmp_path / "second"], tmp_path / "another", NAMED)
+    assert str(error.value).startswith(f"nothing was imported: {copy}, {tmp_path / 'second'}: it has no model card")
+    assert str(error.value).count("it has no model card") == 1
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,13 @@ def test_prune_keeps_the_last_snapshots_bit_for_bit(zoo: AdapterZoo) -> None:
 
 
 def test_prune_asks_what_to_remove(zoo: AdapterZoo) -> None:
-    for options in ({}, {"damaged": True, "keep_last": 1}, {"keep_last": -1}, {"dry_run": True}):
+    for options in ({}, {"damaged": True, "keep_last": 1}, {"dry_run": True}):
         with pytest.raises(LoraFactoryError, match="say what to remove"):
             prune(zoo, **options)
+    for count in (-1, 0):
+        with pytest.raises(LoraFactoryError, match=f"^keep_last={count} must be 1 or more"):
+            prune(zoo, tasks=["a"], keep_last=count)
+    assert zoo.runs("a")
     with pytest.raises(LoraFactoryError, match="no task 'c'"):
         prune(zoo, tasks=["c"])
     with pytest.raises(LoraFactoryError, match="no run named seed-7"):
