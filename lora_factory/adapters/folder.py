@@ -36,7 +36,8 @@ class Generation:
     """The record of how an adapter was generated; ``generation.json``.
 
     Attributes:
-        text: What it is for, as it was given; of a combination, the texts with their weights.
+        text: What it is for, as it was given; of a combination, the texts with their weights in one.
+        texts: The texts of a combination, and the weight of each.
         conditions: The modalities of task vectors that were given beside or instead of a text; they are kept in
             ``condition.safetensors``.
         seed: Seed of the sample.
@@ -57,6 +58,7 @@ class Generation:
     """
 
     text: str | None
+    texts: Mapping[str, float] | None = None
     conditions: tuple[str, ...]
     seed: int
     temperature: float

@@ -274,6 +274,7 @@ def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) ->
     name, commit = generator.config.name_or_path or "", getattr(generator.config, "_commit_hash", None)
     generation = Generation(
         text=described(order.text),
+        texts=order.texts if isinstance(order.text, Mapping) else None,
         conditions=tuple(sorted(given)),
         seed=order.seed,
         temperature=order.temperature,

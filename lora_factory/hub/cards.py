@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,6 @@ LICENSES = frozenset(
 )
 # What users hand in for each kind of task vector; "hidden" is the internal name of that of examples.
 _GIVEN = {"text": "description", "hidden": "examples", "image": "images"}
-_STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_TERM = re.compile(rf"(?P<weight>-?\d[\d.e+-]*) \* (?P<text>{_STRING})(?: \+ |$)")
 MARK = "<!-- written by lora-factory:"
 
 
@@ -330,7 +327,7 @@ def _template(name: str) -> Template:
     """A compiled template; compiling takes 40 ms, filling in 1."""
     source = files("lora_factory.model_card_templates").joinpath(name).read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters |= {"md": inline, "python": _python, "mixture": read_mixture, "heard": heard}
+    environment.filters |= {"md": inline, "python": _python, "heard": heard}
     return environment.from_string(source)
 
 
@@ -346,31 +343,10 @@ def heard(modalities: Iterable[str]) -> str:
 
 
 def described(text: str | Mapping[str, float] | None) -> str | None:
-    """What an adapter is for, in one text: of several texts, each with its weight; `read_mixture` reads it back."""
-    if text is None or (isinstance(text, str) and isinstance(read_mixture(text), str)):
+    """What an adapter is for, in one text: of several texts, each with its weight."""
+    if text is None or isinstance(text, str):
         return text
-    texts = {text: 1.0} if isinstance(text, str) else text
-    return " + ".join(f"{_number(weight)} * {one!r}" for one, weight in texts.items())
-
-
-def read_mixture(text: str | None) -> str | dict[str, float] | None:
-    """The text, or the texts with their weights, that `described` has written into one."""
-    texts: dict[str, float] = {}
-    end = 0
-    while text and (term := _TERM.match(text, end)):
-        try:
-            texts[ast.literal_eval(term["text"])] = float(term["weight"])
-        except (ValueError, SyntaxError):
-            return text
-        end = term.end()
-    written = " + ".join(f"{_number(weight)} * {one!r}" for one, weight in texts.items())
-    return texts if texts and written == text else text
-
-
-def _number(weight: float) -> str:
-    """A weight in as few digits as give it back."""
-    short = f"{weight:g}"
-    return short if float(short) == weight else repr(weight)
+    return " + ".join(f"{weight:g} * {one!r}" for one, weight in text.items())
 
 
 def _python(value: object) -> str:

@@ -29,10 +29,8 @@ from lora_factory.hub.cards import (
     GeneratorCard,
     Origins,
     ZooCard,
-    described,
     inline,
     keep_handwritten,
-    read_mixture,
     split_card,
 )
 from lora_factory.reporting.report import html_page, markdown_tables
@@ -219,15 +217,6 @@ def test_a_generator_without_a_zoo_is_made_of_no_adapters() -> None:
         "that was\ntrained through the base model on the data of 2 tasks, made with" in card
         and "fine-tuned" not in card
     )
-
-
-@pytest.mark.parametrize(
-    "text", ["plain", "1 * 'a'", "0.5 * 'a' + b", "2 * 'a' + 1 * 'a'", "1 * 'a' + ", None, HOSTILE]
-)
-def test_several_texts_in_one_are_read_back(text: str | None) -> None:
-    assert read_mixture(described(text)) in (text, {text: 1.0})
-    mixture = {text or "x": 1 / 3, "it's \\ \"b\" + 'c'\n": -1e-9, "d": 2.0}
-    assert read_mixture(described(mixture)) == mixture
 
 
 def test_hand_written_parts_survive() -> None:
