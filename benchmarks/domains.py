@@ -62,7 +62,7 @@ def main() -> None:
         [make_fold(zoo, base, options.output, *entry) for entry in wanted], base, options.output, COMPARE
     )
     console = Console(width=140)
-    for table in terminal_tables(comparison):
+    for table in terminal_tables(comparison, console.width):
         console.print(table)
     console.print(fold_table(comparison))
     console.print(json.dumps({"seeds": seeds, "threads": torch.get_num_threads(), **comparison["created_with"]}))
