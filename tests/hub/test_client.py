@@ -59,7 +59,7 @@ result["logits"].append(fingerprint(auto.generate_adapter(TEXT, seed=3, temperat
 result["logits"].append(fingerprint(AutoPeftModelForCausalLM.from_pretrained("alice/adapter").eval()))
 result["dtype"] = str(CVAELoRAGenerator.from_pretrained("alice/generator", dtype=torch.bfloat16).dtype)
 exec({again!r})
-result["again"] = hashlib.sha256(Path("adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+result["again"] = hashlib.sha256(Path("again/adapter_model.safetensors").read_bytes()).hexdigest()
 cards = [ModelCard.load(name) for name in ("alice/generator", "alice/adapter")]
 result["cards"] = [card.validate() for card in cards]
 """,
