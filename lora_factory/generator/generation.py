@@ -28,7 +28,6 @@ from lora_factory.arguments import MAX_SIZE
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.task_vectors import check_conditions
 from lora_factory.generator.vae import ConditionalVAE
-from lora_factory.hub.cards import described
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_mixture, as_temperature, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
@@ -153,7 +152,7 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
         base = replace(base, layout=layout)
         written = state_dict
         state_dict = refine_state_dict(base, written, order.examples, order.refine_steps, chat_template=in_chat)
-        if any(not torch.equal(value, written[name]) for name, value in state_dict.items()):
+        if state_dict is not written:
             refined_on = len(order.examples)
     return Made(layout, state_dict, _summed(order, vectors), given, lost, refined_on)
 
@@ -273,7 +272,7 @@ def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) ->
     nearest = generator.nearest_tasks(vectors)
     name, commit = generator.config.name_or_path or "", getattr(generator.config, "_commit_hash", None)
     generation = Generation(
-        text=described(order.text),
+        text=described(order),
         texts=order.texts if isinstance(order.text, Mapping) else None,
         conditions=tuple(sorted(given)),
         seed=order.seed,
@@ -294,6 +293,13 @@ def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) ->
     )
     write_json(folder / GENERATION_FILE, asdict(generation), durable=False)
     return generation
+
+
+def described(order: Order) -> str | None:
+    """What an order's adapter is for, in one text: of several texts, each with its weight."""
+    if order.text is None or isinstance(order.text, str):
+        return order.text
+    return " + ".join(f"{weight:g} * {text!r}" for text, weight in order.texts.items())
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -96,13 +96,16 @@ def refine(
 
 def refine_state_dict(
     base: Base,
-    state_dict: Mapping[str, Tensor],
+    state_dict: dict[str, Tensor],
     examples: Sequence[Example | ImageExample | str],
     steps: int,
     *,
     chat_template: bool = False,
 ) -> dict[str, Tensor]:
-    """`refine` for an adapter as PEFT names it and examples as a user has them; it warns when nothing changes."""
+    """`refine` for an adapter as PEFT names it and examples as a user has them.
+
+    When nothing changes, it warns and returns ``state_dict`` itself.
+    """
     settings = TokenOptions(chat_template=chat_template)
     if (limit := positions(base.model) or settings.sequence_length) < settings.sequence_length:
         settings = replace(settings, sequence_length=limit)
@@ -116,6 +119,7 @@ def refine_state_dict(
             else f"none of up to {steps} steps lowered the loss on those left out; give more examples or other ones"
         )
         warnings.warn(f"the adapter was not refined on the examples: {reason}", stacklevel=4)
+        return state_dict
     return base.layout.unflatten(refined)
 
 

@@ -342,13 +342,6 @@ def heard(modalities: Iterable[str]) -> str:
     return ", ".join({"hidden": "examples"}.get(name, name) for name in modalities)
 
 
-def described(text: str | Mapping[str, float] | None) -> str | None:
-    """What an adapter is for, in one text: of several texts, each with its weight."""
-    if text is None or isinstance(text, str):
-        return text
-    return " + ".join(f"{weight:g} * {one!r}" for one, weight in text.items())
-
-
 def _python(value: object) -> str:
     """A Python literal that cannot end the code block it stands in."""
     literal = repr(value).replace("`", "\\x60")

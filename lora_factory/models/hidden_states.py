@@ -126,7 +126,7 @@ class HiddenStateEncoder:
             )
         inputs = pad_tokens(rows, next(self._backbone.parameters()).device)
         mask, embeddings = inputs["attention_mask"], self._head.weight
-        scored, logits = mask[:, 1:].bool(), None
+        scored = mask[:, 1:].bool()
         if self._plain_head:  # the logits of one example at a time take less memory
             hidden = self._backbone(**inputs, use_cache=False).last_hidden_state
             chosen = (states[counted].to(embeddings) for states, counted in zip(hidden[:, :-1], scored, strict=True))
@@ -258,11 +258,11 @@ def example_features(base: Base, tasks: Sequence[Task]) -> dict[str, Tensor]:
 
     for task in bar:
         examples = task.examples("train")[:FEATURE_EXAMPLES]
-        by_tokens = {str(encoder.tokens(example.prompt + example.completion)): example for example in examples}
-
-        def encode(missing: list[str], by_tokens: dict[str, Example] = by_tokens) -> Tensor:
-            return encoder.encode([by_tokens[tokens] for tokens in missing])
-
         keys = [str(encoder.tokens(example.prompt + example.completion)) for example in examples]
+        known = dict(zip(keys, examples, strict=True))
+
+        def encode(missing: list[str], known: dict[str, Example] = known) -> Tensor:
+            return encoder.encode([known[key] for key in missing])
+
         states[task.name] = cache.get_or_compute(encoder.identifier, keys, encode)
     return states

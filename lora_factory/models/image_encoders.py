@@ -98,7 +98,7 @@ def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike
     Raises:
         LoraFactoryError: When a task has no image, or one cannot be read.
     """
-    cache, vectors = TensorCache(cache_folder() / "features"), {}
+    cache, vectors, identifier = TensorCache(cache_folder() / "features"), {}, encoder.identifier
     hidden = not PartialState().is_local_main_process
     for task, given in progress_bar(images.items(), desc="images", unit="tasks", disable=hidden):
         if not len(given):
@@ -109,7 +109,7 @@ def image_vectors(encoder: ImageEncoder, images: Mapping[str, Sequence[ImageLike
         def encode(missing: list[str], known: dict[str, ImageLike] = known) -> Tensor:
             return encoder.encode([known[key] for key in missing])
 
-        vectors[task] = cache.get_or_compute(encoder.identifier, keys, encode)
+        vectors[task] = cache.get_or_compute(identifier, keys, encode)
     return vectors
 
 
