@@ -163,9 +163,8 @@ def oracle_core(trainer: LoRATrainer, generator: CVAELoRAGenerator, task: Task) 
     basis, cores = generator.basis, generator.center.detach().clone()[None].requires_grad_(True)
     assert basis is not None
     basis.requires_grad_(False)
-    fitted(
-        trainer, task, [cores], lambda rows: query_loss(trainer, basis.in_batch(trainer.model, cores), [rows]), 3e-3
-    )
+    read = lambda rows: query_loss(trainer, lambda _: basis.in_batch(trainer.model, cores), [rows])  # noqa: E731
+    fitted(trainer, task, [cores], read, 3e-3)
     basis.requires_grad_(True)
     return cores.detach()
 
@@ -176,7 +175,7 @@ def own_lora(trainer: LoRATrainer, multitask: CVAELoRAGenerator, task: Task) -> 
     own.load_state_dict(multitask.state_dict())
     basis, cores = own.basis, own.center[None]
     assert basis is not None
-    read = lambda rows: query_loss(trainer, basis.in_batch(trainer.model, cores), [rows])  # noqa: E731
+    read = lambda rows: query_loss(trainer, lambda _: basis.in_batch(trainer.model, cores), [rows])  # noqa: E731
     fitted(trainer, task, [basis.factors], read, 3e-3)
     return own
 

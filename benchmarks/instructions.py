@@ -117,12 +117,12 @@ def main() -> None:
         assert generator.basis is not None
         rows = task.examples("test")[: options.test_rows]
 
-        def adapted() -> AbstractContextManager[None]:
+        def adapted(_: slice) -> AbstractContextManager[None]:
             return generator.basis.in_batch(trainer.model, core[None])
 
         with torch.no_grad(), trainer.slot.disabled():
-            loss = query_loss(trainer, adapted(), [trainer.encode(rows)])
-            with adapted():
+            loss = query_loss(trainer, adapted, [trainer.encode(rows)])
+            with adapted(slice(None)):
                 right = completion_accuracy(trainer.model, trainer.tokenizer, rows, window=settings.sequence_length)
         return right, float(loss)
 

@@ -171,11 +171,16 @@ def check_order(layout: AdapterLayout, count: int) -> None:
     Raises:
         LoraFactoryError: When the layout has modules of single experts.
     """
-    if count > 1 and (single := [module.path for module in layout.modules if _SINGLE_EXPERT.search(module.path)]):
+    if count > 1 and (single := single_experts(layout)):
         raise LoraFactoryError(
             f"{single[0]} belongs to one expert of a mixture, which gets tokens of several adapters in any order; "
             f"adapt other modules: target_modules= (--target-modules), without {single[0].rpartition('.')[2]}"
         )
+
+
+def single_experts(layout: AdapterLayout) -> list[str]:
+    """The modules of a layout that belong to one expert of a mixture, by path."""
+    return [module.path for module in layout.modules if _SINGLE_EXPERT.search(module.path)]
 
 
 @contextmanager

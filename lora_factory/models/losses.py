@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,11 +12,13 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from lora_factory.adapters.attach import adapters_in_batch
+from lora_factory.adapters.attach import adapters_in_batch, single_experts
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.live_models import plain_model
 from lora_factory.models.inputs import IGNORED, ModelInputs, model_inputs, pad_tokens
 
+# Makes a context in which a model reads the rows of these tasks, each with its adapter.
+ReadWith = Callable[[slice], AbstractContextManager[None]]
 # Logits in float32 at a time on a CPU: so many stay in its cache, while a whole batch needs new pages of memory each
 # time. 256 tokens of 49,152, forwards and backwards on one core: 18 ms, all at once 109 ms.
 _LOGITS_AT_A_TIME = 2**20
@@ -103,31 +105,62 @@ class FrozenBase:
 
 def query_loss(
     base: Base,
-    adapters: torch.Tensor | AbstractContextManager[None],
+    adapters: torch.Tensor | Callable[[slice], AbstractContextManager[None]],
     queries: Sequence[Sequence[Any]],
-    *,
-    until: ExitStack | None = None,
 ) -> torch.Tensor:
-    """Mean over tasks of the mean loss per scored token (per image, for a classifier).
+    """Mean over tasks of the mean loss per scored token (per image, for a classifier): the sum of `query_losses`."""
+    return torch.stack(list(query_losses(base, adapters, queries))).sum()
+
+
+def query_losses(
+    base: Base,
+    adapters: torch.Tensor | Callable[[slice], AbstractContextManager[None]],
+    queries: Sequence[Sequence[Any]],
+) -> Iterator[torch.Tensor]:
+    """Read every task's rows with its own adapter, in one forward pass where the rows can be told apart in it.
+
+    They cannot be in single experts of a mixture, which get their tokens in any order, nor where images become
+    different numbers of patches (Qwen2-VL, LLaVA-Next, SmolVLM): there each task has a forward pass of its own.
 
     Args:
         base: The frozen base model; adapters that are active in it take part too.
-        adapters: Shape ``(tasks, D)``; or a context in which the model reads each task's rows with its adapter.
+        adapters: Shape ``(tasks, D)``; or what makes a context in which the model reads the rows of these tasks.
         queries: For every task equally many rows, as ``base.inputs`` encodes examples.
-        until: The adapters stay in the model until it closes: a backward pass that computes activations again, as
-            gradient checkpointing does, needs them there.
+
+    Yields:
+        Losses whose sum is the mean over tasks. The adapters stay in the model until the next is asked for: a backward
+        pass that computes activations again, as gradient checkpointing does, needs them there.
     """
     if isinstance(adapters, torch.Tensor):
-        adapters = adapters_in_batch(base.model, base.layout, adapters)
+        weights = adapters
+        adapters = lambda share: adapters_in_batch(base.model, base.layout, weights[share])  # noqa: E731
+    count = len(queries)
     inputs = base.inputs.collate([row for rows in queries for row in rows], base.model.device)
-    labels, decodes = inputs["labels"], bool(getattr(base.model.config, "is_encoder_decoder", False))
+    if count == 1 or not (single_experts(base.layout) or _images_differ(inputs)):
+        with adapters(slice(None)):
+            yield _mean_loss(base.model, inputs, count)
+        return
+    for task, rows in enumerate(queries):
+        with adapters(slice(task, task + 1)):
+            yield _mean_loss(base.model, base.inputs.collate(rows, base.model.device), 1) / count
+
+
+def _mean_loss(model: Any, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:  # noqa: ANN401
+    """Mean over ``count`` equal shares of a batch of the mean loss per scored token."""
+    labels, decodes = inputs["labels"], bool(getattr(model.config, "is_encoder_decoder", False))
     if not decodes:  # an encoder-decoder makes its inputs of the labels
         del inputs["labels"]
-    with ExitStack() as here:
-        (until or here).enter_context(adapters)
-        logits = base.model(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
+    logits = model(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
     if labels.ndim > 1 and not decodes:
         labels = next_token_labels(labels)
     losses = label_losses(logits, labels)
-    scored = (labels != IGNORED).reshape(len(queries), -1).sum(1)
-    return (losses.reshape(len(queries), -1).sum(1) / scored).mean()
+    scored = (labels != IGNORED).reshape(count, -1).sum(1)
+    return (losses.reshape(count, -1).sum(1) / scored).mean()
+
+
+def _images_differ(inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a batch has more of its images than one ``(rows, channels, height, width)``: sizes, or patches."""
+    rows = inputs["labels"]
+    text = {rows.shape, inputs.get("input_ids", rows).shape}
+    images = [value for value in inputs.values() if value.shape not in text]
+    return bool(images) and not (len(images) == 1 and images[0].ndim == 4 and len(images[0]) == len(rows))

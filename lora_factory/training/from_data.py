@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_factory.arguments import TrainArguments
 from lora_factory.collection.optimise import take_steps
 from lora_factory.collection.trainer import LoRATrainer, TrainingTask
+from lora_factory.generator.basis import CoreBasis
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import CoreCVAE
 from lora_factory.models.inputs import TokenSequence
-from lora_factory.models.losses import query_loss
+from lora_factory.models.losses import ReadWith, query_loss, query_losses
 from lora_factory.training.conditions import draw_conditions, draw_present, index_of, unrelated_texts
 from lora_factory.training.from_zoo import set_spread
 from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
@@ -110,16 +110,14 @@ def train_through_base(
     def gradients(step: int) -> float:
         _set_rates(optimizer, step - 1, arguments)
         _read_mode(trainer)
-        with ExitStack() as until:
-            drawn = _Step.draw(data, arguments, source)
-            cores = generator.center[None]
-            if step > arguments.multitask_steps:
-                cores = _drawn_cores(generator, drawn.tasks, features, unrelated, source)
-            loss = query_loss(trainer, basis.in_batch(trainer.model, cores), drawn.sequences, until=until)
-            accelerator.backward(loss)
+        drawn = _Step.draw(data, arguments, source)
+        cores = generator.center[None]
+        if step > arguments.multitask_steps:
+            cores = _drawn_cores(generator, drawn.tasks, features, unrelated, source)
+        loss = _backward(trainer, basis, cores, drawn.sequences)
         _average_gradients(accelerator, [*basis.parameters(), generator.center, *network.parameters()])
         state.tokens += drawn.tokens * accelerator.num_processes
-        return loss.item()
+        return loss
 
     steps = take_steps(
         gradients,
@@ -161,7 +159,7 @@ def validate(
     name, losses = "text" if "text" in features else next(iter(features)), []
     for task, sequences in validation.items():
         cores = generator.cores({name: features[name][task][:1].to(generator.device)}, 1)
-        losses.append(float(query_loss(trainer, basis.in_batch(trainer.model, cores), [sequences])))
+        losses.append(float(query_loss(trainer, _read_with(trainer, basis, cores), [sequences])))
     generator.train(training)
     return sum(losses) / len(losses)
 
@@ -191,6 +189,23 @@ class _Step:
     @property
     def tokens(self) -> int:
         return sum(len(sequence.tokens) for rows in self.sequences for sequence in rows)
+
+
+def _read_with(trainer: LoRATrainer, basis: CoreBasis, cores: Tensor) -> ReadWith:
+    """What reads some tasks' rows, each with the adapter of its core; one core alone is for all."""
+    return lambda share: basis.in_batch(trainer.model, cores[share] if len(cores) > 1 else cores)
+
+
+def _backward(
+    trainer: LoRATrainer, basis: CoreBasis, cores: Tensor, sequences: Sequence[Sequence[TokenSequence]]
+) -> float:
+    """Gradients of the mean loss of tasks; returns the loss. Those of the cores are passed on once, in the end."""
+    given, total = cores.detach().requires_grad_(), 0.0
+    for loss in query_losses(trainer, _read_with(trainer, basis, given), sequences):
+        trainer.accelerator.backward(loss)
+        total += loss.item()
+    cores.backward(given.grad)
+    return total
 
 
 def _drawn_cores(

@@ -32,13 +32,13 @@ class CutOff(Exception):
 
 def cut_off_after(patch: pytest.MonkeyPatch, calls: int) -> list[int]:
     """Have the training through the base end at a call of its loss; returns the list that counts the calls."""
-    query, made = from_data.query_loss, []
+    query, made = from_data.query_losses, []
 
-    def query_loss(*words: Any, **options: Any) -> Any:
+    def query_losses(*words: Any, **options: Any) -> Any:
         made.append(len(made))
         if len(made) == calls:
             raise CutOff
         return query(*words, **options)
 
-    patch.setattr(from_data, "query_loss", query_loss)
+    patch.setattr(from_data, "query_losses", query_losses)
     return made

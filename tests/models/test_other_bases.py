@@ -94,8 +94,8 @@ def test_training_through_the_base_learns_and_adapters_come_from_examples(
         rows = [trainer.validation(tasks[0])]
         base = float(query_loss(trainer, torch.zeros(1, trainer.layout.size), rows))
         condition = {"hidden": example_states(trainer, examples).mean(0, keepdim=True)}
-        adapters = generator.basis.in_batch(trainer.model, generator.cores(condition, 1))
-        generated = float(query_loss(trainer, adapters, rows))
+        cores = generator.cores(condition, 1)
+        generated = float(query_loss(trainer, lambda _: generator.basis.in_batch(trainer.model, cores), rows))
     assert generated < base - 0.1
     model = generator.generate_adapter(base_model=folder, examples=examples, refine_steps=3)
     assert model.active_adapters == ["default"]
