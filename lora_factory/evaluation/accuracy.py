@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.decoding import Prompt, decode, end_tokens, read_answer
-from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
+from lora_factory.models.inputs import following_tokens, frozen, positions, render_chat, text_tokens
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
@@ -195,7 +195,7 @@ def _check(examples: Sequence[Example], batch_size: int) -> None:
 
 
 def _answer_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    tokens = text_tokens(tokenizer, text, begins=False)
+    tokens = following_tokens(tokenizer, text)
     if not tokens:
         raise LoraFactoryError(f"the tokenizer has no token for the answer {text!r}; write it in characters it knows")
     return tokens

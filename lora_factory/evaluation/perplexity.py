@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.inputs import frozen, positions, render_chat, text_tokens
+from lora_factory.models.inputs import following_tokens, frozen, positions, render_chat, text_tokens
 from lora_factory.models.loading import base_source, load_base_model
 from lora_factory.models.losses import Window, negative_log_likelihoods
 from lora_factory.tasks.examples import Example
@@ -300,7 +301,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | 
     if chat_template:
         example = render_chat(tokenizer, example)
     context = text_tokens(tokenizer, example.prompt, begins=not chat_template)
-    completion = text_tokens(tokenizer, example.completion, begins=False)
+    follows = following_tokens if example.prompt else partial(text_tokens, begins=False)
+    completion = follows(tokenizer, example.completion)
     tokens = context + completion
     first = min(max(1, len(context)), len(tokens))
     scored = tokens[first:][:budget]

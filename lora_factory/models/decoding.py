@@ -23,7 +23,7 @@ from transformers import (
 
 from lora_factory.adapters.live_models import base_of
 from lora_factory.errors import LoraFactoryError
-from lora_factory.models.inputs import end_token, pad_tokens, positions, text_tokens
+from lora_factory.models.inputs import end_token, line_break, pad_tokens, positions, text_tokens
 
 BASE = "__base__"  # PEFT's name for rows that go through no adapter
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
@@ -161,8 +161,13 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
 
 def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: set[int]) -> str:
     """The text of an answer up to the token that ends it."""
-    answer = list(takewhile(lambda token: token not in ends, tokens))
-    return str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    before, answer = [*line_break(tokenizer)], list(takewhile(lambda token: token not in ends, tokens))
+    # Behind a line break, so that a tokenizer that puts a space before every text leaves the answer's own.
+    lead, text = (
+        str(tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for row in (before, before + answer)
+    )
+    return text[len(lead) :]
 
 
 def check_prompt(prompt: Prompt, limit: int | None) -> None:

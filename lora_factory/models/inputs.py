@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -91,7 +92,8 @@ def encode_example(
     if chat_template:
         example = render_chat(tokenizer, example)
     prompt = text_tokens(tokenizer, example.prompt, begins=not chat_template) if example.prompt else []
-    completion = text_tokens(tokenizer, example.completion, begins=not prompt)
+    follows = following_tokens if prompt else partial(text_tokens, begins=True)
+    completion = follows(tokenizer, example.completion)
     if not chat_template:
         completion = closed(tokenizer, completion)
     if prompt:
@@ -110,6 +112,29 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool, 
     """
     tokens = _tokens(tokenizer, text, target=target, add_special_tokens=False)
     return [*special_tokens(tokenizer, target=target)[0], *tokens] if begins else tokens
+
+
+def following_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, target: bool = False) -> list[int]:
+    """The tokens of a text that continues another one, such as an answer.
+
+    Tokenizers such as those of Llama 2 and Mistral put a space before every text that they are given. Here the text is
+    tokenised behind a character with which it shares no token.
+    """
+    for mark in ("\n", "a") if line_break(tokenizer) else ():
+        before = _tokens(tokenizer, mark, target=target, add_special_tokens=False)
+        both = _tokens(tokenizer, mark + text, target=target, add_special_tokens=False)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return text_tokens(tokenizer, text, begins=False, target=target)
+
+
+@lru_cache(maxsize=4)
+def line_break(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of a line break, if the tokenizer puts a space before every text; none if not."""
+    before, both, alone = (
+        _tokens(tokenizer, text, target=False, add_special_tokens=False) for text in ("\n", "\na", "a")
+    )
+    return tuple(before) if both[: len(before)] == before and both[len(before) :] != alone else ()
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
@@ -405,7 +430,7 @@ def source_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, length: int, *, special: bool = True) -> list[int]:
     """The ids of an answer, closed by one end token and cut to ``length``; ``special``: framed as texts are."""
-    tokens = text_tokens(tokenizer, answer, begins=special, target=True)
+    tokens = (partial(text_tokens, begins=True) if special else following_tokens)(tokenizer, answer, target=True)
     behind = special_tokens(tokenizer, target=True)[1] if special else []
     if tokenizer.eos_token_id in behind:  # some put a language behind the end token
         return [*(tokens[:-1] if tokens[-1:] == behind[:1] else tokens), *behind][:length]
