@@ -73,12 +73,10 @@ class Order:
             "seed": as_whole_number(self.seed, "seed", 2**64 - 1),  # what torch.Generator takes
             "temperature": as_temperature(self.temperature),
             "refine_steps": as_whole_number(self.refine_steps, "refine_steps"),
-            "rank": None if self.rank is None else as_whole_number(self.rank, "rank", MAX_SIZE),
+            "rank": None if self.rank is None else as_whole_number(self.rank, "rank", MAX_SIZE, least=1),
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
-        if self.rank == 0:
-            raise LoraFactoryError("rank=0 leaves no adapter; give 1 or more, or leave it out for the generator's own")
         if self.refine_steps and self.examples is None:
             raise LoraFactoryError(
                 f"refine_steps={self.refine_steps} needs examples=; give the examples to refine on, or leave it out"

@@ -140,6 +140,7 @@ def decode(
         "stopping_criteria": StoppingCriteriaList([reader]),
         "logits_processor": LogitsProcessorList([_Drawn(prompts)] if any(p.temperature for p in prompts) else []),
     }
+    hooked = {module: set(module._forward_pre_hooks) for module in base.modules()}
     own, base.generation_config = base.generation_config, options["generation_config"]
     try:
         if adapters is not None and isinstance(model, PeftModel):
@@ -147,6 +148,12 @@ def decode(
             PeftModel.generate(model, **inputs, **options, adapter_names=list(adapters))
         else:
             base.generate(**inputs, **options)
+    except BaseException:
+        for module, hooks in hooked.items():  # PEFT's hooks, which it takes out only where nothing fails
+            for key in set(module._forward_pre_hooks) - hooks:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        raise
     finally:
         base.generation_config = own
     return reader.answers
@@ -252,7 +259,8 @@ class _Drawn(LogitsProcessor):
 
 def _draw(scores: Tensor, prompt: Prompt, source: torch.Generator) -> int:
     """One token by the probabilities of scores ``(tokens,)``."""
-    chances = torch.softmax(scores.double() / prompt.temperature, dim=0)
+    scores = scores.double()
+    chances = torch.softmax((scores - scores.max()) / prompt.temperature, dim=0)  # finite at any temperature
     if prompt.top_p >= 1:
         return int(torch.multinomial(chances, 1, generator=source))
     ordered, tokens = chances.sort(descending=True)

@@ -29,7 +29,7 @@ MAX_ADAPTERS = 1000
 _CARD_BYTES = 64 << 10  # of a folder, beside its weights
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _LOCK = "lora-factory-", ".lock"
-_OURS = re.compile(r"\.lock|(\.tmp-)?[0-9a-f]{64}(-[0-9a-f]{12})?")  # all that such a folder ever holds
+_OURS = re.compile(r"\.lock|(\.(tmp|old)-)?[0-9a-f]{64}(-[0-9a-f]{12})?")  # all that such a folder ever holds
 User = TypeVar("User")
 
 

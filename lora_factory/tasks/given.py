@@ -174,8 +174,8 @@ def as_vectors(conditions: Any) -> dict[str, Tensor]:  # noqa: ANN401
         ) from error
 
 
-def as_whole_number(value: object, name: str, most: int | None = None) -> int:
-    """An integer of any library, from 0 on.
+def as_whole_number(value: object, name: str, most: int | None = None, *, least: int = 0) -> int:
+    """An integer of any library, from ``least`` on.
 
     Raises:
         LoraFactoryError: When it is none, or out of range.
@@ -184,8 +184,8 @@ def as_whole_number(value: object, name: str, most: int | None = None) -> int:
         number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = -1
-    if number < 0 or (most is not None and number > most):
-        wanted = "an integer from 0 on" if most is None else f"an integer from 0 to {most}"
+    if number < least or (most is not None and number > most):
+        wanted = f"an integer from {least} {'on' if most is None else f'to {most}'}"
         raise LoraFactoryError(f"{name} is {_shown(value)}; give {wanted}")
     return number
 

@@ -1,16 +1,19 @@
 """Files and folders that are either whole or not there: temporary sibling, fsync, rename.
 
 A crash can leave siblings named ".tmp-*". They are never read, `safe_name` keeps them from being taken for real
-things, and deleting them is always safe.
+things, and deleting them is always safe. Where two folders cannot be exchanged in one step, a crash in the middle of a
+replacement leaves what was there as ".old-*", and nothing of this package deletes that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,25 +138,37 @@ def remove_folder(path: str | Path, kind: FolderKind) -> None:
         shutil.rmtree(aside)
 
 
-def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name[:100]}-{secrets.token_hex(6)}")
+def _temporary_sibling(path: Path, kind: str = "tmp") -> Path:
+    return path.with_name(f".{kind}-{path.name[:100]}-{secrets.token_hex(6)}")
 
 
 def _put_in_place(temporary: Path, path: Path, kind: FolderKind) -> None:
-    """Rename `temporary` to `path`; what was there is renamed aside first and comes back if that fails."""
+    """Rename `temporary` to `path`; what was there becomes `temporary`, or comes back if that fails."""
     if not path.exists():
         temporary.rename(path)
         return
-    aside = _temporary_sibling(path)
-    path.rename(aside)
+    aside = temporary
+    if not _exchange(temporary, path):
+        path.rename(aside := _temporary_sibling(path, "old"))
     try:
         if foreign := kind.foreign(aside):  # it came between the check and the renaming
             raise LoraFactoryError(f"{path / foreign} has just been written by somebody else; nothing is replaced")
-        temporary.rename(path)
+        if aside != temporary:
+            temporary.rename(path)
     except BaseException:
-        aside.rename(path)
+        if aside != temporary:
+            aside.rename(path)
+        else:
+            _exchange(temporary, path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, so that neither is ever missing; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _fsync(path: Path) -> None:

@@ -111,6 +111,31 @@ def test_an_answer_that_is_no_longer_wanted_ends(
     assert answers[1].tokens == decode(pico_model, pico_tokenizer, prompts[:1])[0].tokens
 
 
+@torch.no_grad()
+def test_a_failure_leaves_the_model_as_it_was(
+    pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]]
+) -> None:
+    model, layout = attach(pico_model)
+    attach_adapter(model, layout, layout.unflatten(2 * random_adapter(layout, 1)), "other")
+    model.set_adapter("default")
+    before = model(torch.tensor(tokens[:1])).logits
+
+    def fail(row: int, answer: Answer) -> bool:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        decode(model, pico_tokenizer, [Prompt(tokens[0], 4)], adapters=["other"], watch=fail)
+    assert torch.equal(model(torch.tensor(tokens[:1])).logits, before)
+    assert len(model(torch.tensor([tokens[0]] * 2)).logits) == 2
+
+
+def test_the_lowest_temperature_takes_the_most_likely_token(
+    pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]]
+) -> None:
+    drawn, likely = decode(pico_model, pico_tokenizer, [Prompt(tokens[0], 8, temperature=t) for t in (1e-320, 0.0)])
+    assert drawn.tokens == likely.tokens
+
+
 def test_prompts_that_cannot_be_answered_are_refused(
     pico_model: LlamaForCausalLM, pico_tokenizer: PreTrainedTokenizerBase
 ) -> None:

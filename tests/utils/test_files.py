@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -188,10 +189,54 @@ def test_when_the_last_rename_fails_the_old_folder_comes_back(tmp_path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse_new)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # as on file systems that know no exchange
     with pytest.raises(StorageError, match="no"), atomic_folder(tmp_path / "run", OWN, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert os.listdir(tmp_path) == ["run"]
     assert os.listdir(tmp_path / "run") == ["old"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux alone")
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path):
+    run, missing, done = tmp_path / "run", [], threading.Event()
+    filled(run)
+
+    def look():
+        while not done.is_set():
+            try:
+                os.stat(run)
+            except FileNotFoundError:
+                missing.append(True)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    for _ in range(300):
+        with atomic_folder(run, OWN, overwrite=True) as folder:
+            (folder / "new").touch()
+    done.set()
+    looker.join()
+    assert not missing and os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_others_write_in_the_last_moment_stays(tmp_path, monkeypatch, exchanges):
+    run, check = tmp_path / "run", files.check_folder
+    filled(run)
+
+    def check_too_early(*words, **options):
+        found = check(*words, **options)
+        (run / "theirs").touch()
+        return found
+
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    with (
+        pytest.raises(LoraFactoryError, match="theirs has just been written by somebody else"),
+        atomic_folder(run, OWN, overwrite=True) as folder,
+    ):
+        (folder / "new").touch()
+        monkeypatch.setattr(files, "check_folder", check_too_early)
+    assert os.listdir(tmp_path) == ["run"] and sorted(os.listdir(run)) == ["old", "theirs"]
 
 
 def filled(path):
