@@ -71,7 +71,7 @@ def compare(
         names = [name for name in compared.methods if name in methods or not methods]
         cells += _cells(compared, names, log)
         budgets.update({name: tokens for name, tokens in compared.budgets().items() if name in names})
-        if not methods:
+        if not methods and fold.generator.config.zoo_fingerprint is not None:  # others never saw a zoo's weights
             diagnostics.append(diagnose(compared))
         if fold.history:
             curves[f"generator, fold {fold.number}, seed {compared.seeds[0]}"] = [

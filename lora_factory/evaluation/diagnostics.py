@@ -25,7 +25,7 @@ def diagnose(methods: ComparedMethods) -> dict[str, Any]:
     for task in methods.fold.seen:
         rows = methods.targets(methods.weights[task.name][:])
         nearest = (rows - methods.made(way, task, seed)).norm(dim=1).min()
-        novelty[task.name] = float(nearest / torch.pdist(rows).median()) if len(rows) > 1 else None
+        novelty[task.name] = (nearest / torch.pdist(rows).median()).item() if len(rows) > 1 else None
         samples = torch.stack([methods.made(way, task, sample, temperature=1.0) for sample in range(8)])
         if way == "hidden":  # a seed draws other examples too, which is not what the spread is about
             samples = samples - torch.stack([methods.made(way, task, sample) for sample in range(8)])
@@ -64,15 +64,7 @@ def points(methods: ComparedMethods) -> dict[str, dict[str, list[Any]]]:
     shown, tasks = _shown(methods), methods.fold.tasks
     names = [name for name, rows in shown.items() for _ in rows]
     generated = torch.stack([methods.made(methods.first_way, task, methods.seeds[0]) for task in tasks])
-    latents = _encoded(methods, shown)
-    prior = latents["prior"]
     plots = {
-        "latents": _principal(
-            torch.cat([latents["mean"], prior]),
-            [*names, *shown],
-            ["posterior"] * len(names) + ["prior"] * len(prior),
-            50,
-        ),
         "weights": _principal(
             torch.cat([*shown.values(), generated]),
             [*names, *(task.name for task in tasks)],
@@ -80,6 +72,10 @@ def points(methods: ComparedMethods) -> dict[str, dict[str, list[Any]]]:
             2,
         ),
     }
+    if methods.fold.generator.config.zoo_fingerprint is not None:
+        latents = _encoded(methods, shown)
+        kinds = ["posterior"] * len(names) + ["prior"] * len(shown)
+        plots["latents"] = _principal(torch.cat([latents["mean"], latents["prior"]]), [*names, *shown], kinds, 50)
     for name, title, kind in (("text", "task vectors", "description"), ("hidden", "hidden states", "example")):
         rows = {task: values[:SHOWN_EXAMPLES] for task, values in methods.features.get(name, {}).items()}
         labels = [task for task, values in rows.items() for _ in values]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -24,6 +25,7 @@ from lora_factory.evaluation.comparison import compare
 from lora_factory.evaluation.fold import Fold
 from lora_factory.evaluation.methods import ComparedMethods
 from lora_factory.evaluation.perplexity import score_examples
+from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
@@ -266,3 +268,14 @@ def test_a_condition_from_examples_is_of_as_many_as_asked(fold: Fold, pico_model
     rows = [fold.generator.task_vector("hidden", row[None]) for row in one.features["hidden"]["verse"]]
     assert any(torch.equal(one.condition("hidden", "verse", 0), row) for row in rows)
     assert len({one.condition("hidden", "verse", seed).sum().item() for seed in range(8)}) > 1
+
+
+def test_a_generator_that_saw_no_weights_is_not_measured_by_them(
+    fold: Fold, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    generator = CVAELoRAGenerator(copy.deepcopy(fold.generator.config))
+    generator.load_state_dict(fold.generator.state_dict())
+    generator.config.zoo_fingerprint = None
+    result = compare(dataclasses.replace(fold, generator=generator), pico_model_folder, tmp_path, ARGUMENTS)
+    assert result["cells"] and not result["diagnostics"]
+    assert set(result["points"]) == {"task vectors", "hidden states", "weights"}

@@ -479,7 +479,7 @@ def test_a_lower_rank_is_the_nearest_and_its_loss_is_recorded(
     ("rank", "message"),
     [
         (3, "rank=3 is above the generator's, 2; give 2 or less"),
-        (0, "rank is 0; give an integer from 1 to 1048576"),
+        (0, "rank is .0.; give an integer from 1 to 1048576"),
         (-1, "rank is '-1'"),
         (1.5, "rank is '1.5'"),
     ],
