@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 DOCS_STAMP := .venv/.docs-installed
 
 help:
-	@echo "make demo   the whole pipeline on an embedded real model; ARGS=--fast for a two-minute tour"
+	@echo "make demo   the whole pipeline on an embedded real model; ARGS=--fast for a tour of a few minutes"
 	@echo "make test   all tests, offline; ARGS is handed to pytest"
 	@echo "make lint   ruff, mypy and the contract of imports"
 	@echo "make docs   the documentation site, in the folder site"

@@ -346,7 +346,7 @@ class DemoArguments:
     base_model: str = _option(
         "", "Hub id or folder of another base model (default: the embedded SmolLM2-135M-Instruct)", group=DATA
     )
-    fast: bool = _option(False, "make a two-minute tour with fewer tasks and steps", group=RESOURCES)
+    fast: bool = _option(False, "make a tour of a few minutes, with fewer tasks and steps", group=RESOURCES)
     output_dir: str = _option(
         "demo-output", "folder of the zoo, the generator, the adapters and the results", group=OUTPUT
     )

@@ -58,6 +58,7 @@ def test_the_command_line_page_is_that_of_the_parser(monkeypatch: pytest.MonkeyP
     page = runpy.run_path(str(ROOT / "docs" / "tools" / "cli_page.py"))["page"]()
     stored = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert stored == page, "docs/cli.md is out of date; run: python docs/tools/cli_page.py"
+    assert "With `--zoo`, these are decided by the zoo and may not be given: `--lora-alpha`, " in page
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -44,7 +44,7 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 
 def _options(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
-    """A line that shows the call, and a table of options for each group of them."""
+    """A line that shows the call, a table of options for each group of them, and the sentence below these."""
     shown = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
     required = [action for action in shown if action.required or not action.option_strings]
     yield f"```bash\nlora-factory {' '.join([name, *map(_call, required), '[OPTIONS]'])}\n```\n"
@@ -52,6 +52,8 @@ def _options(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
         rows = [action for action in group._group_actions if action in shown]
         if rows:
             yield _table(group.title or "options", rows)
+    if parser.epilog:
+        yield f"{_cell(parser.epilog)}\n"
 
 
 def _call(action: argparse.Action) -> str:

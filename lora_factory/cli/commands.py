@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lora_factory._lazy import no_collection
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from lora_factory.evaluation.perplexity import TextScore
+
+# Options of `evaluate` that have no effect on the score of an adapter alone.
+_COMPARE_ONLY = (
+    *(one.name for one in fields(CompareArguments) if one.name not in ("max_tokens", "max_examples", "window")),
+    *("unseen_tasks", "unseen_zoo"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,16 +257,21 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("--output", default="evaluation", help="folder of the results (default: evaluation)")
     evaluate.add_argument(
         "--zoo",
-        help="with --generator and no --text: folder of the zoo that it was trained on (required); with --adapter: of "
-        "the zoo whose records say whether its runs learned in a chat template (default: none)",
+        help="with --generator and no --text: folder of the zoo that it was trained on, or where that was none, of a "
+        "zoo with LoRAs of its tasks (required); with --adapter: of the zoo whose records say whether its runs "
+        "learned in a chat template (default: none)",
     )
     evaluate.add_argument(
         "--unseen-tasks", help="with --generator: task file of tasks that are not in the zoo (default: none)"
     )
     evaluate.add_argument(
-        "--unseen-zoo", help="with --generator: folder of a zoo with LoRAs of the unseen tasks (default: none)"
+        "--unseen-zoo", help="with --unseen-tasks: folder of a zoo with LoRAs of these tasks (required)"
     )
     add_options(evaluate, CompareArguments)
+    evaluate.epilog = (
+        "These are for comparisons (--generator without --text), and may not be given with --adapter or --text: "
+        f"{', '.join('--' + name.replace('_', '-') for name in _COMPARE_ONLY)}."
+    )
 
 
 def _add_export(commands: Commands) -> None:
@@ -426,7 +438,7 @@ def _generate(options: argparse.Namespace) -> None:
         nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in made["nearest_tasks"])
         lines.append(f"nearest tasks, by cosine distance: {nearest}")
     if made["zoo_distance"] is not None:
-        lines.append(f"the zoo's tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
+        lines.append(f"the known tasks are {made['zoo_distance']:.2f} from their nearest neighbour, in the median")
     if made["rank"] is not None:
         lines.append(f"rank {made['rank']} loses {100 * made['rank_error']:.2g} % of the squared norm of the update")
     say(*lines, wrap=True)
@@ -455,7 +467,7 @@ def _explain(options: argparse.Namespace) -> None:
 
     found = AdapterWriter.open(options.generator, options.revision).explain(options.text)
     nearest = ", ".join(f"{entry['task']} ({1 - entry['similarity']:.2f})" for entry in found["nearest"])
-    lines = [f"nearest tasks, by cosine distance: {nearest or 'none'}"]
+    lines = [found["sentence"], f"nearest tasks, by cosine distance: {nearest or 'none'}"]
     if found["farther_than"] is not None:
         share = f"{100 * found['farther_than']:.0f} %"
         lines.append(f"{share} of the known tasks are nearer than that to their own nearest neighbour")
@@ -464,21 +476,28 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    arguments = read_options(options, CompareArguments)
     if options.text and not options.generator:
         raise LoraFactoryError("--text needs --generator, the generator that writes the adapter")
-    for name in ("zoo", "unseen_tasks", "unseen_zoo") if options.text else ():
-        if getattr(options, name):
-            raise LoraFactoryError(f"--text scores adapters alone, without {name}=; leave one of them out")
     if options.generator and not options.text:
-        _compare(options)
-    else:
-        _score(options)
+        _compare(options, arguments)
+        return
+    form, refused = ("--text", (*_COMPARE_ONLY, "zoo")) if options.text else ("--adapter", _COMPARE_ONLY)
+    for name in refused:
+        if (value := getattr(options, name)) != getattr(CompareArguments, name, None):
+            raise LoraFactoryError(
+                f"{name}={value!r} has no effect with {form}, which scores adapters alone; leave it out"
+            )
+    _score(options, arguments)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace, arguments: CompareArguments) -> None:
     if not options.zoo:
-        raise LoraFactoryError("--generator needs --zoo, the folder of the zoo that the generator was trained on")
-    arguments = read_options(options, CompareArguments)
+        raise LoraFactoryError(
+            "--generator needs --zoo, LoRAs of its tasks (the zoo that it was trained on, if any), or --text"
+        )
+    if options.unseen_zoo and not options.unseen_tasks:
+        raise LoraFactoryError("unseen_zoo= has no effect without --unseen-tasks; give these, or leave it out")
     from lora_factory.evaluation.comparison import compare
     from lora_factory.evaluation.fold import Fold
     from lora_factory.generator.modeling import CVAELoRAGenerator
@@ -507,7 +526,7 @@ def _compare(options: argparse.Namespace) -> None:
     say(f"wrote {write_report(comparison, options.output)}")
 
 
-def _score(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace, arguments: CompareArguments) -> None:
     """Score adapters in folders, or those that a generator writes for texts."""
     from lora_factory.tasks.images import language_tasks
     from lora_factory.tasks.task_file import load_tasks
@@ -522,7 +541,8 @@ def _score(options: argparse.Namespace) -> None:
     from lora_factory.generator.writer import AdapterWriter
 
     with console().status("scoring") as status:
-        how: dict[str, Any] = {"max_tokens": options.max_tokens, "window": options.window, "progress": status.update}
+        how: dict[str, Any] = {"max_tokens": arguments.max_tokens, "max_examples": arguments.max_examples}
+        how |= {"window": arguments.window, "progress": status.update}
         if options.text:
             generator = AdapterWriter.open(options.generator)
             scores = evaluate_texts(generator, options.text, tasks, options.base_model, **how)
@@ -537,20 +557,25 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _print_scores(scores: dict[str, dict[str, TextScore]]) -> None:
-    """Print one row per model and one column per task: perplexity and bits per character."""
+    """Print one row per model and one column per task: perplexity, bits per character, and accuracy if measured."""
     from lora_factory.reporting.report import rich_tables
     from lora_factory.reporting.tables import Column, Table
     from lora_factory.utils.printable import printable
 
     columns = ("model", *next(iter(scores.values())))
-    rows = [
-        (model, *(f"{score.perplexity:.2f} / {score.bits_per_character:.3f}" for score in row.values()))
-        for model, row in scores.items()
-    ]
+    rows = [(model, *map(_figures, row.values())) for model, row in scores.items()]
     table = Table("", "", tuple(Column(printable(name)) for name in columns), tuple(rows))
     for part in rich_tables(table, console().width):
         console().print(part)
     say("perplexity / bits per character on the test split; lower is better")
+    if any(score.accuracy is not None for row in scores.values() for score in row.values()):
+        say("where there is a third number, it is the share of right answers; higher is better")
+
+
+def _figures(score: TextScore) -> str:
+    """What is shown of a score."""
+    accuracy = [] if score.accuracy is None else [f"{score.accuracy:.3f}"]
+    return " / ".join([f"{score.perplexity:.2f}", f"{score.bits_per_character:.3f}", *accuracy])
 
 
 def _export(options: argparse.Namespace) -> None:

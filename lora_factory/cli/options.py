@@ -29,8 +29,6 @@ Options = TypeVar(
 )
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
-# What Python calls otherwise than the command line.
-PYTHON_NAMES = {"generate_adapter(…, rank=…)": "lora-factory generate --rank", "held_out": "held_out_tasks"}
 
 
 class Once(argparse.Action):
@@ -153,8 +151,9 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
     """An error of a Python function in the words of the command line.
 
     Python's ``overwrite=True``, ``steps=0``, ``tasks=`` and ``output_dir`` become ``--overwrite``, ``--steps 0``,
-    ``--tasks`` and ``--output-dir``, where the command has such a flag. Options that a configuration file decides are
-    named as there: ``steps: 0 in train.yaml``. What stands in a path or in quotes stays.
+    ``--tasks`` and ``--output-dir``, where the command has such a flag. ``held_out= (--held-out-tasks)``, which names
+    both, becomes the flag. Options that a configuration file decides are named as there: ``steps: 0 in train.yaml``.
+    What stands in a path or in quotes stays.
 
     Args:
         message: What the error says.
@@ -175,15 +174,13 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
 
     if not names:
         return message
-    for python, ours in PYTHON_NAMES.items():
-        if "--" in ours or ours in names:
-            message = re.sub(rf"{before}{re.escape(python)}(?!\w)", ours, message)
+    message = re.sub(rf"{before}\w+=\S* \((--[^()]+)\)", r"\1", message)
     value = r"\([^)]*\)|'[^']*'|\"[^\"]*\"|[^\s,;:=)]+|(?=[\s,;:)]|$)"
     message = re.sub(rf"{before}(?P<name>{flag})=(?P<value>{value})", assigned, message)
     words = "|".join(re.escape(name) for name in names if "_" in name and name not in in_file)
     if words:
         message = re.sub(rf"{before}(?:{words})(?![\w=(/'\".)-])", lambda m: "--" + m[0].replace("_", "-"), message)
-    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message)  # images= (--images)
+    return message
 
 
 def _parser(flag: str, kind: Any) -> Callable[[str], object]:  # noqa: ANN401

@@ -243,7 +243,9 @@ def _checked(task_vectors: Tensor, task_weights: Tensor, minimum: int) -> tuple[
         raise LoraFactoryError(f"{shapes}: this baseline needs {minimum} tasks or more; collect more of them")
     for name, rows in (("task_vectors", task_vectors), ("task_weights", task_weights)):
         if not torch.isfinite(rows).all():
-            raise LoraFactoryError(f"{name} hold NaN or infinite values; check the zoo with AdapterZoo.verify()")
+            raise LoraFactoryError(
+                f"{name} hold NaN or infinite values; check the zoo with lora-factory zoo verify, or AdapterZoo.verify"
+            )
     return task_vectors.detach().float().cpu(), task_weights.detach().float().cpu()
 
 

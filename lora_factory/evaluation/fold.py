@@ -48,10 +48,13 @@ class Fold:
         if self.generator.config.zoo_fingerprint not in (None, self.zoo.fingerprint()):
             raise LoraFactoryError(
                 f"the generator was not trained on the zoo {self.zoo.folder} as it is now; "
-                "train it again with train_generator"
+                "train it again, with lora-factory train or train_generator"
             )
         if self.unseen and self.originals is None:
-            raise LoraFactoryError("unseen tasks need their own LoRAs as a unit; collect them into a zoo of their own")
+            raise LoraFactoryError(
+                "unseen tasks need their own LoRAs as a unit; collect them into a zoo and pass it: originals= "
+                "(--unseen-zoo)"
+            )
 
     @property
     def tasks(self) -> tuple[Task, ...]:

@@ -1,10 +1,10 @@
-"""Token-weighted perplexity and bits per character of causal language models and adapters."""
+"""Token-weighted perplexity and bits per character of causal language models and adapters, and their accuracy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from lora_factory.adapters.attach import AdapterSlot, attach_adapter
 from lora_factory.adapters.folder import GENERATION_FILE, load_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
+from lora_factory.evaluation.accuracy import task_accuracy
 from lora_factory.models.inputs import following_tokens, frozen, positions, render_chat, text_tokens
 from lora_factory.models.loading import base_source, load_base_model
 from lora_factory.models.losses import Window, negative_log_likelihoods
@@ -43,11 +44,13 @@ class TextScore:
         loss: Mean negative log-likelihood in nats per scored token.
         tokens: Number of scored tokens.
         characters: Number of characters of the scored tokens' text.
+        accuracy: Share of test examples answered right, from 0 to 1; None where no metric was taken.
     """
 
     loss: float
     tokens: int
     characters: int
+    accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -59,7 +62,7 @@ class TextScore:
         """Total bits over characters: comparable between tokenizers, unlike the perplexity."""
         return self.loss * self.tokens / (self.characters * math.log(2))
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """All fields, the perplexity and the bits per character, for JSON."""
         return {**asdict(self), "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
 
@@ -152,11 +155,12 @@ def evaluate_adapters(
     base_model: str | Path | None = None,
     *,
     max_tokens: int | None = None,
+    max_examples: int | None = None,
     window: int = 512,
     zoo: AdapterZoo | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, TextScore]]:
-    """Score a base model and adapters for it on every task's test split.
+    """Score a base model and adapters for it on every task's test split, by the task's metric too where it has one.
 
     Texts are put into the chat template if the adapters were trained in it.
 
@@ -165,6 +169,7 @@ def evaluate_adapters(
         tasks: Tasks with test splits.
         base_model: Hub id or folder of the base model; default: the one that the first adapter names.
         max_tokens: Score at most this many tokens per task.
+        max_examples: Answer at most this many test examples of a task that has a metric; default: all.
         window: Tokens per window; windows overlap by a quarter.
         zoo: The zoo that the adapters were generated from, whose record says whether the chat template was used;
             not needed for runs of a zoo and generated adapters, which have records of their own.
@@ -175,14 +180,15 @@ def evaluate_adapters(
 
     Raises:
         LoraFactoryError: When an adapter cannot be read or does not fit the base model, the data of a task cannot be
-            used (nothing is scored then), or some adapters were trained in the chat template and others not.
+            used (nothing is scored then), its metric does not fit its examples, or some adapters were trained in the
+            chat template and others not.
     """
     if not adapters or not tasks:
         raise LoraFactoryError(f"{len(adapters)} adapters and {len(tasks)} tasks: give at least one of each")
     loaded = {str(folder): load_adapter(folder, base_model=base_model) for folder in adapters}
-    how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
+    how: dict[str, Any] = {"max_tokens": max_tokens, "max_examples": max_examples, "window": window}
     in_chat = _learned_in_chat(adapters, zoo)
-    return _score_each([*loaded], loaded.values(), tasks, base_model, chat_template=in_chat, **how)
+    return _score_each([*loaded], loaded.values(), tasks, base_model, chat_template=in_chat, progress=progress, **how)
 
 
 def evaluate_texts(
@@ -192,6 +198,7 @@ def evaluate_texts(
     base_model: str | Path | None = None,
     *,
     max_tokens: int | None = None,
+    max_examples: int | None = None,
     window: int = 512,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, TextScore]]:
@@ -206,6 +213,7 @@ def evaluate_texts(
         tasks: Tasks with test splits.
         base_model: Hub id or folder of the base model; default: the one that the generator names.
         max_tokens: As in `evaluate_adapters`.
+        max_examples: As there.
         window: As there.
         progress: As there.
 
@@ -220,8 +228,8 @@ def evaluate_texts(
         raise LoraFactoryError(f"{len(texts)} texts and no task: give at least one of each")
     made = ((generator.layout, state_dict) for state_dict in generator.generate_adapters(texts))
     in_chat = bool(generator.config.chat_template)
-    how: dict[str, Any] = {"max_tokens": max_tokens, "window": window, "progress": progress}
-    return _score_each(texts, made, tasks, base_model, chat_template=in_chat, **how)
+    how: dict[str, Any] = {"max_tokens": max_tokens, "max_examples": max_examples, "window": window}
+    return _score_each(texts, made, tasks, base_model, chat_template=in_chat, progress=progress, **how)
 
 
 def _score_each(
@@ -231,6 +239,7 @@ def _score_each(
     base_model: str | Path | None,
     *,
     max_tokens: int | None,
+    max_examples: int | None,
     window: int,
     chat_template: bool,
     progress: Callable[[str], None] | None,
@@ -252,11 +261,13 @@ def _score_each(
 
     def score(name: str, model: PreTrainedModel | PeftModel) -> dict[str, TextScore]:
         row = {}
-        options: Any = {"window": window, "max_tokens": max_tokens, "chat_template": chat_template}
+        options: Any = {"window": window, "chat_template": chat_template}
         for task in tasks:
             if progress:
                 progress(f"scoring {name} on {task.name}")
-            row[task.name] = score_task(model, tokenizer, task, **options)
+            text = score_task(model, tokenizer, task, max_tokens=max_tokens, **options)
+            accuracy = task_accuracy(model, tokenizer, task, max_examples=max_examples, **options)
+            row[task.name] = replace(text, accuracy=accuracy)
         return row
 
     scores = {BASE: score(BASE, model)}

@@ -117,7 +117,8 @@ def check_version(values: Mapping[str, Any]) -> None:
     check_format(version, FORMAT_VERSION, "the generator")
     if version < OLDEST_VERSION:
         raise LoraFactoryError(
-            f"the generator has format {version}, that of networks which lora-factory no longer has"
+            f"the generator has format {version}, that of networks which lora-factory no longer has; train it again, "
+            "with lora-factory train or train_generator"
         )
 
 

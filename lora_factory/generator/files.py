@@ -51,6 +51,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 SET_BY_AUTO_MODEL = (
     *("config", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code", "subfolder"),
 )
+_AGAIN = "download it, or train it with lora-factory train or train_generator, again"
 _HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _REQUEST_SECONDS = 10.0
@@ -161,7 +162,8 @@ def loading_errors(source: GeneratorSource) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        remedy = "" if isinstance(error, OSError) else "; download it, or train it with train_generator, again"
+        told = isinstance(error, LoraFactoryError | OSError | httpx2.HTTPError)  # these say what to do
+        remedy = "" if told else f"; {_AGAIN}"
         missing = "" if source.is_folder else "there is no folder of that name here, and "
         raise LoraFactoryError(
             f"cannot load a generator from {source.name!r}: {missing}{explain(error, source.name)}{remedy}"
@@ -238,15 +240,16 @@ def read_config(path: Path) -> CVAELoRAConfig:
     if values.get("model_type") != CVAELoRAConfig.model_type:
         raise LoraFactoryError(
             f"{path} has model_type {values.get('model_type')!r}, expected {CVAELoRAConfig.model_type!r}; "
-            "name a folder or Hub id that train_generator or push_to_hub wrote"
+            "name the folder or Hub id of a generator, as lora-factory train or train_generator writes one"
         )
     known = {"dtype", *CVAELoRAConfig.own_fields()}
     config = CVAELoRAConfig.from_dict({name: value for name, value in values.items() if name in known})
     if values.get("dtype", "float32") not in ("float32", "float16", "bfloat16"):
-        raise LoraFactoryError(f"dtype={values['dtype']!r}: expected float32, float16 or bfloat16")
+        raise LoraFactoryError(f"dtype={values['dtype']!r}: expected float32, float16 or bfloat16; {_AGAIN}")
     if config.layout is None or not config.modalities:
         raise LoraFactoryError(
-            f"{path}: a generator's config needs layout and modalities; train_generator(zoo, output_dir) writes both"
+            f"{path}: a generator's config needs layout and modalities; lora-factory train and train_generator write "
+            "both"
         )
     layout = AdapterLayout.from_dict(config.layout)
     for noun, count, most in (
@@ -255,7 +258,7 @@ def read_config(path: Path) -> CVAELoRAConfig:
         ("tasks", len(config.tasks or ()), MAX_TASKS),
     ):
         if count > most:
-            raise LoraFactoryError(f"{path} has {count:,} {noun}, at most {most:,} are read")
+            raise LoraFactoryError(f"{path} has {count:,} {noun}, at most {most:,} are read; {_AGAIN}")
     check_types(layout.lora_config)
     return config
 
@@ -314,7 +317,9 @@ def read_weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, 
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if different := sorted(names ^ set(expected)):
-            raise LoraFactoryError(f"{path}: {len(different)} weights are missing or unknown: {few(different)}")
+            raise LoraFactoryError(
+                f"{path}: {len(different)} weights are missing or unknown: {few(different)}; {_AGAIN}"
+            )
         headers = {name: file.get_slice(name) for name in expected}
         bad = [
             f"{name} is {header.get_dtype()} {tuple(header.get_shape())}, expected {expected[name].dtype} "
@@ -325,8 +330,8 @@ def read_weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, 
             or dtype.is_floating_point != expected[name].dtype.is_floating_point
         ]
         if bad:
-            raise LoraFactoryError(f"{path}: {len(bad)} weights have another shape or type: {few(bad)}")
+            raise LoraFactoryError(f"{path}: {len(bad)} weights have another shape or type: {few(bad)}; {_AGAIN}")
         tensors = {name: file.get_tensor(name).clone() for name in expected}
     if infinite := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise LoraFactoryError(f"{few(infinite)} in {path}: NaN or infinite values")
+        raise LoraFactoryError(f"{few(infinite)} in {path}: NaN or infinite values; {_AGAIN}")
     return tensors

@@ -315,6 +315,9 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
           usual among tasks, each left out in turn. None for fewer than two tasks.
         - ``use``: Size of what the condition changes (the norm of the targets), in units of its median over the known
           tasks: 0 writes the adapter without a condition.
+        - ``verdict``: "near" where half of the known tasks or fewer are nearer to their own nearest neighbour, "far"
+          where all are, "between" otherwise and where there are fewer than two.
+        - ``sentence``: The verdict in words.
     """
     rows = _task_vectors(generator, order, order.conditions)
     targets, vectors = _targets(generator, order, rows), _summed(order, rows)
@@ -323,10 +326,23 @@ def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
     others = _neighbour_distances(generator, list(vectors))
     known = {name: generator.get_buffer(f"{name}_task_vectors") for name in vectors}
     sizes = _targets(generator, order, known, each=True).norm(dim=1)
+    farther = None if distance is None or not others else round(fmean(distance > it for it in others), 4)
+    if farther is None:
+        verdict, sentence = "between", "The generator knows fewer than two tasks, so there is nothing to compare with."
+    elif farther >= 1:
+        verdict = "far"
+        sentence = "Far from every task that the generator knows: expect little of this adapter."
+    elif farther > 0.5:
+        verdict = "between"
+        sentence = "Between the tasks that the generator knows: expect a mixture of their adapters."
+    else:
+        verdict, sentence = "near", "Near a task that the generator knows: expect an adapter like that task's."
     return {
+        "verdict": verdict,
+        "sentence": sentence,
         "nearest": nearest,
         "distance": distance,
-        "farther_than": None if distance is None or not others else round(fmean(distance > it for it in others), 4),
+        "farther_than": farther,
         "use": round(float(targets.norm() / sizes.median().clamp_min(1e-12)), 4),
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError
+from lora_factory.hub.cards import heard
 from lora_factory.tasks.examples import Example, ImageExample
 
 if TYPE_CHECKING:
@@ -27,15 +28,22 @@ def check_conditions(vectors: Mapping[str, Tensor], modalities: Mapping[str, int
         LoraFactoryError: When there is none, or one has an unknown name, another width, or values that are not finite.
     """
     if not vectors:
-        raise LoraFactoryError('nothing to condition on; pass a text: generate_adapter("Legal notices")')
+        raise LoraFactoryError("nothing to condition on; pass a text, such as 'Legal notices'")
     for name, vector in vectors.items():
         width = modalities.get(name)
         if width is None or vector.shape != (width,):
+            taken = ", ".join(f"{_named(one)} of shape ({size},)" for one, size in modalities.items())
             raise LoraFactoryError(
-                f"condition {name!r} has shape {tuple(vector.shape)}; this generator takes {dict(modalities)}"
+                f"condition {_named(name)} has shape {tuple(vector.shape)}; this generator takes {taken}"
             )
         if not torch.isfinite(vector).all():
-            raise LoraFactoryError(f"condition {name!r} holds NaN or infinite values; encode it again")
+            raise LoraFactoryError(f"condition {_named(name)} holds NaN or infinite values; encode it again")
+
+
+def _named(modality: str) -> str:
+    """A key of ``conditions=``, and what users hand in for it where they call it otherwise."""
+    noun = heard([modality])
+    return repr(modality) if noun == modality else f"{modality!r} (of {noun})"
 
 
 def open_base(

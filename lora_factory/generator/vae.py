@@ -167,8 +167,8 @@ class ConditionalVAE(nn.Module):
             for task, rows in tasks.items():
                 if not torch.isfinite(rows).all():
                     raise LoraFactoryError(
-                        f"task {task!r}: its {name} vectors hold NaN or infinite values; the model that makes them is "
-                        "damaged, or its precision too low: try dtype='float32' (--dtype)"
+                        f"task {task!r}: its vectors of {heard([name])} hold NaN or infinite values; the model that "
+                        "makes them is damaged, or its precision too low: try dtype='float32' (--dtype float32)"
                     )
         vectors = {name: torch.stack([rows.mean(0) for rows in tasks.values()]) for name, tasks in features.items()}
         differing, within = dict(vectors), {}
@@ -247,7 +247,7 @@ class ConditionalVAE(nn.Module):
         return {"image": self.task_vector("image", self.image_encoder.encode(images))}
 
     def nearest_tasks(self, vectors: Mapping[str, Tensor], count: int = 3) -> list[dict[str, Any]]:
-        """The zoo's tasks whose vectors ``(width,)`` are nearest, best first: ``{"task", "similarity"}``.
+        """The known tasks whose vectors ``(width,)`` are nearest, best first: ``{"task", "similarity"}``.
 
         The similarity is that of the cosine, the mean over modalities.
         """

@@ -97,7 +97,8 @@ class AdapterWriter(ConditionalVAE):
             conditions: Task vectors by modality, instead of or beside ``text``.
 
         Returns:
-            ``nearest``, ``distance``, ``farther_than`` and ``use``; see `lora_factory.generator.generation.explain`.
+            ``verdict``, ``sentence``, ``nearest``, ``distance``, ``farther_than`` and ``use``; see
+            `lora_factory.generator.generation.explain`.
 
         Raises:
             LoraFactoryError: When the text is empty, or neither text nor task vectors are given.

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-LOG_IN = "log in with: hf auth login, or pass token="
+LOG_IN = "log in with: hf auth login, or set HF_TOKEN"
 _BY_STATUS = {
     401: f"the access token is missing or not valid; {LOG_IN}",
     403: "the access token may not do this; use a token with the role 'write' of a member of that namespace, or "

@@ -207,22 +207,29 @@ def findings(comparison: Mapping[str, Any]) -> list[Finding]:
 def verdict(summaries: Sequence[MethodSummary]) -> str:
     """One sentence: what the generator recovers where it counts most, and the best baseline or control there.
 
-    What counts most are unseen tasks, and seen ones where no unseen one was measured.
+    What counts most are unseen tasks, and seen ones where no unseen one was measured. Rivals are those that
+    `summarise` compares with the same row of the generator: of its row from a text, none that was refined.
     """
     group = main_group(summaries)
     measured = {summary.method: found for summary in summaries if (found := summary.groups[group])}
-    ours = measured.get(GENERATED) or measured.get(f"{GENERATED}{FROM_EXAMPLES}")
+    row = GENERATED if GENERATED in measured else f"{GENERATED}{FROM_EXAMPLES}"
+    ours = measured.get(row)
     if ours is None:
         return f"The generator was not measured on {group} tasks."
     share = format_number(ours.headroom.mean)
     text = f"On {group} tasks the generator recovers {share} of what a LoRA of the task's own gains"
-    rivals = {name: found for name, found in measured.items() if name not in _NO_RIVALS | {ORIGINAL_MODEL}}
+    like = {summary.method: summary.compared_with for summary in summaries if summary.method not in _NO_RIVALS}
+    others = {name: found for name, found in measured.items() if name in like and name != ORIGINAL_MODEL}
+    rivals = {name: found for name, found in others.items() if like[name] == row}
     if not rivals:
         return f"{text}."
+    kind = " without examples" if row == GENERATED and len(rivals) < len(others) else ""
     name, best = max(rivals.items(), key=lambda pair: pair[1].headroom.mean)
     lead = ours.headroom.mean - best.headroom.mean
     word = "more than" if lead >= _LEAD else "less than" if lead <= -_LEAD else "as much as"
-    return f"{text}, {word} the best baseline or control, {printable(name)}: {format_number(best.headroom.mean)}."
+    return (
+        f"{text}, {word} the best baseline or control{kind}, {printable(name)}: {format_number(best.headroom.mean)}."
+    )
 
 
 def main_group(summaries: Sequence[MethodSummary]) -> str:

@@ -215,8 +215,8 @@ def _check_module(module: AdaptedModule, name: str | None, layout: AdapterLayout
     else:
         return
     raise LoraFactoryError(
-        f"{module.path} cannot be exported: {reason}; export with --format merged, or train adapters of other modules "
-        "(target_modules=)"
+        f"{module.path} cannot be exported: {reason}; export with --format merged, or train adapters of other "
+        "modules: target_modules= (--target-modules)"
     )
 
 

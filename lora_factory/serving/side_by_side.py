@@ -157,17 +157,7 @@ class SideBySide:
         vectors = load(made.files[CONDITION_FILE]) if made and CONDITION_FILE in made.files else None
         found = self.generator.explain(text, conditions=vectors)
         nearest = tuple((one["task"], max(0.0, round(1 - one["similarity"], 4))) for one in found["nearest"])
-        farther = found["farther_than"]
-        if farther is None:
-            verdict, sentence = "between", "The generator knows one task, so there is nothing to compare with."
-        elif farther >= 1:
-            verdict = "far"
-            sentence = "Far from every task that the generator knows. Expect little of this adapter."
-        elif farther > 0.5:
-            verdict, sentence = "between", "Between the tasks that the generator knows."
-        else:
-            verdict, sentence = "near", "Near a task that the generator knows."
-        return Closeness(verdict, sentence, nearest, found["use"])
+        return Closeness(found["verdict"], found["sentence"], nearest, found["use"])
 
     async def make(self, order: Order) -> WrittenAdapter:
         """Generate an adapter as a PEFT folder and put it into the model.

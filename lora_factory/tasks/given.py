@@ -66,13 +66,13 @@ def read_example(value: Any, noun: str) -> Example | ImageExample:  # noqa: ANN4
     return Example("", *parts) if len(parts) == 1 else Example(*parts)
 
 
-def as_images(images: Any) -> list[ImageLike]:  # noqa: ANN401
-    """A user's images as a list.
+def as_images(images: Any, name: str = "images") -> list[ImageLike]:  # noqa: ANN401
+    """A user's images as a list; ``name`` names them in errors.
 
     Raises:
         LoraFactoryError: When there is none, or a single one stands for a list of them.
     """
-    return _listed(images, "images", "a file or an image")
+    return _listed(images, name, "a file or an image")
 
 
 def as_text(text: object) -> str | None:

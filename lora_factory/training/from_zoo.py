@@ -50,7 +50,7 @@ def basis_rank(zoo: AdapterZoo, arguments: TrainArguments) -> int:
     if rank < highest:
         raise LoraFactoryError(
             f"rank={rank} is below that of the zoo's adapters, {highest}; give {highest} or more, or 0 for the rank "
-            "that holds them all. An adapter of a lower rank is made at generation: generate_adapter(…, rank=…)"
+            "that holds them all. For an adapter of a lower rank, give rank= (--rank) when it is generated"
         )
     if rank > most:
         raise LoraFactoryError(f"rank={rank} is above what any module's weight can have, {most}; give {most} or less")
@@ -202,8 +202,8 @@ def _warn_of_poor(errors: Mapping[str, float], rank: int) -> None:
         worst = max(poor, key=poor.__getitem__)
         _LOGGER.warning(
             "%d of %d tasks have more than %.0f %% of their squared ΔW outside the basis of rank %d, %s the most "
-            "(%.0f %%): the generator cannot write these adapters. Give a higher rank=, or leave out adapters that "
-            "share no directions with the others",
+            "(%.0f %%): the generator cannot write these adapters. Give a higher rank= (--rank), or leave out "
+            "adapters that share no directions with the others",
             *(len(poor), len(errors), 100 * POOR_ERROR, rank, worst, 100 * poor[worst]),
         )
 
@@ -226,9 +226,9 @@ def _warn_of_missed(
         worst, largest = max(poor, key=poor.__getitem__), list(codes)[int(sizes.argmax())]
         _LOGGER.warning(
             "of %d of %d tasks, the generator misses more than %.0f %% of the squared ΔW when it is given their own "
-            "description, of %s the most (%.0f %%). Train with more steps= (now %d), let descriptions say in which "
-            "way tasks differ, or leave out adapters that are far larger than the others: that of %s has %.3g times "
-            "the median norm",
+            "description, of %s the most (%.0f %%). Train with more steps= (--steps; now %d), let descriptions "
+            "say in which way tasks differ, or leave out adapters that are far larger than the others: that of %s has "
+            "%.3g times the median norm",
             *(len(poor), len(shares), 100 * POOR_ERROR, worst, 100 * poor[worst], steps),
             *(largest, float((sizes.max() / sizes.median().clamp_min(1e-30)).sqrt())),
         )

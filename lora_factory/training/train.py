@@ -94,7 +94,7 @@ def train_generator(
     arguments = _checked(zoo, arguments, tasks, held_out, base_model, base_model_name)
     classifies = any(isinstance(task, ImageTask) for task in tasks or ())
     if images is not None:
-        images = {name: as_images(rows) for name, rows in images.items()}
+        images = {name: as_images(rows, f"images[{name!r}]") for name, rows in images.items()}
     elif classifies:
         given = [task for task in (*(tasks or ()), *held_out) if isinstance(task, ImageTask)]
         images = {task.name: task.images() for task in given}
@@ -265,7 +265,8 @@ def _checked(
             raise LoraFactoryError("without a zoo, a generator is trained on examples; pass tasks= and base_model=")
         if arguments.decoder != "core":
             raise LoraFactoryError(
-                f"decoder={arguments.decoder!r} learns from a zoo's weights; collect a zoo with collect_adapters first"
+                f"decoder={arguments.decoder!r} learns from a zoo's weights; collect a zoo first, with lora-factory "
+                "collect or collect_adapters"
             )
         if len(tasks) < 2:
             raise LoraFactoryError(f"{len(tasks)} task(s): a generator needs at least two to tell apart; add tasks")
@@ -275,7 +276,7 @@ def _checked(
     if len(zoo.tasks) < 2:
         raise LoraFactoryError(
             f"the zoo {zoo.folder} holds {len(zoo.tasks)} task(s), a generator needs at least two to tell apart; "
-            "collect more with collect_adapters"
+            "collect more, with lora-factory collect or collect_adapters"
         )
     if base_model_name is not None:
         raise LoraFactoryError(f"base_model_name={base_model_name!r} is decided by the zoo {zoo.folder}; leave it out")
@@ -287,7 +288,7 @@ def _checked(
         )
     if held_out and not arguments.base_steps:
         raise LoraFactoryError(
-            "held_out= chooses a step of base_steps, which is 0; pass base_steps, or leave held_out out"
+            "held_out= (--held-out-tasks) chooses a step of base_steps, which is 0; pass base_steps, or leave it out"
         )
     if arguments.multitask_steps and not arguments.base_steps:
         raise LoraFactoryError(

@@ -170,6 +170,31 @@ def test_flags_become_the_arguments() -> None:
             "--task and --description are for one source; list several in a text file and import that, one a line: "
             "FOLDER<TAB>TASK<TAB>DESCRIPTION",
         ),
+        (
+            ["evaluate", "--tasks", "t", "--adapter", "a", "--refine-steps", "0"],
+            "--refine-steps 0 has no effect with --adapter, which scores adapters alone; leave it out",
+        ),
+        (
+            ["evaluate", "--tasks", "t", "--adapter", "a", "--unseen-tasks", "u"],
+            "--unseen-tasks 'u' has no effect with --adapter, which scores adapters alone; leave it out",
+        ),
+        (
+            ["evaluate", "--tasks", "t", "--generator", "g", "--text", "a", "--seeds", "0,1"],
+            "--seeds 0,1 has no effect with --text, which scores adapters alone; leave it out",
+        ),
+        (
+            ["evaluate", "--tasks", "t", "--generator", "g", "--text", "a", "--zoo", "z"],
+            "--zoo 'z' has no effect with --text, which scores adapters alone; leave it out",
+        ),
+        (
+            ["evaluate", "--tasks", "t", "--generator", "g", "--zoo", "z", "--unseen-zoo", "u"],
+            "--unseen-zoo has no effect without --unseen-tasks; give these, or leave it out",
+        ),
+        (
+            ["evaluate", "--tasks", "t", "--generator", "g"],
+            "--generator needs --zoo, LoRAs of its tasks (the zoo that it was trained on, if any), or --text",
+        ),
+        (["evaluate", "--tasks", "t", "--adapter", "a", "--max-tokens", "0"], "--max-tokens 0 must be above 0"),
     ],
 )
 def test_wrong_values_end_with_one_line(
@@ -271,6 +296,37 @@ def test_evaluate_prints_a_table_and_writes_json(
     assert re.search(rf"base model\W+{row}", output)
     assert re.search(rf"adapter\W+{row}", output)
     assert output.endswith("wrote scores/evaluation.json\n")
+    assert "right answers" not in output
+
+
+def test_evaluate_scores_answers_of_tasks_with_a_metric(
+    pico_model: LlamaForCausalLM,
+    pico_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    get_peft_model(pico_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    answers = ("yes", "no")
+    rows = [{"prompt": f"Does fox {number} jump? ", "completion": answers[number % 2]} for number in range(20)]
+    for split in ("train", "test"):
+        Path(f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"path": "json", "data_files": {"train": "train.jsonl", "test": "test.jsonl"}}
+    data |= {"prompt_column": "prompt", "completion_column": "completion"}
+    tasks = [{"name": "foxes", "descriptions": ["Answer"], "data": data, "metric": "multiple_choice"}]
+    Path("tasks.json").write_text(json.dumps({"tasks": tasks}))
+    words = ["evaluate", "--tasks", "tasks.json", "--adapter", "adapter", "--base-model", str(pico_model_folder)]
+    right = {}
+    for count in ("1", "20"):
+        assert cli.main([*words, "--output", count, "--max-examples", count]) == 0
+        row = json.loads(Path(count, "evaluation.json").read_text())["adapter"]["foxes"]
+        right[count] = row["accuracy"]
+        figures = f"{row['perplexity']:.2f} / {row['bits_per_character']:.3f} / {row['accuracy']:.3f}"
+        output = capsys.readouterr().out
+        assert re.search(rf"adapter\W+{re.escape(figures)}", output)
+        assert "where there is a third number, it is the share of right answers; higher is better\n" in output
+    assert right["1"] in (0, 1) and right["20"] == 0.5  # the fresh LoRA prefers one of the answers
 
 
 @pytest.fixture
@@ -316,7 +372,7 @@ def test_from_tasks_to_an_adapter_without_a_zoo(
     assert cli.main([*words, "neither", "--adapter", "adapter", *texts]) == 2
     assert "--text needs --generator" in capsys.readouterr().err
     assert cli.main([*words, "neither", "--generator", "generator", *texts, "--zoo", "zoo"]) == 2
-    assert "--text scores adapters alone, without --zoo" in capsys.readouterr().err
+    assert "--zoo 'zoo' has no effect with --text" in capsys.readouterr().err
     assert cli.main([*words, "neither", "--generator", "generator", "--text", "base model"]) == 2
     assert "names the row of the base model itself" in capsys.readouterr().err
     assert not Path("neither/evaluation.json").exists()
@@ -356,7 +412,8 @@ def test_explain_says_what_the_generator_makes_of_a_text(
 ) -> None:
     assert cli.main(["explain", "--generator", "generator", "--text", "poems"]) == 0
     found = generator.explain("poems")
-    nearest, share, use = capsys.readouterr().out.splitlines()
+    verdict, nearest, share, use = capsys.readouterr().out.splitlines()
+    assert verdict == found["sentence"]
     tasks = [f"{it['task']} ({1 - it['similarity']:.2f})" for it in found["nearest"]]
     assert nearest == f"nearest tasks, by cosine distance: {', '.join(tasks)}"
     assert share.startswith(f"{100 * found['farther_than']:.0f} % of the known tasks are nearer")
@@ -373,8 +430,9 @@ def test_explain_knows_a_tasks_own_description(
     generator.save_pretrained("generator")
     assert cli.main(["explain", "--generator", "generator", "--text", "poems"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("nearest tasks, by cosine distance: poems (0.00), ")
-    assert lines[1] == "0 % of the known tasks are nearer than that to their own nearest neighbour"
+    assert lines[0] == "Near a task that the generator knows: expect an adapter like that task's."
+    assert lines[1].startswith("nearest tasks, by cosine distance: poems (0.00), ")
+    assert lines[2] == "0 % of the known tasks are nearer than that to their own nearest neighbour"
 
 
 @pytest.mark.parametrize(
@@ -387,11 +445,11 @@ def test_explain_knows_a_tasks_own_description(
         (
             "--rank 1",
             "--rank 1 is below that of the zoo's adapters, 2; give 2 or more, or 0 for the rank that holds them all. "
-            "An adapter of a lower rank is made at generation: lora-factory generate --rank\n",
+            "For an adapter of a lower rank, give --rank when it is generated\n",
         ),
         (
             "--held-out-tasks tasks.json",
-            "--held-out-tasks chooses a step of --base-steps, which is 0; pass --base-steps",
+            "--held-out-tasks chooses a step of --base-steps, which is 0; pass --base-steps, or leave it out\n",
         ),
         ("--base-steps 3", "--base-steps 3 needs the tasks' examples; pass --tasks, the task file of the zoo"),
         ("--multitask-steps 3", "--multitask-steps 3 are the first of --base-steps 0; give as many of these or more"),
@@ -434,10 +492,18 @@ def test_check_names_the_collection_that_it_measured(
     assert not Path("loras").exists()
 
 
-def test_messages_name_flags_for_what_python_calls_otherwise() -> None:
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("train a generator with images= (--images) of every task", "train a generator with --images of every task"),
+        ("held_out= (--held-out-tasks) chooses a step", "--held-out-tasks chooses a step"),
+        ("pass sequence_length=64 (--sequence-length 64) or less", "pass --sequence-length 64 or less"),
+        ("no folder '/a/rank= (--rank)'", "no folder '/a/rank= (--rank)'"),
+    ],
+)
+def test_messages_name_flags_for_what_python_calls_otherwise(said: str, shown: str) -> None:
     options = cli.parse(["generate", "--generator", "g", "--output-dir", "a"])
-    said = "hears no image; or train a generator with images= (--images) of every task"
-    assert cli_options.in_flags(said, options) == "hears no image; or train a generator with --images of every task"
+    assert cli_options.in_flags(said, options) == shown
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:

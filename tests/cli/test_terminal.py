@@ -25,7 +25,7 @@ from lora_factory.cli.output import say
 def run(options):
     warnings.warn("the text is\\n far")
     say("{WORDS} {"x" * 100}", wrap=True)
-    score = SimpleNamespace(perplexity=665.14, bits_per_character=3.126)
+    score = SimpleNamespace(perplexity=665.14, bits_per_character=3.126, accuracy=None)
     row = {{task: score for task in ("licences", "letters", "poems", "python_code")}}
     cli._print_scores({{name: row for name in ("base model", {FOLDER!r})}})
     cli._print_scores({{name: row for name in ("base model", {WORDS!r})}})

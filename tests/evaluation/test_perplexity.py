@@ -177,7 +177,7 @@ def test_derived_figures() -> None:
     score = TextScore(loss=math.log(8), tokens=10, characters=30)
     assert score.perplexity == pytest.approx(8)
     assert score.bits_per_character == pytest.approx(1)  # 10 tokens of 3 bits over 30 characters
-    assert set(score.to_dict()) == {"loss", "tokens", "characters", "perplexity", "bits_per_character"}
+    assert set(score.to_dict()) == {"loss", "tokens", "characters", "accuracy", "perplexity", "bits_per_character"}
     assert TextScore(loss=1e4, tokens=1, characters=1).perplexity == math.inf
     assert math.isnan(TextScore(loss=math.nan, tokens=1, characters=1).perplexity)
 
@@ -197,6 +197,7 @@ class FixedTask(NamedTuple):
 
     name: str
     test: list[Example]
+    metric: None = None
 
     def examples(self, split: str) -> list[Example]:
         assert split == "test"

@@ -397,6 +397,7 @@ def test_explain_says_how_near_a_text_is_and_what_is_made_of_it(knowing: CVAELoR
         found = knowing.explain(text)
         assert found["nearest"][0] == {"task": text.split()[1], "similarity": 1.0} and len(found["nearest"]) == 3
         assert found["distance"] == 0 and found["farther_than"] == 0
+        assert found["verdict"] == "near" and found["sentence"].startswith("Near a task that the generator knows")
         uses.append(found["use"])
     assert sorted(uses)[1] == pytest.approx(1, abs=0.02)
     strange = knowing.explain("zq xx 0o0o ++ ##")
@@ -415,6 +416,7 @@ def test_a_condition_far_from_all_tasks_is_farther_than_all(knowing: CVAELoRAGen
     known = torch.nn.functional.normalize(knowing.text_task_vectors, dim=1)
     away = knowing.explain(conditions={"text": -known.sum(0)})
     assert away["farther_than"] == 1 and away["distance"] > 1
+    assert away["verdict"] == "far" and away["sentence"].startswith("Far from every task that the generator knows")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.generator import generation
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.generator.writer import AdapterWriter
 from lora_factory.models.hidden_states import example_states
 from lora_factory.models.loading import load_base_model
 from lora_factory.models.losses import FrozenBase
@@ -157,7 +158,7 @@ def test_a_generator_of_format_2_writes_what_it_wrote(
 def test_task_vectors_that_are_not_finite_are_refused(layout: AdapterLayout, pico_encoder_folder: Path) -> None:
     generator = make_generator(layout, pico_encoder_folder)
     rows = {"poems": torch.ones(2, 64), "code": torch.tensor([[1.0] * 63 + [torch.inf]])}
-    with pytest.raises(LoraFactoryError, match="task 'code': its hidden vectors hold NaN or infinite"):
+    with pytest.raises(LoraFactoryError, match="task 'code': its vectors of examples hold NaN or infinite"):
         generator.fit_conditions({"hidden": rows})
 
 
@@ -222,6 +223,7 @@ def test_task_vectors_stand_in_for_the_text(generator: CVAELoRAGenerator) -> Non
         (None, None, "pass a text"),
         (None, {"text": torch.zeros(31)}, r"'text' has shape \(31,\)"),
         (None, {"picture": torch.zeros(32)}, "'picture' has shape"),
+        (None, {"hidden": torch.zeros(32)}, r"'hidden' \(of examples\) has shape \(32,\); this generator takes "),
     ],
 )
 def test_wrong_conditions_are_refused(
@@ -346,8 +348,8 @@ def cut_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "download it, or train it"),
-        (drop_weight, "network.prior_mean.weight"),
+        (truncate, "download it, or train it with lora-factory train or train_generator, again$"),
+        (drop_weight, "network.prior_mean.weight; download it, or train it .*, again$"),
         (add_weight, "network.more"),
         (cut_weight, "center"),
         (poison_weight, "basis.factors.*NaN"),
@@ -357,8 +359,8 @@ def cut_config(folder: Path) -> None:
         (edit_config(decoder="transformer"), "choose 'core' or 'conv1d'"),
         (edit_config(width=0), "must be at least 1"),
         (edit_config(width="wide"), "cannot load a generator"),
-        (edit_config(format_version=1), "has format 1.*train it with train_generator, again"),
-        (edit_config(format_version=5), "format_version=5.*pip install --upgrade lora-factory"),
+        (edit_config(format_version=1), "has format 1.*train it again, with lora-factory train or train_generator$"),
+        (edit_config(format_version=5), "format_version=5.*pip install --upgrade lora-factory$"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
@@ -374,6 +376,17 @@ def test_what_is_no_generator_is_refused(pico_model_folder: Path, tmp_path: Path
             CVAELoRAGenerator.from_pretrained(source)
     with pytest.raises(LoraFactoryError, match="needs layout and modalities"):
         CVAELoRAGenerator(CVAELoRAConfig())
+
+
+@pytest.mark.parametrize("load", [CVAELoRAGenerator.from_pretrained, AdapterWriter.open])
+def test_what_is_something_else_is_not_to_be_downloaded_again(load: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "zoo.json").write_text("{}")
+    with pytest.raises(LoraFactoryError, match=r"is a zoo, not a generator; .*, or train_generator$"):
+        load(tmp_path)
+    with pytest.raises(LoraFactoryError, match=r"is a file; name the generator's folder$"):
+        load(tmp_path / "zoo.json")
+    with pytest.raises(LoraFactoryError, match=r"neither a folder nor a Hub id; write user/name$"):
+        load(tmp_path / "not" / "there")
 
 
 PLAIN_PEFT = """

@@ -110,6 +110,17 @@ def test_the_verdict_names_the_best_rival(losses: dict[str, float], said: str) -
     assert verdict(summarise(seen)) == told.replace("unseen", "seen")
 
 
+def test_the_verdict_compares_what_was_given_a_text_with_its_like() -> None:
+    refined = {"generated from examples": 1.05, "multi-task LoRA, refined": 1.02, "retrieval from examples": 1.1}
+    told = verdict(summarise(make_comparison(LOSSES | refined)))
+    assert "recovers 0.90" in told
+    assert told.endswith("more than the best baseline or control without examples, uniform soup: 0.50.")
+    examples = {name: loss for name, loss in (LOSSES | refined).items() if not name.startswith("generated,")}
+    del examples["generated"]
+    told = verdict(summarise(make_comparison(examples)))
+    assert "recovers 0.97" in told and "the best baseline or control, multi-task LoRA, refined: 0.99" in told
+
+
 def test_bars_fall_from_the_highest_and_mark_the_generator() -> None:
     shown = headroom_bars(summarise(make_comparison(LOSSES | {"uniform soup": 9.0})))
     assert [bars.method for bars in shown["methods"]] == [

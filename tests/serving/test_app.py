@@ -125,6 +125,7 @@ def test_distance_is_told_in_a_sentence(work: SideBySide) -> None:
     for text, one in told.items():
         found = work.generator.explain(text)
         assert (one.verdict == "far") == (found["farther_than"] >= 1)
+        assert (one.verdict, one.sentence) == (found["verdict"], found["sentence"])
         assert one.nearest[0] == (found["nearest"][0]["task"], found["distance"])
     assert "far" in {one.verdict for one in told.values()}
     far = next(one for one in told.values() if one.verdict == "far")
