@@ -105,14 +105,20 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """The image files of a folder, in the order of their names.
+    """The image files of a folder and of the folders in it, in the order of their paths; hidden ones are left out.
 
     Raises:
         LoraFactoryError: When there is none.
     """
     folder = local_path(folder)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS and file.is_file()]
+    files = sorted(folder.rglob("*")) if folder.is_dir() else []
+    images = [
+        file
+        for file in files
+        if file.suffix.lower() in IMAGE_ENDINGS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     if not images:
         raise LoraFactoryError(
             f"no image in {folder}; give a folder with files that end in {', '.join(IMAGE_ENDINGS)}"

@@ -16,7 +16,7 @@ import datasets
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.boxes import Box
 from lora_factory.tasks.examples import DETECTION_PROMPT, ImageExample, StoredImage
-from lora_factory.tasks.text import SPLITS, DataSource, Split, load_splits
+from lora_factory.tasks.text import SPLITS, DataSource, Split, answered, load_splits, texts_of
 from lora_factory.utils.safe_files import read_json_object, reading
 
 MAX_SIDE = 1_000_000  # pixels; wider than any image that is read
@@ -168,22 +168,30 @@ class ImageRows(RowSource):
         return {split: self._split(rows, f"{task}/{split}") for split, rows in load_splits(self.rows, task).items()}
 
     def _split(self, rows: datasets.Dataset, where: str) -> list[ImageExample]:
-        wanted = self.objects_column if self.category else self.completion_column
-        for column in filter(None, (self.image_column, wanted, self.prompt_column)):
-            if column not in rows.column_names:
+        wanted = self.objects_column if self.category else str(self.completion_column)
+        for name in filter(None, (self.image_column, wanted, self.prompt_column)):
+            if name not in rows.column_names:
                 raise LoraFactoryError(
-                    f"{where}: no column {column!r} in {self.path}; it has {', '.join(rows.column_names)}"
+                    f"{where}: no column {name!r} in {self.path}; it has {', '.join(rows.column_names)}"
                 )
-        rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        try:
+            rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise LoraFactoryError(
+                f"{where}: column {self.image_column!r} holds no images ({error}); name one that does by image_column"
+            ) from error
         texts = rows.remove_columns([name for name in rows.column_names if name == self.image_column])
-        prompts = [self.prompt] * len(rows) if self.prompt_column is None else list(texts[self.prompt_column])
+
+        def column(name: str) -> list[str]:
+            return texts_of(texts[name], texts.features[name], where, name)
+
+        prompts = column(self.prompt_column) if self.prompt_column else [self.prompt] * len(rows)
         images = [
-            StoredImage(f"{where}, image of row {index}", partial(_image_bytes, rows, index, self.image_column))
+            StoredImage(f"{where}, image of row {index}", partial(_image_bytes, rows, index, self.image_column, where))
             for index in range(len(rows))
         ]
         if self.category is None:
-            answers = zip(images, prompts, texts[self.completion_column], strict=True)
-            return [ImageExample(image, prompt, str(answer)) for image, prompt, answer in answers if answer]
+            return answered(map(ImageExample, images, prompts, column(wanted)), where, wanted)
         shown = [self._boxes(objects, texts.features[self.objects_column], where) for objects in texts[wanted]]
         examples = [
             ImageExample.of_boxes(image, self.category, boxes, prompt=prompt)
@@ -193,19 +201,21 @@ class ImageRows(RowSource):
         return _with_boxes(examples, f"{where}: no row of {self.path} shows a {self.category!r}")
 
     def _boxes(self, objects: Any, feature: Any, where: str) -> list[Box]:  # noqa: ANN401
-        """The boxes of the category among a row's objects, which are lists by name or a list of objects."""
-        if isinstance(feature, datasets.List):
-            feature = {name: datasets.List(kind) for name, kind in feature.feature.items()}
-            objects = {name: [one[name] for one in objects] for name in feature}
-        key = "category" if "category" in feature else "categories"
-        if key not in feature or "bbox" not in feature:
+        """The boxes of the category among a row's objects, which are lists by name, a list of objects or None."""
+        try:
+            if isinstance(feature, datasets.List):
+                feature = {name: datasets.List(kind) for name, kind in feature.feature.items()}
+                objects = {name: [one[name] for one in objects or ()] for name in feature}
+            key = "category" if "category" in feature else "categories"
+            objects = objects or {"bbox": None, key: None}
+            names = texts_of(objects[key] or (), feature[key].feature, where, self.objects_column)
+            pairs = zip(objects["bbox"] or (), names, strict=True)
+            return [_corners(box, self.box_format) for box, name in pairs if name == self.category]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LoraFactoryError(
-                f"{where}: column {self.objects_column!r} holds {', '.join(feature)}; it must hold bbox and category"
-            )
-        kind = feature[key].feature
-        name = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
-        pairs = zip(objects["bbox"], objects[key], strict=True)
-        return [_corners(box, self.box_format) for box, category in pairs if name(category) == self.category]
+                f"{where}: column {self.objects_column!r} holds no objects ({type(error).__name__}: {error}); it must"
+                " hold the lists bbox, of four numbers each, and category"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -307,9 +317,16 @@ def _inside(folder: Path, name: str, task: str, file: str) -> Path:
     return path
 
 
-def _image_bytes(rows: datasets.Dataset, index: int, column: str) -> bytes:
-    value = rows[index][column]
-    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+def stored_image(value: Mapping[str, Any] | None) -> bytes | str | None:
+    """The content of a data set's image that is not decoded, or its file; None when it is missing."""
+    return (value["bytes"] or value["path"] or None) if value else None
+
+
+def _image_bytes(rows: datasets.Dataset, index: int, column: str, where: str) -> bytes:
+    image = stored_image(rows[index][column])
+    if image is None:
+        raise LoraFactoryError(f"{where}: row {index} lacks its image; filter such rows out")
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
 
 
 def _corners(box: Sequence[float], form: str) -> Box:

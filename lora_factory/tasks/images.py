@@ -8,18 +8,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from datasets.data_files import SPLIT_KEYWORDS
 from PIL import Image
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.image_files import ImageLike, check_image, image_fingerprint, images_in
-from lora_factory.tasks.image_sources import RowSource
-from lora_factory.tasks.text import SPLITS, Split, carve, load_splits
+from lora_factory.tasks.image_sources import RowSource, stored_image
+from lora_factory.tasks.text import SPLITS, Split, carve, load_splits, texts_of
 from lora_factory.utils.paths import safe_name
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 TaskKind = TypeVar("TaskKind")
+_ROW_FILES = ("dataset_dict.json", "state.json", "metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet")
 
 
 class LabelledImage(NamedTuple):
@@ -101,12 +103,18 @@ class ImageTask:
     ) -> ImageTask:
         """A task of a folder with one folder per class, or with such a folder for each of train, validation and test.
 
+        Splits go by the names that `datasets` knows, such as val and dev. An image in a folder below a class folder
+        is of that class; hidden files and folders are left out.
+
         Raises:
             LoraFactoryError: When the folder is missing, or a class has no image.
         """
         folder = Path(folder).expanduser()
-        parts = [folder / split for split in SPLITS] if (folder / "train").is_dir() else [folder]
-        rows = [_labelled(part) if part.is_dir() or part is parts[0] else [] for part in parts]
+        folders = _folders(folder)
+        parts = [[path for path in folders if path.name in names] for names in SPLIT_KEYWORDS.values()]
+        if not parts[0] and sum(map(len, parts)) < len(folders):
+            parts = [[folder]]  # these are classes, one of which may be called test
+        rows = [[row for path in part for row in _labelled(path)] for part in parts]
         return cls.from_examples(name, descriptions, *rows, shown=shown, license=license)
 
     @classmethod
@@ -178,7 +186,8 @@ class ImageClasses(RowSource):
     """Images with their classes, as a task file has them.
 
     Attributes:
-        path: A folder as `ImageTask.from_folder` takes it, or as in `RowSource`, which has the other attributes.
+        path: A folder as `ImageTask.from_folder` takes it, or as in `RowSource`, which has the other attributes; a
+            saved data set, Parquet files or a ``metadata.jsonl`` in a folder make it one of rows.
         label_column: A data set's column of classes.
         positives: Classes to answer "yes" for, and "no" for all others; default: every class goes by its name.
     """
@@ -203,7 +212,7 @@ class ImageClasses(RowSource):
             LoraFactoryError: The data cannot be found or read, a column is missing, or a class has no image.
         """
         folder = Path(self.path).expanduser()
-        if folder.is_dir():
+        if folder.is_dir() and not any(any(folder.glob(name)) for name in _ROW_FILES):
             task = ImageTask.from_folder(name, descriptions, folder, license=license)
         else:
             columns = {"image_column": self.image_column, "label_column": self.label_column}
@@ -243,10 +252,16 @@ def language_tasks(tasks: Sequence[TaskKind | ImageTask]) -> list[TaskKind]:
 
 def _labelled(folder: Path) -> list[LabelledImage]:
     """Every image below a folder's class folders."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not classes:
+    return [LabelledImage(file, path.name) for path in _folders(folder) for file in images_in(path)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but for hidden ones, such as .ipynb_checkpoints."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = [path for path in found if path.is_dir() and not path.name.startswith(".")]
+    if not folders:
         raise LoraFactoryError(f"{folder} has no folders of images; make one folder per class in it")
-    return [LabelledImage(file, path.name) for path in classes for file in images_in(path)]
+    return folders
 
 
 def _same_row(row: LabelledImage) -> Hashable:
@@ -256,7 +271,7 @@ def _same_row(row: LabelledImage) -> Hashable:
 
 def _rows(data: Dataset, image_column: str, label_column: str, task: str) -> list[LabelledImage]:
     """A split's rows, with images as files' contents where the data set holds those."""
-    from datasets import ClassLabel, Image
+    from datasets import Image
 
     for column in (image_column, label_column):
         if column not in data.column_names:
@@ -266,12 +281,11 @@ def _rows(data: Dataset, image_column: str, label_column: str, task: str) -> lis
             f"task {task!r}: column {image_column!r} holds no images; cast it: "
             f"data.cast_column({image_column!r}, datasets.Image())"
         )
-    labels = data.features[label_column]
+    labels = texts_of(data[label_column], data.features[label_column], f"task {task!r}", label_column)
+    images = map(stored_image, data.cast_column(image_column, Image(decode=False))[image_column])
     rows = []
-    for number, row in enumerate(data.cast_column(image_column, Image(decode=False))):
-        image, label = row[image_column], row[label_column]
-        if image is None or label is None or not (image["bytes"] or image["path"]):
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        if image is None or not label.strip():
             raise LoraFactoryError(f"task {task!r}: row {number} lacks its image or its label; filter such rows out")
-        name = labels.int2str(label) if isinstance(labels, ClassLabel) else str(label)
-        rows.append(LabelledImage(image["bytes"] or image["path"], name))
+        rows.append(LabelledImage(image, label))
     return rows

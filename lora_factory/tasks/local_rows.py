@@ -153,7 +153,7 @@ def _json_rows(file: IO[str], path: str | Path, as_texts: bool) -> Iterator[dict
     content = row if row is not None else read(first + file.read())
     if isinstance(content, dict):
         columns = list(content.values())
-        lists = columns and all(isinstance(column, list) for column in columns) and row is None
+        lists = columns and all(isinstance(column, list) for column in columns)
         if not lists or len({len(column) for column in columns}) > 1:
             content = [content]
         else:

@@ -16,9 +16,11 @@ from typing import Any, Literal, TypeVar
 
 import datasets
 import numpy
+from datasets.data_files import DataFilesDict, get_data_patterns
+from pyarrow import parquet  # type: ignore[import-untyped]
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.tasks.examples import Example
+from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.local_rows import as_text, format_of, read_paragraphs, read_rows, separator_hint
 from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import reading
@@ -26,8 +28,10 @@ from lora_factory.utils.safe_files import reading
 Split = Literal["train", "validation", "test"]
 Rows = Any  # datasets.Dataset, or datasets.IterableDataset when streaming; both come untyped
 Row = TypeVar("Row")
+Answered = TypeVar("Answered", Example, ImageExample)
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-LOCAL_FORMATS = ("json", "csv", "parquet", "text")
+_ROW_FORMATS = ("json", "csv", "parquet")
+LOCAL_FORMATS = (*_ROW_FORMATS, "text")
 _OWN_FORMATS = ("json", "csv", "text")  # read by `read_rows`: the readers of `datasets` guess types and change cells
 _MAX_NAME_BYTES = 255  # of a file or folder, on all file systems in common use
 
@@ -37,9 +41,9 @@ class DataSource:
     """A source of text examples: files or a data set of the Hub, and the columns that hold the text.
 
     Attributes:
-        path: A data set's id on the Hub, a local folder of data files or one that `Dataset.save_to_disk` wrote, a
-            local file (.json, .jsonl, .ndjson, .csv, .tsv or .txt, all also with .gz behind, or .parquet), or "json",
-            "csv", "parquet" or "text" with `data_files`. Each line of a text file is an example.
+        path: A data set's id on the Hub, a local folder of data files of one format or one that `Dataset.save_to_disk`
+            wrote, a local file (.json, .jsonl, .ndjson, .csv, .tsv or .txt, all also with .gz behind, or .parquet), or
+            "json", "csv", "parquet" or "text" with `data_files`. Each line of a text file is an example.
         name: The data set's configuration on the Hub.
         data_files: File names or patterns, per split of the source. A bare name stands for a list of one, and
             without a split it means "train". Of a data set on the Hub or a folder of data files they are in it.
@@ -197,7 +201,7 @@ def read_examples(path: str | Path) -> list[Example]:
     (name,) = source.local_files()["train"]
     if form == "parquet":
         with _quiet(), _teaching_errors(source, "examples"):
-            columns = datasets.Dataset.from_parquet(glob.escape(name), keep_in_memory=True).column_names
+            columns = parquet.read_schema(name).names
     else:
         columns = list(next(read_rows(name, form), {}))
     if "text" not in columns and {"prompt", "completion"} <= set(columns):
@@ -234,7 +238,7 @@ def carve(
     complete = {split: [*found[split]] for split in SPLITS if found.get(split)}
     missing = [split for split in SPLITS if split not in complete]
     if "train" in missing:
-        raise LoraFactoryError(f"task {task!r} has no training text; give at least one example that is not empty")
+        raise LoraFactoryError(f"task {task!r} has no training example; give at least one that is not empty")
     if not missing:
         return complete
     rows = complete["train"]
@@ -253,9 +257,41 @@ def carve(
     return {split: carved.get(split) or complete[split] for split in SPLITS}
 
 
-def with_text(examples: Iterable[Example]) -> list[Example]:
+def with_text(examples: Iterable[Answered]) -> list[Answered]:
     """The examples whose completion is not blank."""
     return [example for example in examples if example.completion.strip()]
+
+
+def answered(examples: Iterable[Answered], where: str, column: str) -> list[Answered]:
+    """The examples whose completion, which comes from a column, is not blank; where is "<task>/<split>".
+
+    Raises:
+        LoraFactoryError: There is none.
+    """
+    found = with_text(examples)
+    if not found:
+        raise LoraFactoryError(f"{where}: no row has text in column {column!r}; write at least one")
+    return found
+
+
+def texts_of(values: Iterable[Any], feature: Any, where: str, column: str) -> list[str]:  # noqa: ANN401
+    """The texts of a data set's column: a class goes by its name, and what is missing is empty.
+
+    Args:
+        values: What the column holds.
+        feature: Its kind, as `datasets` has it.
+        where: "<task>/<split>", for error messages.
+        column: The column's name, for error messages.
+
+    Raises:
+        LoraFactoryError: As `as_text`.
+    """
+    if isinstance(feature, datasets.ClassLabel):  # rows that nobody labelled have -1
+        values = (None if value is None or value < 0 else feature.int2str(value) for value in values)
+    elif getattr(feature, "dtype", None) in ("float16", "float32"):  # 0.1, not 0.10000000149
+        kind = numpy.dtype(feature.dtype).type
+        values = (None if value is None or value != value else str(kind(value)) for value in values)
+    return [as_text(value, where, column) for value in values]
 
 
 def _files_of_splits(given: Any) -> dict[str, list[str]]:  # noqa: ANN401
@@ -333,9 +369,12 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
     """Read local files without the network: `load_dataset("json", …)` would report its use to a server first."""
     # The builders copy the rows into a cache, which is of no use to anyone once they are in memory.
     options: dict[str, Any] = {"streaming": True} if source.streaming else {"keep_in_memory": True}
-    escaped: Any = {split: [glob.escape(name) for name in names] for split, names in files.items()}
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
         if source.format == "parquet":
+            full = {split: [n for n in names if parquet.read_metadata(n).num_rows] for split, names in files.items()}
+            if bare := [files[split][0] for split, names in full.items() if not names]:
+                raise LoraFactoryError(f"task {task!r}: {bare[0]} has no row; write at least one")
+            escaped: Any = {split: [glob.escape(name) for name in names] for split, names in full.items()}
             return datasets.DatasetDict.from_parquet(escaped, cache_dir=cache, **options)
         form = str(source.format)
         return {
@@ -353,9 +392,8 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
     if not folder.is_dir() or _was_saved(folder):
         return None
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
-        builder = datasets.load_dataset_builder(
-            _without_signs(folder, cache), data_files=source.data_files, cache_dir=cache
-        )
+        place = _without_signs(folder, cache)
+        builder = datasets.load_dataset_builder(place, data_files=source.data_files, cache_dir=cache)
         form = next(
             (
                 part.__module__.rpartition(".")[2]
@@ -368,6 +406,15 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
             str(split): [str(Path(name).resolve()) for name in names]
             for split, names in (builder.config.data_files or {}).items()
         }
+        patterns = source.data_files or get_data_patterns(place)
+        every = itertools.chain(*DataFilesDict.from_patterns(patterns, base_path=place).values())
+    # A text file beside others is a note, such as README.txt.
+    formats = {kind: Path(name).name for name in every if (kind := format_of(name)) == form or kind in _ROW_FORMATS}
+    if form in formats and len(formats) > 1:
+        raise LoraFactoryError(
+            f"task {task!r}: {source.path} has data files of {len(formats)} formats, such as"
+            f" {' and '.join(formats.values())}; keep one format, or name the files to read with data_files"
+        )
     if form not in _OWN_FORMATS:
         return None
     if packed := next((name for names in files.values() for name in names if format_of(name) != form), None):
@@ -467,10 +514,8 @@ def _first_rows(rows: Rows, source: DataSource) -> datasets.Dataset:
 def _read_rows(rows: datasets.Dataset, source: DataSource, where: str) -> list[Example]:
     """The examples with text among the rows; `where` is "<task>/<split>" for error messages."""
     _check_columns(rows.column_names, source, where)
-    columns = {column: _column_of_text(rows, column, where) for column in source.columns}
-    return _examples_of(
-        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], source, where
-    )
+    texts = [texts_of(rows[column], rows.features[column], where, column) for column in source.columns]
+    return _from_texts(zip(*texts, strict=True), source, where)
 
 
 def _check_columns(names: Sequence[str], source: DataSource, where: str) -> None:
@@ -487,20 +532,12 @@ def _examples_of(rows: Sequence[Mapping[str, Any]], source: DataSource, where: s
     if rows:
         _check_columns(list(dict.fromkeys(name for row in rows for name in row)), source, where)
     texts = ([as_text(row.get(column), where, column) for column in source.columns] for row in rows)
-    examples = with_text(Example("" if source.text_column else row[0], row[-1]) for row in texts)
-    if not examples:
-        raise LoraFactoryError(f"{where}: no row has text in column {source.columns[-1]!r}; write at least one")
-    return examples
+    return _from_texts(texts, source, where)
 
 
-def _column_of_text(rows: datasets.Dataset, column: str, where: str) -> list[Any]:
-    feature, values = rows.features[column], list(rows[column])
-    if isinstance(feature, datasets.ClassLabel):
-        return [None if value is None else feature.int2str(value) for value in values]
-    if getattr(feature, "dtype", None) in ("float16", "float32"):  # as short as they are exact: 0.1, not 0.10000000149
-        kind = numpy.dtype(feature.dtype).type
-        return [None if value is None or value != value else str(kind(value)) for value in values]
-    return values
+def _from_texts(texts: Iterable[Sequence[str]], source: DataSource, where: str) -> list[Example]:
+    examples = (Example("" if source.text_column else row[0], row[-1]) for row in texts)
+    return answered(examples, where, source.columns[-1])
 
 
 @contextmanager

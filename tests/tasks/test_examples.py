@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_factory.tasks.examples import ImageExample, StoredImage
 from lora_factory.tasks.image_sources import CocoSource, ImageRows
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import load_tasks, save_tasks
+from lora_factory.tasks.text import DataSource
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
@@ -222,6 +224,84 @@ tasks:
     assert row.open().size == (40, 20)
     save_tasks([task], tmp_path / "again.yaml")
     assert load_tasks(tmp_path / "again.yaml")[0].fingerprint() == task.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"),
+    [
+        ([0, 1, -1, None], datasets.ClassLabel(names=["cat", "dog"])),
+        ([0, 1, 2, None], datasets.Value("int32")),
+        ([True, False, True, None], datasets.Value("bool")),
+        ([0.1, float("nan"), 0.0, None], datasets.Value("float32")),
+        (["  ", "a", "", None], datasets.Value("string")),
+    ],
+)
+def test_cells_beside_images_are_read_as_those_of_texts(tmp_path: Path, values: list[Any], feature: Any) -> None:
+    columns = {"image": [Image.new("RGB", (8, 8))] * 4, "q": values, "a": values, "one": ["1"] * 4}
+    kinds = {"image": datasets.Image(), "q": feature, "a": feature, "one": datasets.Value("string")}
+    path = str(tmp_path / "rows.parquet")
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).to_parquet(path)
+    for question, answer in (("q", "one"), ("one", "a")):
+        texts = DataSource(path, prompt_column=question, completion_column=answer).load("t")["train"]
+        images = ImageRows(path, prompt_column=question, completion_column=answer).load("t")["train"]
+        assert [(row.prompt, row.completion) for row in images] == texts
+
+
+def of_rows(folder: Path, objects: Any = (None, None), kind: Any = None, **columns: Any) -> ImageRows:
+    """Detection, or captions without a kind of objects, on two images."""
+    columns = {"image": [Image.new("RGB", (8, 8))] * 2, "a": ["a", "b"], "objects": objects} | columns
+    kinds = {"image": datasets.Image(), "a": datasets.Value("string"), "objects": kind or datasets.Value("null")}
+    kinds |= {"tags": datasets.List(datasets.Value("string"))} if "tags" in columns else {}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(folder / "rows")
+    return ImageRows(str(folder / "rows"), **({"category": "cat"} if kind else {"completion_column": "a"}))
+
+
+NAMES = datasets.ClassLabel(names=["cat"])
+BOXES = datasets.List(datasets.List(datasets.Value("float32")))
+LISTS = {"bbox": BOXES, "category": datasets.List(NAMES)}
+OBJECTS = datasets.List({"bbox": BOXES.feature, "category": NAMES})
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole", "gap"),
+    [
+        (LISTS, {"bbox": [[0, 0, 4, 4]], "category": [0]}, None),
+        (LISTS, {"bbox": [[0, 0, 4, 4]], "category": [0]}, {"bbox": None, "category": None}),
+        (LISTS, {"bbox": [[0, 0, 4, 4]], "category": [0]}, {"bbox": [[0, 0, 4, 4]], "category": [-1]}),
+        (OBJECTS, [{"bbox": [0, 0, 4, 4], "category": 0}], None),
+        (OBJECTS, [{"bbox": [0, 0, 4, 4], "category": 0}], [{"bbox": [0, 0, 4, 4], "category": -1}]),
+    ],
+)
+def test_rows_without_objects_are_left_out(tmp_path: Path, kind: Any, whole: Any, gap: Any) -> None:
+    (row,) = of_rows(tmp_path, [gap, whole], kind).load("t")["train"]
+    assert (row.image.name, row.boxes) == ("t/train, image of row 1", (Box(0, 0, 4, 4),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "objects"),
+    [
+        (datasets.Value("string"), "cat"),
+        (datasets.List(datasets.Value("float32")), [0.0, 0.0, 4.0, 4.0]),
+        ({"boxes": BOXES, "category": datasets.List(NAMES)}, {"boxes": [[0, 0, 4, 4]], "category": [0]}),
+        ({"bbox": BOXES.feature, "category": NAMES}, {"bbox": [0, 0, 4, 4], "category": 0}),
+        (LISTS, {"bbox": [[0, 0, 4]], "category": [0]}),
+    ],
+)
+def test_columns_of_no_objects_are_named(tmp_path: Path, kind: Any, objects: Any) -> None:
+    with pytest.raises(LoraFactoryError, match=r"t/train: column 'objects' holds no objects .* hold the lists bbox"):
+        of_rows(tmp_path, [objects] * 2, kind).load("t")
+
+
+def test_rows_that_lack_what_is_asked_for_are_named(tmp_path: Path) -> None:
+    rows = of_rows(tmp_path, image=[None, Image.new("RGB", (8, 8))], tags=[["a"], ["b"]])
+    with pytest.raises(LoraFactoryError, match="t/train: row 0 lacks its image; filter such rows out"):
+        rows.load("t")["train"][0].open()
+    with pytest.raises(LoraFactoryError, match="column 'tags' holds list, not text"):
+        replace(rows, completion_column="tags").load("t")
+    with pytest.raises(LoraFactoryError, match=r"column 'tags' holds no images .* by image_column"):
+        replace(rows, image_column="tags").load("t")
+    with pytest.raises(LoraFactoryError, match="no row has text in column 'a'"):
+        of_rows(tmp_path / "blank", a=[" ", None]).load("t")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,10 @@ def test_images_in_a_folder(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).touch()
     assert [file.name for file in images_in(tmp_path)] == ["a.jpg", "b.PNG"]
+    for name in (".ipynb_checkpoints/a.jpg", "._a.jpg", "more/deep/c.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [file.name for file in images_in(tmp_path)] == ["a.jpg", "b.PNG", "c.gif"]
     for folder in (tmp_path / "absent", tmp_path / "empty"):
         with pytest.raises(LoraFactoryError, match="no image in"):
             images_in(folder)

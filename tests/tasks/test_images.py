@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,6 +47,32 @@ def test_folders_of_splits(tmp_path: Path) -> None:
     assert {Path(image).parent.name for image in task.images()} == {"dog"}
 
 
+@pytest.mark.parametrize("names", [("train", "val"), ("training", "dev"), ("train", "valid")])
+def test_folders_of_splits_by_other_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, count in zip(names, (10, 3), strict=True):
+        class_folders(tmp_path / name, {"cat": count, "dog": count})
+    task = ImageTask.from_folder("pets", ["Cat or dog?"], tmp_path)
+    assert {Path(str(image)).parts[-3] for image, _ in task.examples("validation")} == {names[1]}
+    assert [len(task.examples(split)) for split in ("train", "validation", "test")] == [18, 6, 2]
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"test": 5, "trial": 5})
+    task = ImageTask.from_folder("kinds", ["Which?"], tmp_path)
+    assert {row.label for row in task.examples("train")} == {"test", "trial"}
+    for name in ("val", "test"):
+        class_folders(tmp_path / "splits" / name, {"cat": 3, "dog": 3})
+    with pytest.raises(LoraFactoryError, match="no training example"):
+        ImageTask.from_folder("pets", ["Cat or dog?"], tmp_path / "splits")
+
+
+def test_images_of_folders_in_a_class_and_hidden_ones(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"cat": 3, "cat/persian": 2, "dog": 5, ".ipynb_checkpoints": 2, "dog/.thumbnails": 2})
+    task = ImageTask.from_folder("pets", ["Cat or dog?"], tmp_path)
+    rows = [row for split in ("train", "validation", "test") for row in task.examples(split)]
+    assert labels(rows) == ["cat"] * 5 + ["dog"] * 5
+
+
 def test_a_class_without_images(tmp_path: Path) -> None:
     class_folders(tmp_path, {"cat": 3, "dog": 0})
     with pytest.raises(LoraFactoryError, match=r"no image in .*dog"):
@@ -82,6 +109,9 @@ def test_a_data_set_with_gaps() -> None:
     )
     with pytest.raises(LoraFactoryError, match="row 1 lacks its image or its label"):
         ImageTask.from_dataset("odd", ["Odd?"], empty)
+    unlabelled = datasets.Dataset.from_dict({"image": [picture(0)] * 2, "label": [1, -1]}, features=table().features)
+    with pytest.raises(LoraFactoryError, match="row 1 lacks its image or its label"):
+        ImageTask.from_dataset("odd", ["Odd?"], unlabelled)
 
 
 def write_tasks(folder: Path, data: str, **more: str) -> Path:
@@ -108,6 +138,27 @@ def test_a_data_set_in_a_task_file(tmp_path: Path) -> None:
     (task,) = load_tasks(path)
     assert (task.shown, task.dataset) == (("yes",), None)
     assert task.fingerprint() == ImageTask.from_dataset("pets", ["Odd?"], table()).fingerprint()
+
+
+@pytest.mark.parametrize("layout", ["saved", "saved splits", "Parquet", "metadata"])
+def test_a_folder_that_holds_a_data_set(tmp_path: Path, layout: str) -> None:
+    rows = tmp_path / "rows"
+    if layout == "saved":
+        table().save_to_disk(rows)
+    elif layout == "saved splits":
+        datasets.DatasetDict({"train": table()}).save_to_disk(rows)
+    elif layout == "Parquet":
+        (rows / "data").mkdir(parents=True)
+        table().to_parquet(rows / "data" / "train-00000-of-00001.parquet")
+    else:
+        class_folders(rows, {"train": 20})
+        lines = [{"file_name": f"{number}.png", "label": ["no", "yes"][number % 2]} for number in range(20)]
+        (rows / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (task,) = load_tasks(write_tasks(tmp_path, "{kind: classes, path: rows}"))
+    found = [row for split in ("train", "validation", "test") for row in task.examples(split)]
+    assert {read_image(row.image).tobytes(): row.label for row in found} == {
+        picture(number).tobytes(): ["no", "yes"][number % 2] for number in range(20)
+    }
 
 
 @pytest.mark.parametrize(

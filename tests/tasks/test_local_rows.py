@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy
 import pytest
+from helpers.task_files import write_local
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -78,6 +79,54 @@ def test_numbers_of_json_and_parquet(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("float32")})
     datasets.Dataset.from_dict({"text": [0.1, None]}, features=features).to_parquet(tmp_path / "a.parquet")
     assert load_examples(DataSource(str(tmp_path / "a.parquet")), "t")["train"] == [Example("", "0.1")]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_of_lists(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"q": ["x", "y"], "text": ["a", "b"]}, indent=indent))
+    assert load_examples(DataSource(str(tmp_path / "a.json")), "t")["train"] == [Example("", "a"), Example("", "b")]
+
+
+def test_rows_that_nobody_labelled_are_left_out(tmp_path: Path) -> None:
+    features = datasets.Features({"q": datasets.Value("string"), "a": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"q": ["x", "y", "z"], "a": [1, -1, 0]}, features=features)
+    rows.to_parquet(tmp_path / "a.parquet")
+    source = DataSource(str(tmp_path / "a.parquet"), prompt_column="q", completion_column="a")
+    assert load_examples(source, "t")["train"] == [Example("x", "yes"), Example("z", "no")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_without_rows(tmp_path: Path, streaming: bool) -> None:
+    features = datasets.Features({"text": datasets.Value("string")})
+    for name, texts in (("a", []), ("b", ["x"])):
+        rows = datasets.Dataset.from_dict({"text": texts}, features=features)
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    options: dict = {"streaming": True, "max_rows": 9} if streaming else {}
+    both = DataSource("parquet", data_files={"train": [str(tmp_path / "*.parquet")]}, **options)
+    assert load_examples(both, "t")["train"] == [Example("", "x")]
+    with pytest.raises(LoraFactoryError, match=r"task 't': .*a\.parquet has no row; write at least one"):
+        load_examples(DataSource(str(tmp_path / "a.parquet"), **options), "t")
+    with pytest.raises(LoraFactoryError, match=r"a\.parquet has no row; write at least one"):
+        read_examples(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("names", [("a.jsonl", "b.csv"), ("a.txt", "b.txt", "c.jsonl"), ("a.csv", "b.parquet")])
+def test_a_folder_of_several_formats_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_local(tmp_path, name)
+    with pytest.raises(LoraFactoryError, match=r"data files of 2 formats, such as .* name the files to read"):
+        load_examples(DataSource(str(tmp_path)), "t")
+    with pytest.raises(LoraFactoryError, match="data files of 2 formats"):
+        load_examples(DataSource(str(tmp_path), data_files={"train": list(names)}), "t")
+    one = DataSource(str(tmp_path), data_files={"train": [names[0]]})
+    assert len(load_examples(one, "t")["train"]) == 20
+
+
+def test_notes_beside_data_files_are_no_data(tmp_path: Path) -> None:
+    write_local(tmp_path, "a.csv")
+    for name in ("README.txt", "README.md"):
+        (tmp_path / name).write_text("Read me.\n")
+    assert len(load_examples(DataSource(str(tmp_path)), "t")["train"]) == 20
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_unknown_split_and_no_text_in_memory():
     task = Task.from_examples("a", ["b"], ["1", "2", "3"])
     with pytest.raises(LoraFactoryError, match="choose one of train, validation, test"):
         task.examples("dev")
-    with pytest.raises(LoraFactoryError, match="no training text"):
+    with pytest.raises(LoraFactoryError, match="no training example"):
         Task.from_examples("a", ["b"], [" "])
     with pytest.raises(LoraFactoryError, match="must end in"):
         save_tasks([task], "tasks.toml")
