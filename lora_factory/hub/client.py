@@ -238,7 +238,9 @@ def _upload(
         )
     parent = about.sha
     there = _files_of(api, where, parent) if parent else {}
-    pushed = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    pushed = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    if lost := next((name for name, path in pushed.items() if not path.is_file()), None):  # a link to what is gone
+        raise LoraFactoryError(f"{lost} was removed while it was being pushed; nothing is pushed; push again")
     kinds = [kind for kind in OWN_FILES if any(re.fullmatch(kind.sign, name) for name in pushed)]
     gone = {name for kind in kinds for name in kind.found_in(there)} - set(pushed)
     for name in sorted(name for name in {*pushed, *gone} & set(there) if name.split("/")[-1] == CARD_FILE):

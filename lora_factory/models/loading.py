@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -235,6 +236,12 @@ def _auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401
     ]
     # A part of an encoder-decoder (of BART, for one) may be a causal model of its own.
     fitting = ways[1:] if config.is_encoder_decoder else ways
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
+        config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    ):
+        raise ValueError(
+            "it is a masked language model: each token sees those behind it, so it cannot continue a text"
+        )
     return next((auto for mapping, auto in fitting if type(config) in mapping), AutoModelForCausalLM)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Mapping
@@ -93,7 +94,10 @@ def export_gguf(adapter: str | Path, output: str | Path, *, base_model: str | Pa
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+            size = sum(file.tell() for file in writer.fout or ())
             writer.close()
+            if temporary.stat().st_size != size:  # NumPy, which writes the tensors, is not told that the disk is full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             _check_free(output)
         share_file(output)
     return output

@@ -186,7 +186,7 @@ def as_whole_number(value: object, name: str, most: int | None = None, *, least:
         number = -1
     if number < least or (most is not None and number > most):
         wanted = f"an integer from {least} {'on' if most is None else f'to {most}'}"
-        raise LoraFactoryError(f"{name} is {_shown(value)}; give {wanted}")
+        raise LoraFactoryError(f"{name}={_shown(value)}; give {wanted}")
     return number
 
 
@@ -199,7 +199,7 @@ def as_temperature(value: object) -> float:
     number = _number(value)
     if not (math.isfinite(number) and number >= 0):
         raise LoraFactoryError(
-            f"temperature is {_shown(value)}; give a number from 0 (the most likely adapter) on, such as 1.0"
+            f"temperature={_shown(value)}; give a number from 0 (the most likely adapter) on, such as 1.0"
         )
     return number
 
@@ -215,9 +215,9 @@ def _number(value: object) -> float:
 def _shown(value: object) -> str:
     """The beginning of a value for a message; Python prints no integer of more than 4,300 digits."""
     try:
-        return repr(str(value)[:50])
+        return repr(value[:50]) if isinstance(value, str) else str(value)[:50]
     except ValueError:
-        return "an integer of thousands of digits"
+        return "(thousands of digits)"
 
 
 def _listed(values: Any, name: str, kinds: str) -> list[Any]:  # noqa: ANN401

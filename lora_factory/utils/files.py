@@ -69,6 +69,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary_sibling(path)
     try:
         yield temporary
+        _fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from lora_factory.errors import LoraFactoryError
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, read_text, reading
 
+_INT = "tag:yaml.org,2002:int"
 MAX_VALUES = 1_000_000  # a task file of 10 000 tasks with 100 lines each
 
 
@@ -44,7 +46,12 @@ def read_values(path: str | Path, what: str) -> Any:  # noqa: ANN401
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML of plain values, in which no key stands twice."""
+    """YAML of plain values: no key stands twice, and 010, 0x10 and 1:30 are texts, not 8, 16 and 90."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own way
+        first: [(tag, form) for tag, form in resolvers if tag != _INT]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that stands twice, of which PyYAML keeps the last without a word."""
@@ -57,6 +64,9 @@ class _PlainLoader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_PlainLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -401,7 +401,10 @@ def test_generate_at_a_lower_rank(generator: CVAELoRAGenerator, capsys: pytest.C
     expected = generator.generate_state_dict("poems", rank=1)
     assert {module.rank for module in layout.modules} == {1}
     assert all(torch.equal(state_dict[name], tensor) for name, tensor in expected.items())
-    for rank, message in (("3", "--rank 3 is above the generator's, 2; give 2 or less"), ("0", "--rank 0 leaves no")):
+    for rank, message in (
+        ("3", "--rank 3 is above the generator's, 2; give 2 or less"),
+        ("0", "--rank 0; give an integer from 1"),
+    ):
         assert cli.main([*words, rank, "--overwrite"]) == 2
         assert message in capsys.readouterr().err
     assert json.loads(Path("adapter/generation.json").read_text())["rank"] == 1

@@ -252,3 +252,29 @@ result["copy"] = [copy.verify(), copy.fingerprint() == zoo.fingerprint()]
     assert "'../x' cannot be a file name" in result["../"] and ("model", "alice/bad") not in hub.repos
     assert result["copy"] == [[], True]
     assert "| poems | 1 | Continue a poem | mit |" in hub.files("alice/zoo", repo_type="dataset")["README.md"].decode()
+
+
+def test_a_run_that_is_removed_while_its_zoo_is_pushed(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    layout = AutoConfig.from_pretrained(folder).layout
+    make_zoo(AdapterLayout.from_dict(layout), tmp_path / "zoo")
+    result = ask(
+        hub,
+        f"""
+from huggingface_hub import HfApi
+from lora_factory import AdapterZoo
+from lora_factory.hub import client
+from lora_factory.zoo.tools import prune
+
+zoo, upload = AdapterZoo({str(tmp_path / "zoo")!r}), client._upload
+
+def late(*words, **options):
+    prune(zoo, tasks=zoo.tasks[:1])
+    return upload(*words, **options)
+
+client._upload = late
+result = {{"push": attempt(zoo.push_to_hub, "alice/zoo")}}
+result["files"] = HfApi().list_repo_files("alice/zoo", repo_type="dataset")
+""",
+    )
+    assert "was removed while it was being pushed; nothing is pushed; push again" in str(result["push"])
+    assert set(result["files"]) <= {".gitattributes"}

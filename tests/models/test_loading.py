@@ -9,7 +9,7 @@ from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lora_factory.errors import LoraFactoryError
@@ -110,10 +110,11 @@ def test_a_truncated_or_incomplete_model_is_refused(pico):
         load_base_model(pico)
 
 
-def test_an_encoder_is_no_base_model(pico):
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
+def test_a_model_that_reads_both_ways_is_no_base_model(pico, kind):
     config = BertConfig(vocab_size=4, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(config).save_pretrained(pico)
-    with pytest.raises(LoraFactoryError, match="give the complete model"):
+    kind(config).save_pretrained(pico)
+    with pytest.raises(LoraFactoryError, match="it is a masked language model"):
         load_base_model(pico)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
 
 from lora_factory.adapters.folder import load_adapter
 from lora_factory.cli import main
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, StorageError
 from lora_factory.serving.export import export_gguf, export_merged
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -227,3 +228,17 @@ def test_an_overflow_in_half_precision_is_no_broken_model(pico_model_folder: Pat
     with pytest.raises(LoraFactoryError, match="cannot merge"):
         export_merged(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_file_that_does_not_fit_is_an_error_and_gone(pico_model_folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_folder(pico_model_folder, tmp_path / "adapter")
+    whole = export_gguf(adapter, tmp_path / "whole.gguf").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (600, whole // 2, whole - 100, whole - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # as a full disk
+        try:
+            with pytest.raises(StorageError, match=r"cannot write .*cut\.gguf"):
+                export_gguf(adapter, tmp_path / "cut.gguf")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "whole.gguf"]

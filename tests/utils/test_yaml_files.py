@@ -32,3 +32,9 @@ def test_an_object_of_many_keys(tmp_path: Path, reader: str) -> None:
     for doubled in (KEYS[0], KEYS[-1]):
         with pytest.raises(LoraFactoryError, match=rf"a\.json .*the key '{doubled}' stands twice"):
             read(write(tmp_path / "a.json", [*KEYS, doubled]))
+
+
+def test_numbers_are_those_that_people_read(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("[7, -3, +4, 0, 010, 08, 0x10, 0b11, 1:30, 1_000, 1.5, 1.0e-3]")
+    found = read_values(tmp_path / "a.yaml", "task file")
+    assert found == [7, -3, 4, 0, "010", "08", "0x10", "0b11", "1:30", "1_000", 1.5, 0.001]
