@@ -108,8 +108,7 @@ def _cells(compared: ComparedMethods, names: Sequence[str], log: CellLog) -> Ite
     fold = compared.fold
     wanted = [(seed, task, method) for seed in compared.seeds for task in fold.tasks for method in names]
     settings = {name: value for name, value in asdict(compared.arguments).items() if name != "seeds"}
-    if compared.settings.chat_template:  # only then, so that other cells stay those of earlier comparisons
-        settings["chat_template"] = True
+    settings["chat_template"] = compared.settings.chat_template
     for seed, task, method in progress_bar(wanted, desc="compare", unit="cells"):
         facts = {
             "fold": fold.number,
@@ -120,10 +119,11 @@ def _cells(compared: ComparedMethods, names: Sequence[str], log: CellLog) -> Ite
             "data": task.fingerprint(),
             "metric": [task.metric, *task.choices],
             "zoo": fold.zoo.fingerprint(),
+            "rests_on": compared.fingerprint,
             "settings": settings,
             "generator": compared.generator_fingerprint if method.startswith(GENERATED) else None,
         }
-        if method in compared.baselines:
+        if method in compared.baselines or method.startswith(GENERATED):
             facts["vectors"] = compared.vectors
         try:
             cell = log.get_or_compute(facts, partial(_scored, compared, task, seed, method))

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from lora_factory.adapters.layout import AdapterLayout
+from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import CollectArguments, CompareArguments
 from lora_factory.collection.multitask import train_multitask
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
@@ -30,7 +31,7 @@ from lora_factory.evaluation.baselines import (
 from lora_factory.evaluation.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.evaluation.fold import Fold
 from lora_factory.generator.refine import refine
-from lora_factory.models.hidden_states import example_features
+from lora_factory.models.hidden_states import example_features, model_fingerprint
 from lora_factory.models.inputs import TokenSequence
 from lora_factory.reporting.summary import (
     ANOTHER_TASK,
@@ -54,7 +55,8 @@ WAYS = {"text": "", "hidden": FROM_EXAMPLES}  # what a method's name ends with, 
 class ComparedMethods:
     """The methods of a comparison by name; each takes a task and a seed and returns weights of shape ``(D,)``.
 
-    A method is fitted or trained at its first call. Trained weights are kept in ``folder``.
+    A method is fitted or trained at its first call. Trained weights are kept in ``folder``, under names that hold
+    `fingerprint`.
 
     Args:
         fold: Tasks, zoo and generator.
@@ -132,7 +134,7 @@ class ComparedMethods:
     def diffusion(self, seed: int) -> CondPDiff:
         """COND P-DIFF trained on the zoo with this seed, conditioned on the generator's first modality."""
         way = self.first_way
-        folder = self.folder / f"cond-p-diff-{way}-{seed}-{self.fold.zoo.fingerprint()[:12]}-{self.vectors}"
+        folder = self.folder / f"cond-p-diff-{way}-{seed}-{self.fingerprint[:12]}-{self.vectors}"
         if folder not in self._loaded:
             if not folder.is_dir():
                 features = {name: self.features[way][name] for name in self.weights}
@@ -165,10 +167,19 @@ class ComparedMethods:
         return self.fold.generator.made(rows, 1, seed=seed, temperature=temperature)[0]
 
     @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what all methods rest on: base model, zoos, and the tasks' names, descriptions and data."""
+        fold = self.fold
+        tasks = [[task.name, task.descriptions, task.fingerprint()] for task in fold.tasks]
+        zoos = [None if zoo is None else zoo.fingerprint() for zoo in (fold.zoo, fold.originals)]
+        return sha256_text(json.dumps([model_fingerprint(base_of(self.trainer.model)), zoos, tasks]))
+
+    @cached_property
     def vectors(self) -> str:
-        """A fingerprint of the task vectors' encoders and widths, which the baselines are fitted to as well."""
-        config = self.fold.generator.config
-        return sha256_text(json.dumps([config.modalities, config.text_encoder, config.image_encoder]))[:12]
+        """A fingerprint of the task vectors' widths and of the text encoder, with its weights where it is a folder."""
+        generator = self.fold.generator
+        encoder = generator.text_encoder.identifier if "text" in self.ways else None
+        return sha256_text(json.dumps([generator.config.modalities, encoder]))[:12]
 
     @cached_property
     def generator_fingerprint(self) -> str:
@@ -285,8 +296,8 @@ class ComparedMethods:
         return generator.assemble(generator.made(rows, 1, seed=seed, temperature=temperature))[0]
 
     def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Read a vector from the folder, or compute and write it; the file's name holds the zoo's fingerprint."""
-        path = self.folder / f"{name}-{self.fold.zoo.fingerprint()[:12]}.safetensors"
+        """Read a vector from the folder, or compute and write it; the file's name holds `fingerprint`."""
+        path = self.folder / f"{name}-{self.fingerprint[:12]}.safetensors"
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:

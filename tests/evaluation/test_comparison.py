@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.models import TRAINING_TEXT, with_template
 from helpers.training import save_word_encoder
-from transformers import PreTrainedTokenizerBase
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
 from lora_factory.collection.collect import collect_adapters
@@ -26,6 +26,7 @@ from lora_factory.evaluation.fold import Fold
 from lora_factory.evaluation.methods import ComparedMethods
 from lora_factory.evaluation.perplexity import score_examples
 from lora_factory.generator.modeling import CVAELoRAGenerator
+from lora_factory.models.hidden_states import model_fingerprint
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
@@ -122,6 +123,105 @@ def test_cells_of_another_encoders_vectors_are_not_taken_up(
         compare(other, pico_model_folder, tmp_path / folder, ARGUMENTS, methods=names)
     found = [json.loads((tmp_path / folder / "comparison.json").read_text())["cells"] for folder in ("kept", "fresh")]
     assert found[0] == found[1]
+
+
+def another_base(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    shutil.copytree(base, folder / "base")
+    model.save_pretrained(folder / "base")
+    return fold, folder / "base"
+
+
+def other_originals(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
+    longer = dataclasses.replace(SETTINGS, steps=20)
+    originals = collect_adapters(list(fold.unseen), base, folder / "originals", longer)
+    return dataclasses.replace(fold, originals=originals), base
+
+
+def described(task: Task, *descriptions: str) -> Task:
+    return Task.from_examples(task.name, descriptions, *(task.examples(split) for split in SPLITS))
+
+
+def another_description(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
+    (verse,) = fold.unseen
+    return dataclasses.replace(fold, unseen=(described(verse, "Write laws and code."),)), base
+
+
+def another_description_of_the_zoos(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
+    prose, *others = fold.seen
+    seen = described(prose, "Write of the fox.", "More of the dog."), *others
+    return dataclasses.replace(fold, seen=seen), base
+
+
+def other_training_data(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
+    prose, *others = fold.seen
+    rest = [prose.examples(split) for split in SPLITS[1:]]
+    edited = Task.from_examples(prose.name, prose.descriptions, [TRAINING_TEXT[2]] * 4, *rest)
+    return dataclasses.replace(fold, seen=(edited, *others)), base
+
+
+@pytest.mark.parametrize(
+    "change",
+    [another_base, other_originals, another_description, another_description_of_the_zoos, other_training_data],
+)
+def test_cells_and_weights_of_another_fold_are_not_taken_up(
+    fold: Fold,
+    pico_model_folder: Path,
+    output: Path,
+    tmp_path: Path,
+    change: Callable[[Fold, Path, Path], tuple[Fold, Path]],
+) -> None:
+    names = ["original LoRA", "greedy soup", "multi-task LoRA", "similarity mixture", "COND P-DIFF", "generated"]
+    before = compare(fold, pico_model_folder, output, ARGUMENTS, methods=names)["cells"]
+    shutil.copytree(output, tmp_path / "kept")
+    other, base = change(fold, pico_model_folder, tmp_path)
+    fresh, resumed = (
+        compare(other, base, tmp_path / name, ARGUMENTS, methods=names)["cells"] for name in ("fresh", "kept")
+    )
+    assert resumed == fresh
+    assert [cell["loss"] for cell in fresh] != [cell["loss"] for cell in before]
+
+
+def test_cells_of_an_encoder_whose_weights_changed_are_not_taken_up(
+    fold: Fold, pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path
+) -> None:
+    encoder, names = tmp_path / "encoder", ["retrieval", "similarity mixture", "COND P-DIFF", "generated"]
+    shutil.copytree(pico_encoder_folder, encoder)
+    trained = train_generator(fold.zoo, tmp_path / "generator", TrainArguments(steps=6, text_encoder=str(encoder)))
+    before = dataclasses.replace(fold, generator=trained)
+    compare(before, pico_model_folder, tmp_path / "kept", ARGUMENTS, methods=names)
+    torch.manual_seed(1)
+    BertModel(BertConfig.from_pretrained(encoder)).save_pretrained(encoder)
+    after = dataclasses.replace(fold, generator=CVAELoRAGenerator.from_pretrained(tmp_path / "generator"))
+    fresh, resumed = (
+        compare(after, pico_model_folder, tmp_path / name, ARGUMENTS, methods=names)["cells"]
+        for name in ("fresh", "kept")
+    )
+    assert resumed == fresh
+
+
+def test_more_seeds_and_methods_leave_the_finished_cells(
+    fold: Fold, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_task, scored, hashed = comparison.score_task, [], []
+    first = compare(fold, pico_model_folder, tmp_path, ARGUMENTS, methods=["retrieval", "original LoRA"])
+
+    def counted(*words: Any, **options: Any) -> Any:
+        scored.append(words[2].name)
+        return score_task(*words, **options)
+
+    def hashed_once(model: PreTrainedModel) -> str:
+        hashed.append(model)
+        return model_fingerprint(model)
+
+    monkeypatch.setattr(comparison, "score_task", counted)
+    monkeypatch.setattr(methods, "model_fingerprint", hashed_once)
+    more, names = dataclasses.replace(ARGUMENTS, seeds=(0, 1)), ["original model", "retrieval", "original LoRA"]
+    result = compare(fold, pico_model_folder, tmp_path, more, methods=names)
+    assert all(cell in result["cells"] for cell in first["cells"])
+    assert len(scored) == len(result["cells"]) - len(first["cells"]) == 16
+    assert len(hashed) == 1
 
 
 def test_the_same_seeds_give_the_same_table(fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path) -> None:
