@@ -146,7 +146,9 @@ class Task:
         """
         if split not in SPLITS:
             raise LoraFactoryError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
-        if not self._examples and self.data is not None:
+        if not self._examples:
+            if self.data is None:
+                raise LoraFactoryError(f"task {self.name!r} has neither data nor examples; use Task.from_examples")
             self._examples.update(carve(self.data.load(self.name), self.name))
         return self._examples[split]
 
@@ -154,7 +156,7 @@ class Task:
     def has_images(self) -> bool:
         """Return whether the examples are images with prompt and answer."""
         if self.data is None:
-            return isinstance(self._examples["train"][0], ImageExample)
+            return isinstance(self.examples("train")[0], ImageExample)
         return not isinstance(self.data, DataSource)
 
     def answer_choices(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hub_server.local import LocalHub
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example
+from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import load_tasks, save_tasks
 from lora_factory.tasks.text import DataSource, load_examples
 
@@ -103,3 +105,10 @@ result = [example.completion for example in load_examples(source, "huge")["train
     assert hub.evaluate(code, timeout=300.0) == [f"row 0-{row}" for row in range(20)]
     assert hub.log.matching("/resolve/.*train-00000.jsonl", "GET")
     assert not hub.log.matching("/resolve/.*train-00002.jsonl", "GET")
+
+
+def test_a_task_without_data_and_examples_says_so() -> None:
+    task = Task.from_examples("poems", ["Write poems."], ["a", "b", "c"])
+    for empty in (Task("poems", ("Write poems.",), None), dataclasses.replace(task, descriptions=("Write verse.",))):
+        with pytest.raises(LoraFactoryError, match=r"'poems' has neither data nor examples; use Task"):
+            empty.examples("train")
