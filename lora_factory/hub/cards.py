@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,6 +43,11 @@ LICENSES = frozenset(
 # What users hand in for each kind of task vector; "hidden" is the internal name of that of examples.
 _GIVEN = {"text": "description", "hidden": "examples", "image": "images"}
 MARK = "<!-- written by lora-factory:"
+NOTE = "<!-- parts that lora-factory wrote; what you add to them stays:"
+
+
+_UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")  # of a heading
+_NO_PARAGRAPH = re.compile(r"\s*([|><]|```|~~~)| {0,3}([-*+]|\d{1,9}[.)])\s| {4}")  # tables, quotes, HTML, code, lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +246,26 @@ def eval_results(comparison: Mapping[str, Any], origins: Origins) -> list[EvalRe
 def keep_handwritten(card: str, old: str) -> str:
     """A new card with what people have added to the old one.
 
-    Sections under headings that are none of ours follow ours; without our mark in it, all of the old card's text does.
+    What they added to one of our sections follows that section, their own sections the one of ours that they followed;
+    without our mark in the old card, its text follows ours. What they changed in our own text is written anew, with a
+    warning; so is what stands under headings of ours in a card without a note of our parts, such as earlier versions'.
     Fields of the old head that we do not write stay, as do its tags and a licence that somebody has filled in.
 
     Raises:
         ValueError: When the old head is no YAML mapping.
     """
+    merged, lost = _merge(card, old)
+    if lost:
+        warnings.warn(
+            f"the card is written anew, without this line of the old one: {printable(lost)[:200]!r}; if it is yours, "
+            "add it again in a paragraph of its own, which stays",
+            stacklevel=3,
+        )
+    return merged
+
+
+def _merge(card: str, old: str) -> tuple[str, str | None]:
+    """What `keep_handwritten` returns, and the first line of the old text that may be somebody's and is not kept."""
     head, body = split_card(card)
     old_head, old_body = split_card(old)
     tags = [*head.get("tags", ()), *_listed(old_head.get("tags"))]
@@ -250,21 +273,88 @@ def keep_handwritten(card: str, old: str) -> str:
     merged = {**old_head, **head, "tags": list(dict.fromkeys(str(tag) for tag in tags if isinstance(tag, str | int)))}
     if old_head.get("license", "unknown") != "unknown":
         merged |= {name: old_head[name] for name in ("license", "license_name", "license_link") if name in old_head}
-    kept = _handwritten(old_body)
-    return _join(merged, "\n".join(part.strip("\n") + "\n" for part in (body, *kept) if part.strip()))
+    blocks = _blocks(body)
+    kept, lost = _handwritten(old_body, [_digest(block) for block in blocks])
+    sections: dict[str, str] = {"": ""}
+    for block in blocks:
+        if heading := _heading(block):
+            sections.setdefault(_section(*heading), "")
+        sections[next(reversed(sections))] += block
+    text = ""
+    for name in dict.fromkeys((*sections, *kept)):
+        text += sections.get(name, "")
+        if words := "".join(kept.get(name, ())).strip("\n"):
+            text = f"{text.rstrip(chr(10))}\n\n{words}\n\n"
+    new_lines = set(body.splitlines())
+    lines = (line for block in lost for line in block.splitlines() if line.strip() and line not in new_lines)
+    return _join(merged, text.strip("\n") + "\n"), next(lines, None)
 
 
 def has_handwriting(card: str) -> bool:
     """Return whether people have added something to the text of a card."""
-    return any(part.strip() for part in _handwritten(split_card(card)[1]))
+    return bool(_handwritten(split_card(card)[1], ())[0])
 
 
-def _handwritten(body: str) -> list[str]:
-    """The sections of a card's text that people wrote."""
-    ours = our_headings()
-    sections = _sections(body)
-    kept = [text for heading, text in sections[1:] if heading not in ours]
-    return kept if MARK in body else [sections[0][1], *kept]
+def _handwritten(body: str, new: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """What people added to a card's text, by the section of ours that it follows, and what else may be theirs.
+
+    Args:
+        body: The text.
+        new: The digests of the blocks of the card that replaces it: they tell what is ours in a card without its own.
+    """
+    blocks = _blocks(body)
+    noted = re.search(rf"(?m)^{NOTE}((?: [0-9a-f]{{8}}){{1,999}}) -->", body)
+    marked = bool(noted) or MARK in body
+    places, missing = _placed(blocks, noted[1].split() if noted else new)
+    names, kept, lost = our_headings(), dict[str, list[str]](), list[str]()
+    # The last section of ours; whether this is under a heading of theirs, and after a block of theirs.
+    section, theirs, follows = ("" if marked else "end"), not marked, False
+    for number, block in enumerate(blocks):
+        if block.startswith((MARK, NOTE)):
+            continue
+        before, place, after = places[number]
+        known = place is not None
+        # Where none of our blocks is missing, one more is an addition; else it may be ours with changes.
+        added = bool(noted) and bisect(missing, before) >= bisect(missing, after)
+        if heading := _heading(block):
+            level, title = heading
+            first = marked and level == 1 and not section
+            theirs = not known and (added or not (first or (level == 2 and title in names)))
+            if not theirs:
+                section = _section(level, title) if marked else section
+                names.discard(title)
+        if not known and (added or theirs):
+            texts = kept.setdefault(section, [])
+            texts += [block] if follows else ["\n" * bool(texts), block]
+        elif not known and (noted or not re.match(r"\||```|~~~|#", block)):
+            lost.append(block)
+        follows = not known and (added or theirs)
+    return kept, lost
+
+
+def _placed(blocks: Sequence[str], ours: Sequence[str]) -> tuple[list[tuple[int, int | None, int]], list[int]]:
+    """For each block the place in our list of digests of the last one of ours, its own and of the next one of ours.
+
+    With them come the places of those that are missing.
+    """
+    digests = [*map(_digest, blocks), ""]
+    pairs = {pair: number for number, pair in enumerate(pairwise((*ours, "")))}
+    own = [pairs.pop(pair, None) for pair in pairwise(digests)]  # of two that are alike, ours has ours after it
+    free: dict[str, list[int]] = {}
+    for number in sorted({*range(len(ours))} - {*own}, reverse=True):
+        free.setdefault(ours[number], []).append(number)
+    for number, digest in enumerate(digests[:-1]):
+        if own[number] is None and (places := free.get(digest)):
+            own[number] = places.pop()
+    following, next_one = list[int](), len(ours)
+    for place in reversed(own):
+        following.append(next_one)
+        next_one = next_one if place is None else place
+    found, last = list[tuple[int, int | None, int]](), -1
+    for place, after in zip(own, reversed(following), strict=True):
+        found.append((last, place, after))
+        last = last if place is None else place
+    return found, sorted(place for places in free.values() for place in places)
 
 
 def handwritten(folder: Path) -> str | None:
@@ -278,7 +368,7 @@ def handwritten(folder: Path) -> str | None:
         return None
     with reading(path, "mend its head or move it away, so that nothing in it is lost"):
         text = read_text(path, MAX_CONFIG_BYTES)
-        keep_handwritten(text, text)
+        _merge(text, text)
     return text
 
 
@@ -314,11 +404,16 @@ def our_headings() -> set[str]:
 
 
 def render(template: str, head: Mapping[str, Any], **values: Any) -> str:  # noqa: ANN401
-    """Fill in a template, under a head of the fields of `YAML_FIELDS` that have a value."""
+    """Fill in a template, under a head of the fields of `YAML_FIELDS` that have a value.
+
+    The digests of the text's blocks follow it: they tell what people add later from what was written here.
+    """
+    text = _template(template).render(mark=MARK, **values).strip("\n") + "\n"
+    digests = " ".join(_digest(block) for block in _blocks(text) if not block.startswith(MARK))
     return _join(
         {name: head[name] for name in YAML_FIELDS if head.get(name) or head.get(name) is False}
         | {"tags": list(dict.fromkeys(map(printable, head["tags"])))},
-        _template(template).render(mark=MARK, **values).strip("\n") + "\n",
+        f"{text}\n{NOTE} {digests} -->\n",
     )
 
 
@@ -358,21 +453,64 @@ def _results(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {"findings": findings(comparison), "table": markdown_table(table), "note": table.note}
 
 
-def _sections(text: str) -> list[tuple[str, str]]:
-    """The text before the first second-level heading (under ""), and each section with its heading."""
-    sections, fence = [("", "")], ""
-    for line in text.splitlines(keepends=True):
-        mark = re.match(r" {0,3}(```+|~~~+)", line)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence):
-            fence = ""
-        heading = re.match(r"## +(.+?) *$", line.rstrip("\r\n")) if not fence else None
-        if heading:
-            sections.append((heading[1], line))
+def _blocks(text: str) -> list[str]:
+    """A text's headings, paragraphs, tables, blocks of code and comments, each with the blank lines after it.
+
+    What is opened and not closed, code or a comment, ends with the text and is closed there.
+    """
+    blocks, closing, ended, prose = list[str](), "", True, False
+    for line in text.replace("\r\n", "\n").strip("\n").split("\n"):
+        opened = None if closing else re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,}|<!--)", line)
+        alone = bool(opened or (not closing and _heading(line)))
+        underline = prose and _UNDERLINE.fullmatch(line)
+        if line.strip() and not closing and not underline and (alone or ended):
+            blocks.append("")
+            prose = True
+        if blocks:
+            blocks[-1] += line + "\n"
+        if opened:
+            closing = opened[1]
+            ended = closing == "<!--" and "-->" in line
+        elif closing:
+            ended = "-->" in line if closing == "<!--" else _closes(line, closing)
         else:
-            sections[-1] = (sections[-1][0], sections[-1][1] + line)
-    return sections
+            ended = bool(alone or underline or not line.strip())
+        closing = "" if ended else closing
+        prose = prose and not (ended or closing) and not _NO_PARAGRAPH.match(line)
+    if closing:
+        blocks[-1] += closing.replace("<!--", "-->") + "\n"
+    return blocks
+
+
+def _closes(line: str, fence: str) -> bool:
+    """Return whether a line ends a block of code that a fence has opened."""
+    mark = line.strip()
+    return not line.startswith("    ") and mark.startswith(fence) and not mark.strip(fence[0])
+
+
+def _heading(block: str) -> tuple[int, str] | None:
+    """Level and title of a block that is a heading: with number signs, underlined, or in HTML."""
+    first = block.partition("\n")[0].rstrip()
+    if sharp := re.match(r" {0,3}(#{1,6})(?=[ \t]|$)", first):
+        title = first[sharp.end() :].strip()
+        bare = title.rstrip("#")
+        return len(sharp[1]), (bare.rstrip() if not bare or bare[-1] in " \t" else title)
+    if tag := re.match(r" {0,3}<[hH]([1-6])\b[^<>]*>", first):
+        return int(tag[1]), re.sub("<[^<>]*>", "", first[tag.end() :]).strip()
+    *lines, last = block.rstrip().split("\n")
+    if lines and _UNDERLINE.fullmatch(last) and not any(map(_NO_PARAGRAPH.match, lines)):
+        return (1 if "=" in last else 2), " ".join(map(str.strip, lines))
+    return None
+
+
+def _section(level: int, title: str) -> str:
+    """What a section of ours is found by: its title; the card's own differs between a folder and the Hub."""
+    return "#" if level == 1 else title
+
+
+def _digest(block: str) -> str:
+    """Eight digits for a block, whatever its white space."""
+    return sha256(" ".join(block.split()).encode()).hexdigest()[:8]
 
 
 def _join(head: Mapping[str, Any], body: str) -> str:

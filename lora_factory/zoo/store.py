@@ -64,10 +64,10 @@ class AdapterZoo:
                 raise LoraFactoryError(
                     f"{self.folder} is {kind}, not a zoo; name a folder that lora-factory collect or import wrote"
                 )
-            raise LoraFactoryError(
-                f"no zoo in {self.folder} ({ZOO_FILE} is missing); "
-                f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
-            )
+            make = f"make one with `lora-factory collect` or AdapterZoo.create({str(self.folder)!r}, layout)"
+            if name := _pulled(self.folder):
+                make = f"the repository {name} has none at that commit; name another revision or repository"
+            raise LoraFactoryError(f"no zoo in {self.folder} ({ZOO_FILE} is missing); {make}")
         try:
             values = read_json_object(checked_file(self.folder, ZOO_FILE, MAX_CONFIG_BYTES))
             check_format(values.get("format_version"), FORMAT_VERSION, "the zoo")
@@ -173,7 +173,7 @@ class AdapterZoo:
         except NewerFormatError as error:
             raise NewerFormatError(_located(path, error)) from error
         except LoraFactoryError as error:
-            raise LoraFactoryError(f"{_located(path, error)}; {_remedy(path.parent)}") from error
+            raise LoraFactoryError(f"{_located(path, error)}; {remedy(path.parent)}") from error
         return record
 
     def add_run(self, record: RunRecord, snapshots: Tensor, *, extra_files: Mapping[str, str] | None = None) -> None:
@@ -350,7 +350,7 @@ class AdapterZoo:
                 tensors = {key: file.get_tensor(key) if rows is None else file.get_slice(key)[rows] for key in keys}
             return self.layout.flatten(tensors).float()
         except (SafetensorError, LoraFactoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-            raise LoraFactoryError(f"{path}: {error}; {_remedy(path.parent)}") from error
+            raise LoraFactoryError(f"{path}: {error}; {remedy(path.parent)}") from error
 
     def file(self, record: RunRecord, name: str) -> Path:
         """The path of a run's file.
@@ -360,7 +360,7 @@ class AdapterZoo:
         """
         path = self.folder / record.task / record.run / name
         if not path.exists():
-            raise LoraFactoryError(f"{path} is missing; {_remedy(path.parent)}")
+            raise LoraFactoryError(f"{path} is missing; {remedy(path.parent)}")
         return checked_file(path.parent, name, self.limit(record, name))
 
     def limit(self, record: RunRecord, name: str) -> int:
@@ -379,7 +379,7 @@ class AdapterZoo:
         if digest != record.sha256[name]:
             raise LoraFactoryError(
                 f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {RECORD_FILE} says "
-                f"{record.sha256[name][:12]}...; {_remedy(path.parent)}"
+                f"{record.sha256[name][:12]}...; {remedy(path.parent)}"
             )
         self._whole_files[path] = state
         return path
@@ -389,5 +389,23 @@ def _located(path: Path, error: LoraFactoryError) -> str:
     return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
 
 
-def _remedy(run_folder: Path) -> str:
-    return f"delete the folder {run_folder} and collect that run again"
+def remedy(run_folder: Path, otherwise: str | None = None) -> str:
+    """What mends a damaged run.
+
+    Args:
+        run_folder: The run's folder.
+        otherwise: What to do with one outside of the Hub's cache, unless it is to be collected again.
+    """
+    zoo_folder = run_folder.parents[1]
+    if name := _pulled(zoo_folder):
+        return (
+            f"the copy in the repository {name} is damaged at commit {zoo_folder.name[:12]}; pull another revision of "
+            "it, or ask its author to push it again"
+        )
+    return otherwise or f"delete the folder {run_folder} and collect that run again"
+
+
+def _pulled(zoo_folder: Path) -> str | None:
+    """The repository that a folder in the Hub's cache (``datasets--user--name/snapshots/<commit>``) comes from."""
+    kind, _, name = zoo_folder.parent.parent.name.partition("--")
+    return name.replace("--", "/") if kind == "datasets" and zoo_folder.parent.name == "snapshots" else None

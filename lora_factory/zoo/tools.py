@@ -16,7 +16,15 @@ from lora_factory.utils.files import atomic_folder, remove_folder, write_json
 from lora_factory.utils.folders import FolderKind, check_folder, run_kind
 from lora_factory.utils.paths import local_path, sha256_file
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import CHECKPOINTS_FILE, ORIGIN_FILE, RECORD_FILE, REQUIRED_FILES, ZOO_FILE, AdapterZoo
+from lora_factory.zoo.store import (
+    CHECKPOINTS_FILE,
+    ORIGIN_FILE,
+    RECORD_FILE,
+    REQUIRED_FILES,
+    ZOO_FILE,
+    AdapterZoo,
+    remedy,
+)
 
 
 def prune(
@@ -176,5 +184,6 @@ def _copy_run(zoo: AdapterZoo, record: RunRecord, target: AdapterZoo) -> None:
         for name, digest in record.sha256.items():
             path = zoo.file(record, name)
             if sha256_file(shutil.copyfile(path, folder / name)) != digest:
-                raise LoraFactoryError(f"{path} was cut short or altered; prune damaged runs of {zoo.folder} first")
+                mend = remedy(path.parent, f"prune damaged runs of {zoo.folder} first")
+                raise LoraFactoryError(f"{path} was cut short or altered; {mend}")
         write_json(folder / RECORD_FILE, record.to_dict())

@@ -29,6 +29,7 @@ from lora_factory.hub.cards import (
     GeneratorCard,
     Origins,
     ZooCard,
+    has_handwriting,
     inline,
     keep_handwritten,
     split_card,
@@ -232,6 +233,78 @@ def test_hand_written_parts_survive() -> None:
     assert keep_handwritten(second, merged) == merged
     with pytest.raises(ValueError, match="YAML"):
         keep_handwritten(first, "---\n- a\n---\n")
+
+
+WORDS = {
+    "a section": "## Notes\n\nMINE\n",
+    "a title": "# Notes\n\nMINE\n",
+    "a small heading": "### Notes\n\nMINE\n",
+    "an underlined heading": "Notes\n-----\n\nMINE\n",
+    "an indented heading": " ## Notes ##\n\nMINE\n",
+    "a heading after a tab": "##\tNotes\n\nMINE\n",
+    "a heading in HTML": '<h2 align="center">Notes</h2>\n\nMINE\n',
+    "a section named as ours": "## Limits\n\nMINE\n",
+    "a heading and open code": "## Notes\n\n```\nMINE\n\n## Limits\n",
+    "lines of Windows": "## Notes\r\n\r\nMINE\r\n",
+}
+LOOSE = {
+    "a paragraph": "MINE\n",
+    "a list": "- MINE\n- more\n---\n",
+    "code": "~~~\n# MINE\n\n## Limits\n```\n~~~\n",
+    "a comment": "<!-- MINE\n\n## Limits\n-->\n",
+}
+
+
+@pytest.mark.parametrize("words", [*WORDS.values(), *LOOSE.values()], ids=[*WORDS, *LOOSE])
+def test_what_people_add_anywhere_in_a_card_stays(words: str) -> None:
+    first, second = generator_card(), generator_card(title="bob/other", facts={"weights": "9"}, from_zoo=False)
+    head, body = first.split("---\n\n", 1)
+    text = re.sub(r"```.*?```", lambda code: code[0].replace("\n", " "), body, flags=re.DOTALL)
+    gaps = [match.end() for match in re.finditer("\n\n", text)] * (words != WORDS["a heading and open code"])
+    for gap in (*gaps, len(body)):
+        merged = keep_handwritten(second, f"{head}---\n\n{body[:gap]}\n{words}\n{body[gap:]}")
+        assert merged.count("MINE") == 1 and "bob/other" in merged and "alice/generator" not in merged
+        assert merged.count("written by lora-factory") == 1 and merged.count("Nothing is tested for a new") == 1
+        assert keep_handwritten(second, merged) == merged
+        once_more = keep_handwritten(first, merged)
+        assert once_more.count("MINE") == 1 and keep_handwritten(second, once_more) == merged
+
+
+def without_note(card: str) -> str:
+    """A card as versions wrote it that did not note its parts."""
+    return card[: card.index("\n<!-- parts that")]
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_sections_that_people_added_to_a_card_of_an_earlier_version_stay(words: str) -> None:
+    old = without_note(generator_card()).replace("Nothing is tested for", "In earlier words, nothing is known of")
+    with pytest.warns(UserWarning, match="without this line.*In earlier words"):
+        merged = keep_handwritten(generator_card(), f"{old}\n{words}")
+    assert merged.count("MINE") == 1 and "In earlier words" not in merged
+    assert merged.replace("\n" + words.replace("\r\n", "\n"), "").startswith(generator_card())
+    assert keep_handwritten(generator_card(), merged) == merged
+
+
+def test_nothing_of_an_earlier_version_stays_as_if_people_had_written_it() -> None:
+    old = without_note(generator_card(title="old", facts={"weights": "1"}))
+    with pytest.warns(UserWarning, match="without this line"):
+        assert keep_handwritten(generator_card(), old.replace("A first adapter", "An adapter")) == generator_card()
+
+
+def test_a_changed_part_of_a_card_is_written_anew_with_a_warning() -> None:
+    first = generator_card()
+    changed = first.replace("should be near to one of", "MUST be near to one of")
+    with pytest.warns(UserWarning, match="'MUST be near to one of the training tasks.'"):
+        assert keep_handwritten(first, changed) == first
+    assert keep_handwritten(first, first.replace("\n", "\r\n")) == first
+
+
+def test_a_card_without_our_mark_follows_ours() -> None:
+    mine, limits = "# Mine\n\nIntroduction\n\n## Thanks\n\nMINE\n", "\n## Limits\n\nOld words\n"
+    with pytest.warns(UserWarning, match="without this line of the old one: 'Old words'"):
+        merged = keep_handwritten(generator_card(), f"---\ntags: [x]\n---\n{mine}{limits}")
+    assert merged.endswith(f"-->\n\n{mine}") and keep_handwritten(generator_card(), merged) == merged
+    assert has_handwriting(merged) and not has_handwriting(generator_card())
 
 
 def test_inline_keeps_words_and_disarms_the_rest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_prune_keeps_the_last_snapshots_bit_for_bit(zoo: AdapterZoo) -> None:
     damage(zoo, "b", "seed-0")
     with pytest.raises(LoraFactoryError, match="cut short or altered"):
         prune(zoo, keep_last=1)
+
+
+def test_a_damaged_zoo_of_the_hub_is_not_to_be_mended_in_the_cache(layout: AdapterLayout, tmp_path: Path) -> None:
+    folder = tmp_path / "datasets--alice--my-zoo" / "snapshots" / COMMIT
+    zoo = make_zoo(folder, layout, ("a", "seed-0"), ("a", "seed-1"), ("a", "seed-2"))
+    damage(zoo, "a", "seed-0")
+    (folder / "a" / "seed-1" / "note.txt").unlink()
+    mend = (
+        rf"repository alice/my-zoo is damaged at commit {COMMIT[:12]}; pull another revision of it, or ask its author"
+    )
+    for message in zoo.verify():
+        assert re.search(mend, message) and "delete" not in message
+    with pytest.raises(LoraFactoryError, match=mend) as info:
+        merge([zoo], tmp_path / "copy")
+    assert "prune" not in str(info.value)
+    (folder / "a" / "seed-2" / "run.json").write_text("[]")
+    with pytest.raises(LoraFactoryError, match=mend):
+        zoo.record("a", "seed-2")
+    (folder / "zoo.json").unlink()
+    with pytest.raises(LoraFactoryError, match="the repository alice/my-zoo has none at that commit") as info:
+        AdapterZoo(folder)
+    assert "collect" not in str(info.value)
 
 
 def test_prune_asks_what_to_remove(zoo: AdapterZoo) -> None:
