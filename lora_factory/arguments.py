@@ -104,6 +104,10 @@ class LoRAOptions:
         return TokenOptions(**{one.name: getattr(self, one.name) for one in fields(TokenOptions)})
 
 
+# What a zoo decides for a generator that is trained on it.
+DECIDED_BY_ZOO = tuple(one.name for one in fields(LoRAOptions) if one.name not in ("rank", "gradient_checkpointing"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectArguments(LoRAOptions):
     """Settings for fine-tuning one LoRA per task and seed, and for the checkpoints that are kept.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_factory._lazy import no_collection
 from lora_factory._version import __version__
 from lora_factory.arguments import (
+    DECIDED_BY_ZOO,
     CollectArguments,
     CompareArguments,
     DemoArguments,
@@ -53,6 +54,11 @@ _COMPARE_ONLY = (
     *(one.name for one in fields(CompareArguments) if one.name not in ("max_tokens", "max_examples", "window")),
     *("unseen_tasks", "unseen_zoo"),
 )
+
+
+def _flags(names: Sequence[str]) -> str:
+    """Options as they stand on the command line."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,10 +196,7 @@ def _add_train(commands: Commands) -> None:
         "--overwrite", action="store_true", help="replace a generator in --output-dir (default: refuse to)"
     )
     add_options(train, TrainArguments)
-    train.epilog = (
-        "With --zoo, these are decided by the zoo and may not be given: --lora-alpha, --target-modules, "
-        "--sequence-length, --packing, --max-tokens, --chat-template, --validation-sequences, --dtype, --quantization."
-    )
+    train.epilog = f"With --zoo, these are decided by the zoo and may not be given: {_flags(DECIDED_BY_ZOO)}."
 
 
 def _add_generate(commands: Commands) -> None:
@@ -270,7 +273,7 @@ def _add_evaluate(commands: Commands) -> None:
     add_options(evaluate, CompareArguments)
     evaluate.epilog = (
         "These are for comparisons (--generator without --text), and may not be given with --adapter or --text: "
-        f"{', '.join('--' + name.replace('_', '-') for name in _COMPARE_ONLY)}."
+        f"{_flags(_COMPARE_ONLY)}."
     )
 
 

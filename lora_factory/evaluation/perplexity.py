@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -312,8 +311,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, budget: int | 
     if chat_template:
         example = render_chat(tokenizer, example)
     context = text_tokens(tokenizer, example.prompt, begins=not chat_template)
-    follows = following_tokens if example.prompt else partial(text_tokens, begins=False)
-    completion = follows(tokenizer, example.completion)
+    answer = example.completion
+    completion = (
+        following_tokens(tokenizer, answer) if example.prompt else text_tokens(tokenizer, answer, begins=False)
+    )
     tokens = context + completion
     first = min(max(1, len(context)), len(tokens))
     scored = tokens[first:][:budget]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -92,8 +92,8 @@ def encode_example(
     if chat_template:
         example = render_chat(tokenizer, example)
     prompt = text_tokens(tokenizer, example.prompt, begins=not chat_template) if example.prompt else []
-    follows = following_tokens if prompt else partial(text_tokens, begins=True)
-    completion = follows(tokenizer, example.completion)
+    answer = example.completion
+    completion = following_tokens(tokenizer, answer) if prompt else text_tokens(tokenizer, answer, begins=True)
     if not chat_template:
         completion = closed(tokenizer, completion)
     if prompt:
@@ -430,8 +430,10 @@ def source_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, length: int, *, special: bool = True) -> list[int]:
     """The ids of an answer, closed by one end token and cut to ``length``; ``special``: framed as texts are."""
-    tokens = (partial(text_tokens, begins=True) if special else following_tokens)(tokenizer, answer, target=True)
-    behind = special_tokens(tokenizer, target=True)[1] if special else []
+    if not special:
+        return closed(tokenizer, following_tokens(tokenizer, answer, target=True))[:length]
+    tokens = text_tokens(tokenizer, answer, begins=True, target=True)
+    behind = special_tokens(tokenizer, target=True)[1]
     if tokenizer.eos_token_id in behind:  # some put a language behind the end token
         return [*(tokens[:-1] if tokens[-1:] == behind[:1] else tokens), *behind][:length]
     return closed(tokenizer, [*tokens, *behind])[:length]

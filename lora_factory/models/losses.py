@@ -105,7 +105,7 @@ class FrozenBase:
 
 def query_loss(
     base: Base,
-    adapters: torch.Tensor | Callable[[slice], AbstractContextManager[None]],
+    adapters: torch.Tensor | ReadWith,
     queries: Sequence[Sequence[Any]],
 ) -> torch.Tensor:
     """Mean over tasks of the mean loss per scored token (per image, for a classifier): the sum of `query_losses`."""
@@ -114,7 +114,7 @@ def query_loss(
 
 def query_losses(
     base: Base,
-    adapters: torch.Tensor | Callable[[slice], AbstractContextManager[None]],
+    adapters: torch.Tensor | ReadWith,
     queries: Sequence[Sequence[Any]],
 ) -> Iterator[torch.Tensor]:
     """Read every task's rows with its own adapter, in one forward pass where the rows can be told apart in it.

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import (
+    DECIDED_BY_ZOO,
     DEFAULT_BASE_STEPS,
     DEFAULT_RANK,
     CollectArguments,
@@ -280,8 +281,8 @@ def _checked(
         )
     if base_model_name is not None:
         raise LoraFactoryError(f"base_model_name={base_model_name!r} is decided by the zoo {zoo.folder}; leave it out")
-    own = {one.name for one in fields(LoRAOptions)} - {"rank", "gradient_checkpointing"}
-    given = [one for one in fields(arguments) if one.name in own and getattr(arguments, one.name) != one.default]
+    decided = [one for one in fields(arguments) if one.name in DECIDED_BY_ZOO]
+    given = [one for one in decided if getattr(arguments, one.name) != one.default]
     if given:
         raise LoraFactoryError(
             f"{given[0].name}={getattr(arguments, given[0].name)!r} is decided by the zoo {zoo.folder}; leave it out"

@@ -272,21 +272,22 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         cli.main(["demo"])
 
 
-def test_evaluate_prints_a_table_and_writes_json(
-    pico_model: LlamaForCausalLM,
-    pico_model_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def fresh_adapter(
+    pico_model: LlamaForCausalLM, pico_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """The call that scores an untrained LoRA in the working directory, on a task file that is not there yet."""
     monkeypatch.chdir(tmp_path)
     get_peft_model(pico_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    return ["evaluate", "--tasks", "tasks.json", "--adapter", "adapter", "--base-model", str(pico_model_folder)]
+
+
+def test_evaluate_prints_a_table_and_writes_json(fresh_adapter: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     lines = "\n".join(f"The old man reads letter {number} by the window." for number in range(20))
     Path("letters.txt").write_text(lines)
     tasks = [{"name": "letters", "descriptions": ["Write letters"], "data": {"path": "letters.txt"}}]
     Path("tasks.json").write_text(json.dumps({"tasks": tasks}))
-    words = ["evaluate", "--tasks", "tasks.json", "--adapter", "adapter", "--base-model", str(pico_model_folder)]
-    assert cli.main([*words, "--output", "scores"]) == 0
+    assert cli.main([*fresh_adapter, "--output", "scores"]) == 0
     scores = json.loads(Path("scores/evaluation.json").read_text())
     assert list(scores) == ["base model", "adapter"]
     base = scores["base model"]["letters"]
@@ -300,14 +301,8 @@ def test_evaluate_prints_a_table_and_writes_json(
 
 
 def test_evaluate_scores_answers_of_tasks_with_a_metric(
-    pico_model: LlamaForCausalLM,
-    pico_model_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fresh_adapter: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    get_peft_model(pico_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
     answers = ("yes", "no")
     rows = [{"prompt": f"Does fox {number} jump? ", "completion": answers[number % 2]} for number in range(20)]
     for split in ("train", "test"):
@@ -316,10 +311,9 @@ def test_evaluate_scores_answers_of_tasks_with_a_metric(
     data |= {"prompt_column": "prompt", "completion_column": "completion"}
     tasks = [{"name": "foxes", "descriptions": ["Answer"], "data": data, "metric": "multiple_choice"}]
     Path("tasks.json").write_text(json.dumps({"tasks": tasks}))
-    words = ["evaluate", "--tasks", "tasks.json", "--adapter", "adapter", "--base-model", str(pico_model_folder)]
     right = {}
     for count in ("1", "20"):
-        assert cli.main([*words, "--output", count, "--max-examples", count]) == 0
+        assert cli.main([*fresh_adapter, "--output", count, "--max-examples", count]) == 0
         row = json.loads(Path(count, "evaluation.json").read_text())["adapter"]["foxes"]
         right[count] = row["accuracy"]
         figures = f"{row['perplexity']:.2f} / {row['bits_per_character']:.3f} / {row['accuracy']:.3f}"
