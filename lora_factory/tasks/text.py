@@ -352,10 +352,13 @@ def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
                 saved = datasets.load_from_disk(str(folder))
                 available = saved if isinstance(saved, Mapping) else {"train": saved}
             else:
-                files = source.data_files
-                available = datasets.load_dataset(
-                    _without_signs(folder, cache), data_files=files, cache_dir=cache, **how
-                )
+                place, files = _without_signs(folder, cache), source.data_files
+                builder = datasets.load_dataset_builder(place, data_files=files, cache_dir=cache)
+                if _form_of(builder) == "parquet":  # of which `datasets` cannot read a file without rows
+                    every = _files_of(builder)
+                    if (full := _without_empty(every, task)) != every:
+                        files = {split: [glob.escape(name) for name in names] for split, names in full.items()}
+                available = datasets.load_dataset(place, data_files=files, cache_dir=cache, **how)
     elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         raise LoraFactoryError(
             f"task {task!r}: no data folder {source.path}; give an existing one, a data file or a Hub id"
@@ -371,9 +374,7 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
     options: dict[str, Any] = {"streaming": True} if source.streaming else {"keep_in_memory": True}
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
         if source.format == "parquet":
-            full = {split: [n for n in names if parquet.read_metadata(n).num_rows] for split, names in files.items()}
-            if bare := [files[split][0] for split, names in full.items() if not names]:
-                raise LoraFactoryError(f"task {task!r}: {bare[0]} has no row; write at least one")
+            full = _without_empty(files, task)
             escaped: Any = {split: [glob.escape(name) for name in names] for split, names in full.items()}
             return datasets.DatasetDict.from_parquet(escaped, cache_dir=cache, **options)
         form = str(source.format)
@@ -381,6 +382,17 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
             split: datasets.Dataset.from_list([row for name in names for row in read_rows(name, form, as_texts=False)])
             for split, names in files.items()
         }
+
+
+def _without_empty(files: dict[str, list[str]], task: str) -> dict[str, list[str]]:
+    """Files by split, without those of Parquet that have no row, of which a split may not be all."""
+    full = {
+        split: [name for name in names if format_of(name) != "parquet" or parquet.read_metadata(name).num_rows]
+        for split, names in files.items()
+    }
+    if bare := [files[split][0] for split, names in full.items() if not names]:
+        raise LoraFactoryError(f"task {task!r}: {bare[0]} has no row; write at least one")
+    return full
 
 
 def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]] | None:
@@ -393,23 +405,19 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
         return None
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
         place = _without_signs(folder, cache)
-        builder = datasets.load_dataset_builder(place, data_files=source.data_files, cache_dir=cache)
-        form = next(
-            (
-                part.__module__.rpartition(".")[2]
-                for part in type(builder).__mro__[:2]
-                if part.__module__.startswith("datasets.packaged_modules.")
-            ),
-            "",
-        )
-        files = {
-            str(split): [str(Path(name).resolve()) for name in names]
-            for split, names in (builder.config.data_files or {}).items()
-        }
         patterns = source.data_files or get_data_patterns(place)
-        every = itertools.chain(*DataFilesDict.from_patterns(patterns, base_path=place).values())
-    # A text file beside others is a note, such as README.txt.
-    formats = {kind: Path(name).name for name in every if (kind := format_of(name)) == form or kind in _ROW_FORMATS}
+        every = [*itertools.chain(*DataFilesDict.from_patterns(patterns, base_path=place).values())]
+        # A text file beside others is a note, such as README.txt.
+        formats = {kind: Path(name).name for name in every if (kind := format_of(name)) in _ROW_FORMATS}
+        try:
+            builder = datasets.load_dataset_builder(place, data_files=source.data_files, cache_dir=cache)
+        except ValueError:
+            if len(formats) < 2:
+                raise
+            form, files = next(iter(formats)), {}  # the splits have several formats
+        else:
+            form, files = _form_of(builder), _files_of(builder)
+    formats |= {kind: Path(name).name for name in every if (kind := format_of(name)) == form}
     if form in formats and len(formats) > 1:
         raise LoraFactoryError(
             f"task {task!r}: {source.path} has data files of {len(formats)} formats, such as"
@@ -423,6 +431,19 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
             " it one of these: .csv, .tsv, .json, .jsonl, .ndjson, .txt, all also with .gz behind"
         )
     return form, files
+
+
+def _form_of(builder: datasets.DatasetBuilder) -> str:
+    """What a folder's files are by `datasets`: "json", "imagefolder" and so on; empty for what it does not ship."""
+    ours = "datasets.packaged_modules."
+    modules = (part.__module__ for part in type(builder).__mro__[:2])
+    return next((name.rpartition(".")[2] for name in modules if name.startswith(ours)), "")
+
+
+def _files_of(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """The files of every split of a folder."""
+    found = builder.config.data_files or {}
+    return {str(split): [str(Path(name).resolve()) for name in names] for split, names in found.items()}
 
 
 def _check_data_files(source: DataSource, task: str) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import datasets
 import numpy
+import pyarrow
 import pytest
 from helpers.task_files import write_local
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.coco_tasks import detection_tasks
@@ -98,10 +100,12 @@ def test_rows_that_nobody_labelled_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_without_rows(tmp_path: Path, streaming: bool) -> None:
     features = datasets.Features({"text": datasets.Value("string")})
-    for name, texts in (("a", []), ("b", ["x"])):
-        rows = datasets.Dataset.from_dict({"text": texts}, features=features)
-        rows.to_parquet(tmp_path / f"{name}.parquet")
+    for name, texts in (("a", []), ("b", ["x"]), ("[a]/train-0", ["x", "y", "z"]), ("[a]/train-1", [])):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.table({"text": texts}, features.arrow_schema), path)
     options: dict = {"streaming": True, "max_rows": 9} if streaming else {}
+    assert sum(map(len, load_examples(DataSource(str(tmp_path / "[a]"), **options), "t").values())) == 3
     both = DataSource("parquet", data_files={"train": [str(tmp_path / "*.parquet")]}, **options)
     assert load_examples(both, "t")["train"] == [Example("", "x")]
     with pytest.raises(LoraFactoryError, match=r"task 't': .*a\.parquet has no row; write at least one"):
@@ -110,7 +114,9 @@ def test_parquet_files_without_rows(tmp_path: Path, streaming: bool) -> None:
         read_examples(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("names", [("a.jsonl", "b.csv"), ("a.txt", "b.txt", "c.jsonl"), ("a.csv", "b.parquet")])
+@pytest.mark.parametrize(
+    "names", [("a.jsonl", "b.csv"), ("a.txt", "b.txt", "c.jsonl"), ("a.csv", "b.parquet"), ("train.csv", "test.jsonl")]
+)
 def test_a_folder_of_several_formats_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         write_local(tmp_path, name)
