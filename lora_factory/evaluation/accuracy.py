@@ -61,6 +61,19 @@ def task_accuracy(
         raise LoraFactoryError(f"accuracy on task {task.name!r}: {error}") from error
 
 
+def check_metric(task: Task) -> None:
+    """Refuse a task with test examples that its metric cannot judge.
+
+    Raises:
+        LoraFactoryError: As `task_accuracy`.
+    """
+    if task.metric is not None:
+        examples = task.examples("test")
+        _check(examples, 1)
+        if task.metric == "multiple_choice":
+            _questions(examples, task.answer_choices())
+
+
 def completion_accuracy(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

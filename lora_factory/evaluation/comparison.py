@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_factory.arguments import CompareArguments
 from lora_factory.errors import LoraFactoryError
-from lora_factory.evaluation.accuracy import task_accuracy
+from lora_factory.evaluation.accuracy import check_metric, task_accuracy
 from lora_factory.evaluation.diagnostics import diagnose, points, storage
 from lora_factory.evaluation.fold import Fold
 from lora_factory.evaluation.methods import ComparedMethods
@@ -52,14 +52,16 @@ def compare(
         for ``report.py``. Storage and points are those of the first fold.
 
     Raises:
-        LoraFactoryError: When a fold is not consistent, the data of a task cannot be used (nothing is scored then), an
-            adapter does not fit the base model, or a name is not that of a method.
+        LoraFactoryError: When a fold is not consistent, the data of a task cannot be used or judged by its metric
+            (nothing is scored then), an adapter does not fit the base model, or a name is not that of a method.
     """
     arguments, output_dir = arguments or CompareArguments(), check_reports(output_dir, *COMPARISON_FILES)
     folds = [folds] if isinstance(folds, Fold) else list(folds)
     if not folds:
         raise LoraFactoryError("no fold to compare; pass at least one Fold")
-    check_tasks({task.name: task for fold in folds for task in (*fold.seen, *fold.unseen)}.values())
+    tasks = {task.name: task for fold in folds for task in (*fold.seen, *fold.unseen)}.values()
+    check_tasks(tasks)
+    check_tasks(tasks, check_metric)
     log = CellLog(output_dir / "cells.jsonl")
     cells: list[dict[str, Any]] = []
     diagnostics, curves, budgets = [], {}, Counter[str]()

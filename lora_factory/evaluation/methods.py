@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import CollectArguments, CompareArguments
 from lora_factory.collection.multitask import train_multitask
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
@@ -31,7 +30,7 @@ from lora_factory.evaluation.baselines import (
 from lora_factory.evaluation.cond_p_diff import CondPDiff, train_cond_p_diff
 from lora_factory.evaluation.fold import Fold
 from lora_factory.generator.refine import refine
-from lora_factory.models.hidden_states import example_features, model_fingerprint
+from lora_factory.models.hidden_states import base_fingerprint, example_features
 from lora_factory.models.inputs import TokenSequence
 from lora_factory.reporting.summary import (
     ANOTHER_TASK,
@@ -172,7 +171,7 @@ class ComparedMethods:
         fold = self.fold
         tasks = [[task.name, task.descriptions, task.fingerprint()] for task in fold.tasks]
         zoos = [None if zoo is None else zoo.fingerprint() for zoo in (fold.zoo, fold.originals)]
-        return sha256_text(json.dumps([model_fingerprint(base_of(self.trainer.model)), zoos, tasks]))
+        return sha256_text(json.dumps([base_fingerprint(self.trainer), zoos, tasks]))
 
     @cached_property
     def vectors(self) -> str:

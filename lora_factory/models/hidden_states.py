@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -199,6 +201,24 @@ def model_fingerprint(model: PreTrainedModel) -> str:
             digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def base_fingerprint(base: Base) -> str:
+    """A hash over all that a base reads examples with: its model, and the files of its tokenizer or processor.
+
+    Padding and truncation, which a tokenizer keeps from its last call, are left out.
+    """
+    facts = [model_fingerprint(base_of(base.model))]
+    with tempfile.TemporaryDirectory(prefix="lora_factory-") as folder:
+        if base.tokenizer is not None:  # image classifiers have none
+            base.tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.name == "tokenizer.json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                facts.append(json.dumps({**content, "padding": None, "truncation": None}))
+            elif path.is_file():
+                facts.append(f"{path.name} {path.read_bytes()!r}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
 BATCH = 8

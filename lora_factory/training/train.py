@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import (
     DECIDED_BY_ZOO,
     DEFAULT_BASE_STEPS,
@@ -29,7 +28,7 @@ from lora_factory.generator.files import TRAINING_FILE
 from lora_factory.generator.hub import generator_card
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.hub.cards import CARD_FILE, handwritten, with_handwritten
-from lora_factory.models.hidden_states import example_features, model_fingerprint
+from lora_factory.models.hidden_states import base_fingerprint, example_features
 from lora_factory.models.image_encoders import ImageEncoder, image_vectors
 from lora_factory.models.loading import base_source
 from lora_factory.models.text_encoders import TextEncoder
@@ -402,7 +401,7 @@ def _training_key(
     facts = [FORMAT_VERSION, asdict(arguments), data, generator.layout.fingerprint(), generator.config.modalities]
     if "image" in generator.config.modalities:  # vectors of images come from the cache, bit for bit
         facts.append(generator.get_buffer("image_task_vectors").tolist())
-    facts += [model_fingerprint(base_of(trainer.model)), None if zoo is None else zoo.fingerprint()]
+    facts += [base_fingerprint(trainer), None if zoo is None else zoo.fingerprint()]
     return sha256_text(json.dumps(facts))
 
 

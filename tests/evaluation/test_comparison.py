@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.models import TRAINING_TEXT, with_template
 from helpers.training import save_word_encoder
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments, CompareArguments, TrainArguments
 from lora_factory.collection.collect import collect_adapters
@@ -26,7 +26,7 @@ from lora_factory.evaluation.fold import Fold
 from lora_factory.evaluation.methods import ComparedMethods
 from lora_factory.evaluation.perplexity import score_examples
 from lora_factory.generator.modeling import CVAELoRAGenerator
-from lora_factory.models.hidden_states import model_fingerprint
+from lora_factory.models.hidden_states import base_fingerprint
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
@@ -133,6 +133,13 @@ def another_base(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
     return fold, folder / "base"
 
 
+def another_tokenizer(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
+    shutil.copytree(base, folder / "base")
+    file = folder / "base" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}}))
+    return fold, folder / "base"
+
+
 def other_originals(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Path]:
     longer = dataclasses.replace(SETTINGS, steps=20)
     originals = collect_adapters(list(fold.unseen), base, folder / "originals", longer)
@@ -163,7 +170,14 @@ def other_training_data(fold: Fold, base: Path, folder: Path) -> tuple[Fold, Pat
 
 @pytest.mark.parametrize(
     "change",
-    [another_base, other_originals, another_description, another_description_of_the_zoos, other_training_data],
+    [
+        another_base,
+        another_tokenizer,
+        other_originals,
+        another_description,
+        another_description_of_the_zoos,
+        other_training_data,
+    ],
 )
 def test_cells_and_weights_of_another_fold_are_not_taken_up(
     fold: Fold,
@@ -211,17 +225,27 @@ def test_more_seeds_and_methods_leave_the_finished_cells(
         scored.append(words[2].name)
         return score_task(*words, **options)
 
-    def hashed_once(model: PreTrainedModel) -> str:
-        hashed.append(model)
-        return model_fingerprint(model)
+    def hashed_once(base: Any) -> str:
+        hashed.append(base)
+        return base_fingerprint(base)
 
     monkeypatch.setattr(comparison, "score_task", counted)
-    monkeypatch.setattr(methods, "model_fingerprint", hashed_once)
+    monkeypatch.setattr(methods, "base_fingerprint", hashed_once)
     more, names = dataclasses.replace(ARGUMENTS, seeds=(0, 1)), ["original model", "retrieval", "original LoRA"]
     result = compare(fold, pico_model_folder, tmp_path, more, methods=names)
     assert all(cell in result["cells"] for cell in first["cells"])
     assert len(scored) == len(result["cells"]) - len(first["cells"]) == 16
     assert len(hashed) == 1
+
+
+def test_a_metric_that_does_not_fit_its_task_is_refused_before_anything_is_scored(
+    fold: Fold, pico_model_folder: Path, tmp_path: Path
+) -> None:
+    (verse,) = fold.unseen
+    plain = Task.from_examples(verse.name, verse.descriptions, TRAINING_TEXT, metric="exact_match")
+    with pytest.raises(LoraFactoryError, match="has no prompt, and only an answer"):
+        compare(dataclasses.replace(fold, unseen=(plain,)), pico_model_folder, tmp_path, ARGUMENTS)
+    assert not (tmp_path / "cells.jsonl").exists()
 
 
 def test_the_same_seeds_give_the_same_table(fold: Fold, pico_model_folder: Path, output: Path, tmp_path: Path) -> None:
