@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from lora_factory.adapters.attach import AdapterSlot, whole, wrap_base
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.adapters.live_models import base_of
 from lora_factory.adapters.targets import find_targets
 from lora_factory.arguments import CollectArguments, from_record
 from lora_factory.collection.optimise import MAX_GRAD_NORM, take_steps
@@ -36,7 +35,7 @@ from lora_factory.models.inputs import (
     shuffled_batches,
 )
 from lora_factory.models.loading import load_base_model, load_processor
-from lora_factory.models.losses import label_losses, next_token_labels
+from lora_factory.models.losses import fast_attention, label_losses, next_token_labels
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.utils.checkpoint import RunCheckpoint, RunState
@@ -244,7 +243,7 @@ class LoRATrainer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(total * WARMUP_RATIO), total)
-        with self._seeded(seed), self._fast_attention():
+        with self._seeded(seed), fast_attention(self, arguments.batch_size, arguments.sequence_length):
             if checkpoint:
                 state, weights = checkpoint.restore(optimizer, schedule, self.accelerator)
                 self.slot.load(start if weights is None else weights)
@@ -388,25 +387,6 @@ class LoRATrainer:
         with torch.random.fork_rng(devices=devices, device_type=kind):
             torch.manual_seed(seed + self.shares_runs * self.accelerator.process_index * 1_000_003)
             yield
-
-    @contextmanager
-    def _fast_attention(self) -> Iterator[None]:
-        """Do attention step by step where PyTorch's kernel has a slow backward pass: in bfloat16 on a CPU.
-
-        A step of SmolLM2-135M on 4 sequences takes one core 0.65 s with the kernel and 0.56 s without it for 64
-        tokens, 1.37 and 1.14 s for 128, 2.9 and 2.2 s for 256. Longer ones would need much memory.
-        """
-        model = base_of(self.model)
-        kernel = model.config._attn_implementation
-        slow = (self.accelerator.device.type, model.dtype, kernel) == ("cpu", torch.bfloat16, "sdpa")
-        if not (slow and isinstance(self.inputs, CausalInputs) and self.arguments.sequence_length <= 256):
-            yield
-            return
-        model.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(kernel)
 
     def _weights(self) -> torch.Tensor:
         state_dict = get_peft_model_state_dict(self.model, save_embedding_layers=False)

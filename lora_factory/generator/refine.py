@@ -15,7 +15,7 @@ from lora_factory.adapters.live_models import without_adapters
 from lora_factory.arguments import REFINE_STEPS, TokenOptions
 from lora_factory.collection.optimise import take_steps
 from lora_factory.models.inputs import TokenSequence, positions
-from lora_factory.models.losses import Base, query_loss
+from lora_factory.models.losses import Base, fast_attention, query_loss
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples
 
@@ -73,7 +73,8 @@ def refine(
         (loss * parts).backward()
         return loss.item()
 
-    with without_adapters(base.model):
+    longest = max(len(getattr(row, "tokens", ())) for row in sequences)
+    with without_adapters(base.model), fast_attention(base, count * parts, longest):
         best, chosen, looks = _mean_loss(base, weights, held_out), start, 0
         steps_taken = take_steps(
             gradients,

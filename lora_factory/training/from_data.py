@@ -25,7 +25,7 @@ from lora_factory.generator.basis import CoreBasis
 from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.generator.networks import CoreCVAE
 from lora_factory.models.inputs import TokenSequence
-from lora_factory.models.losses import ReadWith, query_loss, query_losses
+from lora_factory.models.losses import ReadWith, fast_attention, query_loss, query_losses
 from lora_factory.training.conditions import draw_conditions, draw_present, index_of, unrelated_texts
 from lora_factory.training.from_zoo import set_spread
 from lora_factory.utils.checkpoint import TrainingCheckpoint, TrainingState
@@ -129,7 +129,8 @@ def train_through_base(
         f"({arguments.base_learning_rate})",
         disable=not accelerator.is_local_main_process,
     )
-    with trainer.slot.disabled():
+    rows = min(arguments.base_tasks, len(tasks)) * SEQUENCES
+    with trainer.slot.disabled(), fast_attention(trainer, rows, trainer.arguments.sequence_length):
         for step, loss, bar in steps:
             state.count(step, loss)
             if step in due:
