@@ -29,7 +29,14 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.hub.errors import explain
 from lora_factory.utils.printable import few
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, check_size, checked_file, is_hub_id, read_json_object
+from lora_factory.utils.safe_files import (
+    MAX_CONFIG_BYTES,
+    check_size,
+    checked_file,
+    is_hub_id,
+    read_json_object,
+    readable,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -104,7 +111,8 @@ class GeneratorSource:
     @property
     def is_folder(self) -> bool:
         """Whether the name is that of a local folder."""
-        return Path(self.name).is_dir()
+        with readable(self.name):
+            return Path(self.name).is_dir()
 
     @property
     def is_downloaded(self) -> bool:

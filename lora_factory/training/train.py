@@ -84,13 +84,15 @@ def train_generator(
         The trained generator, on the CPU, in evaluation mode.
 
     Raises:
-        LoraFactoryError: When there are fewer than two tasks, a loss is not finite, or the folder is not to be
-            replaced; see `lora_factory.utils.folders.check_folder`.
+        LoraFactoryError: When there are fewer than two tasks, a loss is not finite, another process changes the zoo's
+            runs meanwhile, or the folder is not to be replaced; see `lora_factory.utils.folders.check_folder`.
     """
     arguments = arguments or TrainArguments()
     if output_dir is None:
         raise LoraFactoryError("output_dir is not given; name the folder that the generator is to be written to")
     zoo = AdapterZoo(zoo) if isinstance(zoo, str | Path) else zoo
+    zoo = None if zoo is None else zoo.select(zoo.tasks)  # runs that another process adds are not among them
+    state = None if zoo is None else zoo.fingerprint()
     arguments = _checked(zoo, arguments, tasks, held_out, base_model, base_model_name)
     classifies = any(isinstance(task, ImageTask) for task in tasks or ())
     if images is not None:
@@ -131,6 +133,11 @@ def train_generator(
     record: dict[str, Any] = {"arguments": asdict(arguments)}
     if zoo is not None:
         record["history"], record["errors"] = fit(generator, zoo, seen, arguments, accelerator)
+        if zoo.fingerprint() != state:
+            raise LoraFactoryError(
+                f"the zoo {zoo.folder} was changed while it was read: runs were removed or written anew; train again "
+                "when nothing else changes it"
+            )
     elif generator.basis is not None and trainer is not None:
         with torch.no_grad():
             generator.center.copy_(generator.basis.identity())

@@ -25,13 +25,14 @@ from lora_factory.utils.paths import local_path
 _EMPTY = FolderKind("nothing", r"(?!)")
 
 
-def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
-    """Write UTF-8 text atomically, with the newlines it has; an existing file is replaced.
+def write_text(path: str | Path, text: str, *, durable: bool = True, replaces: bool = True) -> None:
+    """Write UTF-8 text atomically, with the newlines it has.
 
     Args:
         path: The file.
         text: What it will hold.
         durable: Whether it is on the disk when this returns; False in `atomic_folder`, which sees to it for all files.
+        replaces: Whether an existing file is replaced, and not left as it is.
 
     Raises:
         StorageError: When the file cannot be written.
@@ -39,7 +40,7 @@ def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
     path = local_path(path).absolute()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
+        with atomic_file(path, replaces=replaces) as new, new.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
             if durable:
                 file.flush()
@@ -48,8 +49,8 @@ def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
             _fsync(path.parent)
 
 
-def write_json(path: str | Path, value: Any, *, durable: bool = True) -> None:  # noqa: ANN401
-    """Write a JSON file atomically, indented, keys in their given order; `durable` as in `write_text`.
+def write_json(path: str | Path, value: Any, **options: bool) -> None:  # noqa: ANN401
+    """Write a JSON file atomically, indented, keys in their given order; options as in `write_text`.
 
     Raises:
         LoraFactoryError: if the value holds NaN, infinity or something that JSON does not know.
@@ -60,19 +61,35 @@ def write_json(path: str | Path, value: Any, *, durable: bool = True) -> None:  
         raise LoraFactoryError(
             f"{path} was not written: {error}; pass only JSON values, and None in place of NaN or infinity"
         ) from error
-    write_text(path, text + "\n", durable=durable)
+    write_text(path, text + "\n", **options)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes `path` when the block ends well and is removed when it fails."""
+def atomic_file(path: Path, *, replaces: bool = True) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes `path` when the block ends well and is removed when it fails.
+
+    With ``replaces=False`` a file that is there stays, also one that another process writes meanwhile.
+    """
     temporary = _temporary_sibling(path)
     try:
         yield temporary
         _fsync(temporary)
-        os.replace(temporary, path)
+        if replaces:
+            os.replace(temporary, path)
+        else:
+            _put_if_absent(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _put_if_absent(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:  # the file system has no hard links
+        if not path.exists():
+            os.replace(temporary, path)
 
 
 @contextlib.contextmanager

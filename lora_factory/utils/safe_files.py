@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, not re-exported
 
-from lora_factory.errors import LoraFactoryError
+from lora_factory.errors import LoraFactoryError, UnreadableError
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_JSON_BYTES = 512 << 20  # COCO's largest annotation file has 448 MB
@@ -34,12 +34,16 @@ def checked_file(folder: Path, name: str, limit: int) -> Path:
 
     Raises:
         LoraFactoryError: When it is missing, larger than ``limit`` bytes, no ordinary file, or a link that leads out.
+        UnreadableError: When it is there and cannot be read.
     """
     path = folder / name
     try:
-        real, home = path.resolve(strict=True), folder.resolve(strict=True)
-        status = real.stat()
+        with readable(path):
+            real, home = path.resolve(strict=True), folder.resolve(strict=True)
+            status = real.stat()
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, UnreadableError):
+            raise
         raise LoraFactoryError(
             f"{path} is missing or cannot be read ({error}); name a folder that this package or PEFT wrote"
         ) from error
@@ -49,7 +53,26 @@ def checked_file(folder: Path, name: str, limit: int) -> Path:
     if not stat.S_ISREG(status.st_mode):
         raise LoraFactoryError(f"{path} is no ordinary file")
     check_size(str(path), status.st_size, limit)
+    with readable(path):
+        real.open("rb").close()  # parsers call a file that they may not read a missing one
     return path
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """A context in which a file or folder is read; that it is missing, or no folder, is left to the caller.
+
+    Raises:
+        UnreadableError: When the file system refuses.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UnreadableError(
+            f"{path} cannot be read ({error.strerror or error}); let this user read it, or try again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -78,12 +101,16 @@ def read_bytes(path: str | Path, limit: int = MAX_JSON_BYTES) -> bytes:
     Raises:
         LoraFactoryError: When it is missing, may not be read, is no ordinary file (a folder, a pipe, a device), or has
             more than ``limit`` bytes.
+        UnreadableError: When it is there and cannot be read.
     """
     try:
         path = Path(path).expanduser()
-        check_ordinary(path, limit)
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
+        with readable(path):
+            check_ordinary(path, limit)
+            with path.open("rb") as file:
+                content = file.read(limit + 1)
+    except UnreadableError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # a ValueError: a name with a NUL or half of a surrogate pair
         reason = getattr(error, "strerror", None) or error
         raise LoraFactoryError(f"{path} cannot be read ({reason}); check the path") from error

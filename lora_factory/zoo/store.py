@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lora_factory.adapters.folder import ADAPTER_FILE, CONFIG_FILE, save_adapter_config
 from lora_factory.adapters.layout import AdapterLayout
-from lora_factory.errors import LoraFactoryError, NewerFormatError
+from lora_factory.errors import LoraFactoryError, NewerFormatError, UnreadableError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
 from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text
 from lora_factory.utils.printable import facts_html, facts_line, few, natural_key
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object
+from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object, readable
 from lora_factory.utils.versions import check_format
 from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord
 
@@ -57,9 +57,11 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if there is no zoo in the folder, or its `zoo.json` is damaged.
         """
-        self.folder = local_path(folder)
+        self.folder = local_path(folder).absolute()
         path = self.folder / ZOO_FILE
-        if not path.exists():
+        with readable(path):
+            there = path.exists()
+        if not there:
             if kind := other_kind(self.folder):
                 raise LoraFactoryError(
                     f"{self.folder} is {kind}, not a zoo; name a folder that lora-factory collect or import wrote"
@@ -74,13 +76,15 @@ class AdapterZoo:
             layout = values.get("layout")
             self.layout = AdapterLayout.from_dict(layout if isinstance(layout, dict) else {})
         except LoraFactoryError as error:
-            raise LoraFactoryError(_located(path, error)) from error
+            raise type(error)(_located(path, error)) from error
         self._whole_files: dict[Path, tuple[int, int]] = {}
         self._selected: dict[str, set[str]] | None = None
 
     @classmethod
     def create(cls, folder: str | Path, layout: AdapterLayout) -> AdapterZoo:
         """Make an empty zoo, or open the one that is there if its layout has the same fingerprint.
+
+        Of several processes that do so at once, one makes it and the others open that.
 
         Raises:
             LoraFactoryError: if the folder holds a zoo of another layout, or is a file.
@@ -90,7 +94,7 @@ class AdapterZoo:
             raise LoraFactoryError(f"{folder} is a file; choose another folder for the zoo")
         path = folder / ZOO_FILE
         if not path.exists():
-            write_json(path, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()})
+            write_json(path, {"format_version": FORMAT_VERSION, "layout": layout.to_dict()}, replaces=False)
         zoo = cls(folder)
         if zoo.layout.fingerprint() != layout.fingerprint():
             raise LoraFactoryError(
@@ -110,14 +114,14 @@ class AdapterZoo:
     def _facts(self) -> dict[str, object]:
         try:
             tasks = self.tasks
-        except OSError as error:  # somebody has removed the folder
-            return {"folder": self.folder, "unreadable": error.strerror}
+        except (OSError, UnreadableError) as error:  # somebody has removed the folder
+            return {"folder": self.folder, "unreadable": getattr(error, "strerror", error)}
         return {"folder": self.folder, "tasks": f"{len(tasks)} ({few(tasks)})", **self.layout.facts()}
 
     @property
     def tasks(self) -> list[str]:
         """The names of all tasks with at least one run, sorted; looks at the folder of every task."""
-        with os.scandir(self.folder) as entries:
+        with readable(self.folder), os.scandir(self.folder) as entries:
             return sorted(entry.name for entry in entries if next(self._run_names(entry.name), None) is not None)
 
     def runs(self, task: str) -> list[str]:
@@ -153,7 +157,8 @@ class AdapterZoo:
     def has_run(self, task: str, run: str) -> bool:
         """Return whether the run is complete."""
         path = self.folder / safe_name(task) / safe_name(run) / RECORD_FILE
-        return self._is_selected(task, run) and path.is_file()
+        with readable(path):
+            return self._is_selected(task, run) and path.is_file()
 
     def record(self, task: str, run: str) -> RunRecord:
         """Read a run's record.
@@ -170,8 +175,8 @@ class AdapterZoo:
                 raise LoraFactoryError(f"it is the record of {record.task}/{record.run}")
             if not set(REQUIRED_FILES) <= set(record.sha256):
                 raise LoraFactoryError(f"it lacks the SHA-256 of one of {', '.join(REQUIRED_FILES)}")
-        except NewerFormatError as error:
-            raise NewerFormatError(_located(path, error)) from error
+        except (NewerFormatError, UnreadableError) as error:
+            raise type(error)(_located(path, error)) from error
         except LoraFactoryError as error:
             raise LoraFactoryError(f"{_located(path, error)}; {remedy(path.parent)}") from error
         return record
@@ -226,12 +231,12 @@ class AdapterZoo:
         """
         runs = self.runs(task) if run is None else [run]
         verify = rows == slice(None) if verify is None else verify
-        parts = [self._read_vectors(self.record(task, name), CHECKPOINTS_FILE, rows, verify) for name in runs]
+        parts = [self._read_run(task, name, CHECKPOINTS_FILE, rows, verify) for name in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def final(self, task: str, run: str) -> Tensor:
         """Read a run's final adapter: (D,) in float32, on the CPU; errors as in `snapshots`."""
-        return self._read_vectors(self.record(task, run), ADAPTER_FILE, None, True)
+        return self._read_run(task, run, ADAPTER_FILE, None, True)
 
     def descriptions(self, task: str) -> tuple[str, ...]:
         """Return the descriptions of a task, those of all its runs, each once."""
@@ -246,14 +251,34 @@ class AdapterZoo:
         self._whole_files.clear()
         problems = []
         for task in self.tasks:
-            for run in self.runs(task):
-                problems += self.problems(task, run)
+            for run in sorted(self._run_names(task), key=natural_key):
+                try:
+                    problems += self.problems(task, run)
+                except UnreadableError as error:
+                    problems.append(str(error))
         return problems
 
     def problems(self, task: str, run: str) -> list[str]:
-        """List the faults of one run for `verify`; files that were found whole are not hashed again."""
+        """List the faults of one run for `verify`; files that were found whole are not hashed again.
+
+        A run that another process replaces meanwhile is looked at again; one that it removes has no faults.
+
+        Raises:
+            UnreadableError: If a file is there and cannot be read now.
+        """
+        while True:
+            state = self._state(task, run)
+            found, now = self._problems(task, run), self._state(task, run)
+            if not found or now == state:
+                return found
+            if now is None:
+                return []
+
+    def _problems(self, task: str, run: str) -> list[str]:
         try:
             record = self.record(task, run)
+        except UnreadableError:
+            raise
         except LoraFactoryError as error:
             return [str(error)]
         problems = []
@@ -262,16 +287,19 @@ class AdapterZoo:
                 self._whole_file(record, name)
                 if name in (ADAPTER_FILE, CHECKPOINTS_FILE):
                     self._read_vectors(record, name, slice(None) if name == CHECKPOINTS_FILE else None, False)
+            except UnreadableError:
+                raise
             except LoraFactoryError as error:
                 problems.append(str(error))
         return problems
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the sorted SHA-256 of all runs' records, which hold those of their files."""
-        digests = sorted(
-            f"{path.parent.parent.name}/{path.parent.name} {sha256_file(path)}" for path in self._record_paths()
-        )
-        return sha256_text("\n".join(digests))
+        digests = []
+        for path in self._record_paths():
+            with contextlib.suppress(FileNotFoundError), readable(path):  # another process has removed the run
+                digests.append(f"{path.parent.parent.name}/{path.parent.name} {sha256_file(path)}")
+        return sha256_text("\n".join(sorted(digests)))
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Unpack[PushOptions]) -> CommitInfo:
         """Push the zoo as a data set repository in one commit, unless a file is damaged; options: `PushOptions`."""
@@ -303,7 +331,8 @@ class AdapterZoo:
 
     def _run_names(self, task: str) -> Iterator[str]:
         """The runs in a task's folder, if it is one, in no order."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / task) as entries:
+        path = self.folder / task
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), readable(path), os.scandir(path) as entries:
             for entry in entries:
                 hidden = task.startswith(".") or entry.name.startswith(".")
                 whole = not hidden and os.path.isfile(os.path.join(entry.path, RECORD_FILE))
@@ -339,6 +368,23 @@ class AdapterZoo:
                     f"{where}: {name} is written by the zoo itself; give the extra file another name"
                 )
 
+    def _state(self, task: str, run: str) -> tuple[int, int] | None:
+        """What changes when a run is replaced; None where there is none."""
+        with contextlib.suppress(FileNotFoundError), readable(self.folder / task / run):
+            status = (self.folder / safe_name(task) / safe_name(run) / RECORD_FILE).stat()
+            return status.st_ino, status.st_mtime_ns
+        return None
+
+    def _read_run(self, task: str, run: str, name: str, rows: slice | None, verify: bool) -> Tensor:
+        """Read vectors of a run; once more where another process has replaced the run meanwhile."""
+        while True:
+            state = self._state(task, run)
+            try:
+                return self._read_vectors(self.record(task, run), name, rows, verify)
+            except LoraFactoryError:
+                if self._state(task, run) in (state, None):
+                    raise
+
     def _read_vectors(self, record: RunRecord, name: str, rows: slice | None, verify: bool) -> Tensor:
         path = self._whole_file(record, name) if verify else self.file(record, name)
         leading = () if rows is None else (len(record.snapshot_steps),)
@@ -359,7 +405,9 @@ class AdapterZoo:
             LoraFactoryError: if it is missing, larger than expected, no ordinary file, or a link out of the run.
         """
         path = self.folder / record.task / record.run / name
-        if not path.exists():
+        with readable(path):
+            there = path.exists()
+        if not there:
             raise LoraFactoryError(f"{path} is missing; {remedy(path.parent)}")
         return checked_file(path.parent, name, self.limit(record, name))
 
@@ -371,11 +419,12 @@ class AdapterZoo:
     def _whole_file(self, record: RunRecord, name: str) -> Path:
         """The path of a run's file, whose SHA-256 was found right since it last changed."""
         path = self.file(record, name)
-        status = path.stat()
-        state = (status.st_size, status.st_mtime_ns)
-        if self._whole_files.get(path) == state:
-            return path
-        digest = sha256_file(path)
+        with readable(path):
+            status = path.stat()
+            state = (status.st_size, status.st_mtime_ns)
+            if self._whole_files.get(path) == state:
+                return path
+            digest = sha256_file(path)
         if digest != record.sha256[name]:
             raise LoraFactoryError(
                 f"{path} was cut short or altered: its SHA-256 is {digest[:12]}..., {RECORD_FILE} says "

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lora_factory.errors import LoraFactoryError, NewerFormatError
+from lora_factory.errors import LoraFactoryError, NewerFormatError, UnreadableError
 from lora_factory.utils.files import atomic_folder, remove_folder, write_json
 from lora_factory.utils.folders import FolderKind, check_folder, run_kind
 from lora_factory.utils.paths import local_path, sha256_file
@@ -43,7 +43,7 @@ def prune(
         tasks: Look at the runs of these tasks only; default: of all.
         runs: Look at runs of these names only; default: at all.
         damaged: Remove those among them that ``AdapterZoo.problems`` finds fault with. One that a newer version of
-            this package wrote is not among them.
+            this package wrote is not among them, nor one that cannot be read now.
         keep_last: Remove no run, but all of its checkpoints except for the last ones, as many as this; at least 1.
         dry_run: Change nothing.
 
@@ -140,14 +140,16 @@ def run_files(zoo: AdapterZoo, record: RunRecord) -> dict[str, int]:
 
 
 def _damage(zoo: AdapterZoo, task: str, run: str) -> list[str]:
-    """What is wrong with a run; nothing where a newer version may read it."""
+    """What is wrong with a run; nothing where a newer version may read it, or it is gone."""
+    if not zoo.has_run(task, run):
+        return []
     try:
         zoo.record(task, run)
-    except NewerFormatError:
+        return zoo.problems(task, run)
+    except (NewerFormatError, UnreadableError):
         return []
     except LoraFactoryError as error:
         return [str(error)]
-    return zoo.problems(task, run)
 
 
 def _kind_of(zoo: AdapterZoo, task: str, run: str) -> FolderKind:

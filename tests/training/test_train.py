@@ -26,10 +26,12 @@ from lora_factory.generator.modeling import CVAELoRAGenerator
 from lora_factory.models.hidden_states import HiddenStateEncoder, task_vector
 from lora_factory.models.loading import load_base_model
 from lora_factory.tasks.task import Task
+from lora_factory.training import train as train_module
 from lora_factory.training.from_zoo import fit
 from lora_factory.training.train import build_generator, train_generator, training_history
 from lora_factory.zoo import checkpoints
 from lora_factory.zoo.store import AdapterZoo
+from lora_factory.zoo.tools import prune
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,52 @@ def test_same_seed_same_weights(zoo: AdapterZoo, arguments: TrainArguments, tmp_
         assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def adds_a_task(zoo: AdapterZoo) -> None:
+    record = replace(zoo.record("code", "seed-0"), task="late")
+    zoo.add_run(record, 100 * torch.randn(5, zoo.layout.size))
+
+
+def adds_a_run(zoo: AdapterZoo) -> None:
+    record = replace(zoo.record("code", "seed-0"), run="seed-1")
+    zoo.add_run(record, 100 * torch.randn(5, zoo.layout.size))
+
+
+def removes_a_task(zoo: AdapterZoo) -> None:
+    prune(zoo, tasks=["code"])
+
+
+def shortens_runs(zoo: AdapterZoo) -> None:
+    prune(zoo, keep_last=1)
+
+
+@pytest.mark.parametrize("when", ["_features", "build_generator"])
+@pytest.mark.parametrize("change", [adds_a_task, adds_a_run, removes_a_task, shortens_runs])
+def test_a_zoo_that_another_process_changes_meanwhile_is_learned_as_it_was_or_refused(
+    layout: AdapterLayout,
+    arguments: TrainArguments,
+    tmp_path: Path,
+    change: Callable[[AdapterZoo], None],
+    when: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zoo, short = make_zoo(tmp_path / "zoo", layout), replace(arguments, steps=5)
+    expected = train_generator(zoo, tmp_path / "expected", short).state_dict()
+    step = getattr(train_module, when)
+
+    def followed(*words: Any, **options: Any) -> Any:
+        result = step(*words, **options)
+        change(AdapterZoo(zoo.folder))
+        return result
+
+    monkeypatch.setattr(train_module, when, followed)
+    if change in (removes_a_task, shortens_runs):
+        with pytest.raises(LoraFactoryError, match=r"was changed while it was read: .* train again"):
+            train_generator(zoo, tmp_path / "generator", short)
+        return
+    found = train_generator(zoo, tmp_path / "generator", short).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_convolutional_decoder_lowers_its_loss(zoo: AdapterZoo, arguments: TrainArguments, tmp_path: Path) -> None:

@@ -175,6 +175,28 @@ def test_create_opens_a_zoo_of_the_same_layout_only(zoo, layout, tmp_path):
         AdapterZoo.create(tmp_path / "file", layout)
 
 
+def test_of_two_processes_that_make_a_zoo_one_does(layout, tmp_path, monkeypatch):
+    write_json, other = zoo_module.write_json, layout_of(r=3)
+
+    def just_after_another_process(path, values, **options):
+        write_json(path, values | {"layout": other.to_dict()}, **options)
+        write_json(path, values, **options)
+
+    monkeypatch.setattr(zoo_module, "write_json", just_after_another_process)
+    with pytest.raises(LoraFactoryError, match="holds a zoo of"):
+        AdapterZoo.create(tmp_path / "zoo", layout)
+    assert AdapterZoo(tmp_path / "zoo").layout == other
+    assert [path.name for path in (tmp_path / "zoo").iterdir()] == ["zoo.json"]
+
+
+def test_a_zoo_stays_the_same_where_the_working_folder_changes(zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(zoo.folder.parent)
+    near = AdapterZoo(zoo.folder.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert near.fingerprint() == zoo.fingerprint()
+
+
 def test_opening_reads_no_weights(zoo, monkeypatch):
     monkeypatch.setattr(zoo_module, "safe_open", None)
     monkeypatch.setattr(zoo_module, "sha256_file", None)

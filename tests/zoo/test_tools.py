@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.cli import commands as cli
 from lora_factory.errors import LoraFactoryError
 from lora_factory.zoo import hub as zoo_hub
+from lora_factory.zoo import store
 from lora_factory.zoo.store import AdapterZoo
 from lora_factory.zoo.tools import merge, prune
 
@@ -99,6 +104,42 @@ def test_prune_of_damaged_runs_keeps_what_is_the_users_or_a_newer_versions(zoo: 
     with pytest.raises(LoraFactoryError, match=r"holds 'mine\.txt'.*move that file elsewhere"):
         prune(zoo, damaged=True)
     assert (run / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints.safetensors", "adapter_config.json"])
+def test_a_run_that_cannot_be_read_now_is_named_and_not_removed(
+    zoo: AdapterZoo, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, path = io.open, zoo.folder / "b" / "seed-0" / name
+
+    def failing(file: Any, *words: Any, **options: Any) -> Any:
+        if str(file) == str(path):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+        return opened(file, *words, **options)
+
+    monkeypatch.setattr(io, "open", failing)
+    assert prune(AdapterZoo(zoo.folder), damaged=True) == []
+    (problem,) = AdapterZoo(zoo.folder).verify()
+    assert re.fullmatch(rf"{re.escape(str(path))} cannot be read \(Stale file handle\); let this user .*", problem)
+    monkeypatch.undo()
+    assert zoo.verify() == []
+
+
+def test_a_run_that_is_written_anew_while_it_is_read_is_not_damaged(
+    zoo: AdapterZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process keeps the last checkpoint alone, just before a file of the run is hashed."""
+    hashed, left = store.sha256_file, iter(("a", "b"))
+
+    def changed_before(path: Path) -> str:
+        if path.name == "checkpoints.safetensors" and path.parent.parent.name in left:
+            prune(AdapterZoo(zoo.folder), keep_last=1, tasks=[path.parent.parent.name])
+        return hashed(path)
+
+    monkeypatch.setattr(store, "sha256_file", changed_before)
+    assert zoo.snapshots("a", "seed-0").shape[0] == 1
+    assert prune(AdapterZoo(zoo.folder), damaged=True) == []
+    assert len(zoo.runs("a")) == 2 and len(zoo.runs("b")) == 1
 
 
 def test_prune_keeps_the_last_snapshots_bit_for_bit(zoo: AdapterZoo) -> None:
