@@ -82,11 +82,12 @@ class Collection:
         runs: All of them, those that are in the zoo already too.
 
     Raises:
-        LoraFactoryError: When the zoo holds one of the runs with other settings.
+        LoraFactoryError: When the zoo holds one of the runs with other settings, or runs of other weights of the base.
     """
 
     def __init__(self, zoo: AdapterZoo, trainer: LoRATrainer, runs: Sequence[PlannedRun]) -> None:
         """Look at what is there; nothing is written yet."""
+        zoo.check_base()
         self.zoo, self.trainer, self.runs = zoo, trainer, runs
         self.accelerator: Accelerator = trainer.accelerator
         self.folder = zoo.folder / HIDDEN_FOLDER

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ from lora_factory.models.losses import fast_attention, label_losses, next_token_
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.utils.checkpoint import RunCheckpoint, RunState
-from lora_factory.utils.paths import recorded_name
+from lora_factory.utils.paths import recorded_name, weights_digest
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import AdapterZoo
+from lora_factory.zoo.store import BASE_WEIGHTS, AdapterZoo
 
 TrainingTask = Task | ImageTask
 WARMUP_RATIO = 0.1  # of the steps, in which the learning rate rises; then it falls in a cosine
@@ -404,6 +405,12 @@ class LoRATrainer:
             scored += count
         return total / scored
 
+    @cached_property
+    def base_weights(self) -> dict[str, object]:
+        """The base's weights as runs record them: nothing for one of the Hub, which has a commit."""
+        digest = weights_digest(self.layout.base_model)
+        return {BASE_WEIGHTS: digest} if digest else {}
+
     def _record(
         self, task: TrainingTask, seed: int, steps: tuple[int, ...], losses: tuple[float, ...], tokens: int
     ) -> RunRecord:
@@ -420,7 +427,7 @@ class LoRATrainer:
             train_tokens=tokens,
             data_fingerprint=task.fingerprint(),
             versions=versions(),
-            arguments=comparable_settings(self.arguments),
+            arguments=comparable_settings(self.arguments) | self.base_weights,
             license=task.license,
             dataset=task.dataset,
         )

@@ -18,7 +18,7 @@ from lora_factory.adapters.folder import ADAPTER_FILE, CONFIG_FILE, save_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError, NewerFormatError, UnreadableError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
-from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text
+from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text, weights_digest
 from lora_factory.utils.printable import facts_html, facts_line, few, natural_key
 from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object, readable
 from lora_factory.utils.versions import check_format
@@ -36,6 +36,7 @@ RECORD_FILE = "run.json"
 ORIGIN_FILE = "import.json"  # of a run that was imported: where it came from
 CHECKPOINTS_FILE = "checkpoints.safetensors"
 _HEADER_BYTES = 16 << 20  # what a safetensors file may hold besides its tensors
+BASE_WEIGHTS = "base_weights"  # among a run's arguments: the SHA-256 of a base that is a folder
 REQUIRED_FILES = (CONFIG_FILE, ADAPTER_FILE, CHECKPOINTS_FILE)
 
 
@@ -292,6 +293,23 @@ class AdapterZoo:
             except LoraFactoryError as error:
                 problems.append(str(error))
         return problems
+
+    def check_base(self) -> None:
+        """Find out whether a base model that is a folder still has the weights that the runs were trained on.
+
+        Raises:
+            LoraFactoryError: if it has others.
+        """
+        records = [self.record(task, run) for task in self.tasks for run in self.runs(task)]
+        known = {digest: record for record in records if (digest := record.arguments.get(BASE_WEIGHTS))}
+        now = weights_digest(self.layout.base_model) if known else None
+        for digest, record in known.items():
+            if now not in (None, digest):
+                raise LoraFactoryError(
+                    f"{record.task}/{record.run} of the zoo {self.folder} was trained on other weights of "
+                    f"{self.layout.base_model}, whose files were replaced since; put those back, or collect into "
+                    "another folder"
+                )
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the sorted SHA-256 of all runs' records, which hold those of their files."""

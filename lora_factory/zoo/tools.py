@@ -96,8 +96,8 @@ def merge(sources: Iterable[AdapterZoo], output_dir: str | Path) -> AdapterZoo:
         output_dir: The zoo's folder; made when missing. What it holds already counts as one of the sources.
 
     Raises:
-        LoraFactoryError: When layouts or commits differ, two zoos have different runs of one name, or a run is
-            damaged; except for the last, nothing is written then.
+        LoraFactoryError: When layouts, commits or weights of the base differ, two zoos have different runs of one
+            name, or a run is damaged; except for the last, nothing is written then.
     """
     sources, folder = list(sources), local_path(output_dir)
     if not sources:
@@ -106,6 +106,7 @@ def merge(sources: Iterable[AdapterZoo], output_dir: str | Path) -> AdapterZoo:
     there = AdapterZoo(folder) if (folder / ZOO_FILE).exists() else None
     zoos = [*([there] if there else []), *sources]
     for zoo in zoos:
+        zoo.check_base()
         if (zoo.layout.fingerprint(), zoo.layout.base_revision) != (layout.fingerprint(), layout.base_revision):
             raise LoraFactoryError(
                 f"{zoo.folder} holds {zoo.layout.size} weights on {zoo.layout.base_model} "

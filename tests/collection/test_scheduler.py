@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +23,7 @@ from peft import get_peft_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_factory.adapters.attach import AdapterSlot, whole
 from lora_factory.arguments import CollectArguments
@@ -37,6 +39,7 @@ from lora_factory.tasks.text import DataSource
 from lora_factory.utils.files import write_json
 from lora_factory.utils.safe_files import read_json
 from lora_factory.zoo.store import AdapterZoo
+from lora_factory.zoo.tools import merge
 
 EIGHT = tuple(f"task-{number}" for number in range(8))
 
@@ -84,6 +87,19 @@ def two_processes(pico_model_folder: Path, tmp_path_factory: pytest.TempPathFact
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+def test_a_base_whose_weights_were_replaced_is_not_mixed_into_a_zoo(pico_model_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(pico_model_folder, tmp_path / "base")
+    zoo = collect_adapters(tasks("prose"), base, tmp_path / "zoo", SMALL)
+    assert collect_adapters(tasks("prose", "code"), base, zoo.folder, SMALL).tasks == ["code", "prose"]
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base)).save_pretrained(base)
+    with pytest.raises(LoraFactoryError, match=rf"was trained on other weights of {re.escape(str(base))}, whose"):
+        collect_adapters([text_task("verse")], base, zoo.folder, SMALL)
+    with pytest.raises(LoraFactoryError, match="was trained on other weights"):
+        merge([zoo], tmp_path / "merged")
+    assert zoo.tasks == ["code", "prose"] and not (tmp_path / "merged").exists()
 
 
 def test_two_processes_write_what_one_writes(two_processes: Path, pico_model_folder: Path, tmp_path: Path) -> None:
