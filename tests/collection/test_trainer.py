@@ -28,15 +28,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_factory.arguments import CollectArguments
+from lora_factory.arguments import CollectArguments, TrainArguments
 from lora_factory.cli import commands as cli
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.trainer import LoRATrainer, open_trainer, settings_of
 from lora_factory.errors import LoraFactoryError
+from lora_factory.generator.refine import refine
+from lora_factory.models import losses
 from lora_factory.models.inputs import IGNORED, TokenSequence, collate, encode_sequences
 from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.tasks.task_file import save_tasks
+from lora_factory.training import from_data
+from lora_factory.training.train import train_generator
 from lora_factory.zoo.store import AdapterZoo
 
 
@@ -121,6 +125,28 @@ def test_attention_is_written_out_in_half_precision_and_no_longer_than_a_run(
     config, seen = trainer.model.get_base_model().config, set()
     trainer.train(text_task("prose"), 0, "prose", on_step=lambda *_: seen.add(config._attn_implementation))
     assert (seen, config._attn_implementation) == ({expected}, "sdpa")
+
+
+def test_attention_is_written_out_for_a_refinement_and_a_training_from_data_too(
+    pico_model_folder: Path, pico_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = open_trainer(pico_model_folder, replace(SMALL, dtype="bfloat16"), Accelerator(cpu=True))
+    used, read = [], losses.query_losses
+
+    def noted(base: LoRATrainer, *words: Any) -> Any:
+        used.append(base.model.get_base_model().config._attn_implementation)
+        return read(base, *words)
+
+    monkeypatch.setattr(losses, "query_losses", noted)
+    monkeypatch.setattr(from_data, "query_losses", noted)
+    refine(trainer, trainer.initial, trainer.encode(text_task("prose").examples("train")), steps=1)
+    refined = len(used)
+    settings = TrainArguments(
+        base_steps=2, rank=2, sequence_length=16, dtype="bfloat16", text_encoder=str(pico_encoder_folder)
+    )
+    train_generator(None, tmp_path / "g", settings, tasks=tasks("prose", "code"), base_model=pico_model_folder)
+    assert set(used) == {"eager"} and 0 < refined < len(used)
+    assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
 
 
 def test_base_in_half_precision_trains_the_lora_in_full(pico_model_folder: Path, tmp_path: Path) -> None:
