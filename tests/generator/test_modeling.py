@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,55 @@ def test_round_trip_is_exact(
     assert torch.equal(weights(loaded, **options), weights(again, **options))
     # Weights in a memory-mapped file are aligned otherwise, which may change the order of a sum.
     torch.testing.assert_close(weights(loaded, **options), weights(generator, **options), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000], ids=["in the config", "in the weights"])
+def test_a_full_disk_leaves_the_generator_that_is_saved_over(
+    folder: Path, core_generator: CVAELoRAGenerator, tmp_path: Path, limit: int
+) -> None:
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # as a full disk
+    try:
+        for place in (folder, tmp_path / "new"):
+            with pytest.raises(StorageError, match="cannot write"):
+                core_generator.save_pretrained(place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for place in (folder, tmp_path / "new"):
+        core_generator.save_pretrained(place)
+        assert same_state(CVAELoRAGenerator.from_pretrained(place), core_generator)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_save_does_not_write_again_goes_only_where_it_is_old_weights(
+    folder: Path, core_generator: CVAELoRAGenerator
+) -> None:
+    (folder / "notes.txt").write_text("mine")
+    kept = {"config.json", "notes.txt"}
+    core_generator.save_pretrained(folder, variant="fp16")
+    assert {path.name for path in folder.iterdir()} == {*kept, "model.safetensors", "model.fp16.safetensors"}
+    (folder / "model.fp16.safetensors").unlink()
+    state = {
+        name: value + 1 if value.is_floating_point() else value for name, value in core_generator.state_dict().items()
+    }
+    core_generator.save_pretrained(folder, state_dict=dict(state), max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {*index["weight_map"].values()}
+    assert len(shards) > 1 and {path.name for path in folder.iterdir()} == {
+        *kept,
+        *shards,
+        "model.safetensors.index.json",
+    }
+    saved = {name: value for shard in shards for name, value in load_file(folder / shard).items()}
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+    core_generator.save_pretrained(folder, is_main_process=False)
+    assert {path.name for path in folder.iterdir()} == {*kept, *shards, "model.safetensors.index.json"}
+    core_generator.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {*kept, "model.safetensors"}
+    assert same_state(CVAELoRAGenerator.from_pretrained(folder), core_generator)
 
 
 def test_config_round_trip(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
