@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +217,42 @@ def test_half_precision_generates_too(folder: Path, core_generator: CVAELoRAGene
     half = CVAELoRAGenerator.from_pretrained(folder, dtype=torch.bfloat16)
     expected = weights(core_generator)
     assert (weights(half) - expected).norm() < 0.05 * expected.norm()
+
+
+def written(generator: CVAELoRAGenerator, base: Path, folder: Path) -> dict[str, Any]:
+    """All that a generator makes, by the call that makes it."""
+    drawn, mixed = {"temperature": 1.0, "seed": 3}, {TEXT: 0.7, "Python source code": 0.3}
+    saved = [generator.save_adapter(TEXT, folder / "one", **drawn)]
+    saved += generator.save_adapters({"a": TEXT, "b": "Python source code"}, folder / "many", rank=1)
+    return {
+        "generate_state_dict": generator.generate_state_dict(mixed, **drawn),
+        "numbers": generator.generate_state_dict(conditions={"text": [0.1 + number / 300 for number in range(32)]}),
+        "generate_adapters": [*generator.generate_adapters([TEXT, "Python source code"], **drawn)],
+        "generate_adapter": get_peft_model_state_dict(generator.generate_adapter(TEXT, base, rank=2)),
+        "explain": generator.explain(TEXT),
+        "files": {path.relative_to(folder): path.read_bytes() for one in saved for path in one.iterdir()},
+    }
+
+
+@pytest.mark.parametrize("how", [torch.bfloat16, torch.float16, torch.float64, "autocast"], ids=str)
+def test_the_precision_of_the_caller_changes_nothing(
+    generator: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path, how: torch.dtype | str
+) -> None:
+    expected = written(generator, pico_model_folder, tmp_path / "plain")
+    if isinstance(how, str):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = written(generator, pico_model_folder, tmp_path / "other")
+            assert torch.is_autocast_enabled("cpu")
+    else:
+        torch.set_default_dtype(how)
+        try:
+            made = written(generator, pico_model_folder, tmp_path / "other")
+            assert torch.get_default_dtype() == how
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert made.pop("files") == expected.pop("files")
+    assert made.pop("explain") == expected.pop("explain")
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
 
 
 def test_temperature_zero_needs_no_seed(generator: CVAELoRAGenerator) -> None:
