@@ -32,6 +32,7 @@ from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_mixture, as_temperature, as_vectors, as_whole_number
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.files import write_json
+from lora_factory.utils.precision import own_precision
 from lora_factory.utils.safe_files import is_hub_id
 from lora_factory.utils.versions import versions
 
@@ -130,29 +131,30 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
     Raises:
         LoraFactoryError: When there is nothing to condition on, or something cannot be read.
     """
-    check_rank(generator, order.rank)
-    given = dict(order.conditions or {})
-    if order.images is not None:
-        given |= generator.encode_images(order.images)
-    if order.examples is not None and base is not None:
-        heard = "hidden" in (generator.config.modalities or {})
-        if heard or not (order.text or given) or not order.refine_steps:
-            given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
-    vectors = _task_vectors(generator, order, given)
-    if order.texts:
-        _warn_of_strangers(generator, order.texts, vectors["text"])
-    layout, state_dict, lost = _of_rank(generator.layout, _weights(generator, order, vectors)[0], order.rank)
-    refined_on = 0
-    if order.examples is not None and order.refine_steps and base is not None:
-        from lora_factory.generator.refine import refine_state_dict
+    with own_precision():
+        check_rank(generator, order.rank)
+        given = dict(order.conditions or {})
+        if order.images is not None:
+            given |= generator.encode_images(order.images)
+        if order.examples is not None and base is not None:
+            heard = "hidden" in (generator.config.modalities or {})
+            if heard or not (order.text or given) or not order.refine_steps:
+                given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
+        vectors = _task_vectors(generator, order, given)
+        if order.texts:
+            _warn_of_strangers(generator, order.texts, vectors["text"])
+        layout, state_dict, lost = _of_rank(generator.layout, _weights(generator, order, vectors)[0], order.rank)
+        refined_on = 0
+        if order.examples is not None and order.refine_steps and base is not None:
+            from lora_factory.generator.refine import refine_state_dict
 
-        in_chat = generator.config.chat_template
-        base = replace(base, layout=layout)
-        written = state_dict
-        state_dict = refine_state_dict(base, written, order.examples, order.refine_steps, chat_template=in_chat)
-        if state_dict is not written:
-            refined_on = len(order.examples)
-    return Made(layout, state_dict, _summed(order, vectors), given, lost, refined_on)
+            in_chat = generator.config.chat_template
+            base = replace(base, layout=layout)
+            written = state_dict
+            state_dict = refine_state_dict(base, written, order.examples, order.refine_steps, chat_template=in_chat)
+            if state_dict is not written:
+                refined_on = len(order.examples)
+        return Made(layout, state_dict, _summed(order, vectors), given, lost, refined_on)
 
 
 def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator[Made]:
@@ -172,15 +174,18 @@ def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator
         return
     first, texts = orders[0], [text for order in orders for text in order.texts]
     check_rank(generator, first.rank)
-    vectors = generator.text_encoder.encode(texts)
-    check_conditions({"text": vectors[0]}, generator.config.modalities or {})
-    _warn_of_strangers(generator, texts, vectors.to(generator.center))
+    with own_precision():
+        vectors = generator.text_encoder.encode(texts)
+        check_conditions({"text": vectors[0]}, generator.config.modalities or {})
+        _warn_of_strangers(generator, texts, vectors.to(generator.center))
     count = max(1, BATCH_WEIGHTS // generator.layout.size)
     for start in range(0, len(texts), count):
         rows = vectors[start : start + count]
-        made = _weights(generator, first, {"text": rows.to(generator.center)}, each=True)
+        with own_precision():
+            made = _weights(generator, first, {"text": rows.to(generator.center)}, each=True)
         for row, weights in zip(rows, made, strict=True):
-            layout, state_dict, lost = _of_rank(generator.layout, weights, first.rank)
+            with own_precision():
+                layout, state_dict, lost = _of_rank(generator.layout, weights, first.rank)
             yield Made(layout, state_dict, {"text": row}, {}, lost)
 
 
@@ -259,6 +264,7 @@ def write_adapter(generator: ConditionalVAE, folder: Path, order: Order, base: F
     return record(generator, folder, order, fulfil(generator, order, base))
 
 
+@own_precision()
 def record(generator: ConditionalVAE, folder: Path, order: Order, made: Made) -> Generation:
     """Write a generated adapter into an existing folder; see `write_adapter`."""
     vectors, given = made.vectors, made.given
@@ -301,6 +307,7 @@ def described(order: Order) -> str | None:
 
 
 @torch.no_grad()
+@own_precision()
 def explain(generator: ConditionalVAE, order: Order) -> dict[str, Any]:
     """How far a condition is from the known tasks, and how much the generator makes of it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -13,8 +14,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.generator.files import (
+    CONFIG_FILE,
     TRAINING_FILE,
-    WEIGHTS_FILE,
     GeneratorSource,
     loading_errors,
     read_generator,
@@ -28,7 +29,7 @@ from lora_factory.hub.cards import heard
 from lora_factory.hub.client import PushOptions, collect_repositories, push
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
-from lora_factory.utils.files import share_file, write_json
+from lora_factory.utils.files import atomic_files, write_json
 from lora_factory.utils.folders import check_saving, storage_errors
 from lora_factory.utils.paths import safe_name
 from lora_factory.utils.printable import facts_html, facts_line, few
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+_WEIGHTS_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
 class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
@@ -283,23 +286,34 @@ class CVAELoRAGenerator(AdapterWriter, PreTrainedModel):
     ) -> None:
         """Save the generator, as in transformers, and its ``training.json``; with ``push_to_hub`` push it then.
 
+        A generator that is there is replaced when all new files are written, and stays when one cannot be. Other files
+        in the folder stay.
+
         Args:
             save_directory: The folder.
             *args: As in transformers.
             push_to_hub: Push as well, with a card, as `push_to_hub` does it.
             repo_id: Where to; default: the folder's name in the user's own namespace.
             **kwargs: As in transformers, and with ``push_to_hub`` its options.
+
+        Raises:
+            LoraFactoryError: When the folder holds another model, or the files cannot be written.
         """
         options = {name: kwargs.pop(name) for name in PushOptions.__annotations__ if name in kwargs}
         save_directory = check_saving(save_directory)
-        with storage_errors(save_directory), quiet_transformers():
-            super().save_pretrained(save_directory, *args, **kwargs)
-        if (weights := Path(save_directory, WEIGHTS_FILE)).is_file():
-            share_file(weights)
-        if self.training_record is not None:
-            write_json(Path(save_directory, TRAINING_FILE), self.training_record)
+        with atomic_files(save_directory, last=CONFIG_FILE) as folder:
+            with quiet_transformers():
+                super().save_pretrained(folder, *args, **kwargs)
+            if self.training_record is not None:
+                write_json(folder / TRAINING_FILE, self.training_record, durable=False)
+            written = {path.name for path in folder.iterdir()}
+        if any(map(_WEIGHTS_FILES.fullmatch, written)):  # not where transformers has written a variant beside them
+            with storage_errors(save_directory):
+                for path in save_directory.iterdir():
+                    if _WEIGHTS_FILES.fullmatch(path.name) and path.name not in written:
+                        path.unlink()
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, **options)
+            self.push_to_hub(repo_id or save_directory.name, **options)
 
     def push_adapter(
         self,

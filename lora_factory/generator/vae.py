@@ -22,6 +22,7 @@ from lora_factory.hub.cards import heard
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.given import as_examples, as_images, as_vectors
 from lora_factory.tasks.image_files import ImageLike
+from lora_factory.utils.precision import own_precision
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -191,6 +192,7 @@ class ConditionalVAE(nn.Module):
         check_conditions(vectors, self.config.modalities or {})
         return vectors
 
+    @own_precision()
     def encode_examples(
         self,
         examples: Sequence[Example | ImageExample | str],
@@ -230,6 +232,7 @@ class ConditionalVAE(nn.Module):
 
         return self.standardiser.expected(modality, task_vector(rows)[None], [len(rows)])[0]
 
+    @own_precision()
     def encode_images(self, images: Sequence[ImageLike]) -> dict[str, Tensor]:
         """A few images of a task as a condition: the mean of their vectors.
 

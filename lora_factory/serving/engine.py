@@ -111,6 +111,7 @@ class Engine:
         self.adapters, self._metrics = adapters, metrics
         self._batch_size, self._room, self._most = batch_size, queue, max_new_tokens
         self._positions = positions(adapters.model)
+        self._token_characters = max(map(len, adapters.tokenizer.get_vocab()))
         self._waiting: deque[Job] = deque()
         self._changed, self._closing = Condition(), False
         self._thread = Thread(target=self._run, name="lora-factory-engine", daemon=True)
@@ -232,12 +233,19 @@ class Engine:
 
     def _prompt(self, work: Ask) -> Prompt:
         tokenizer = self.adapters.tokenizer
+        if (work.max_new_tokens or 0) > self._most:
+            raise LoraFactoryError(f"{work.max_new_tokens} tokens are too many; ask for {self._most} or less")
+        texts = [work.prompt] if isinstance(work.prompt, str) else [message["content"] for message in work.prompt]
+        size = sum(map(len, texts))
+        if self._positions and size > self._positions * self._token_characters:  # others would wait for its tokens
+            raise LoraFactoryError(
+                f"the prompt has {size:,} characters, but the model reads {self._positions} tokens of at most "
+                f"{self._token_characters} characters; give a shorter prompt"
+            )
         if isinstance(work.prompt, str):
             tokens = text_tokens(tokenizer, work.prompt, begins=True)
         else:
             tokens = chat_tokens(tokenizer, work.prompt)
-        if (work.max_new_tokens or 0) > self._most:
-            raise LoraFactoryError(f"{work.max_new_tokens} tokens are too many; ask for {self._most} or less")
         room = max(1, self._positions - len(tokens)) if self._positions else self._most
         prompt = Prompt(tokens, work.max_new_tokens or min(self._most, room), **work.sampling)
         check_prompt(prompt, self._positions)
@@ -276,4 +284,4 @@ def _check(job: Job) -> None:
 
 def too_late() -> Refused:
     """What a job is told whose time is over."""
-    return Refused("the request took too long; ask for fewer tokens, or try again later", 504, "timeout")
+    return Refused("the request took too long; try again later, or ask for fewer tokens", 504, "timeout")

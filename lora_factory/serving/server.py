@@ -281,13 +281,28 @@ async def _refused(request: Request, error: Any) -> Response:  # noqa: ANN401
 
 async def _invalid(request: Request, error: Any) -> Response:  # noqa: ANN401
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    where = _place(first, error.body)
     large = first["type"] in ("string_too_long", "too_long")
-    forbidden = first["type"] == "extra_forbidden"
-    said = "is not supported; leave it out" if forbidden else str(first["msg"])
+    said = "is not supported; leave it out" if first["type"] == "extra_forbidden" else str(first["msg"])
+    if isinstance(error.body, bytes):
+        said = "was not read, since it is not sent as JSON; send Content-Type: application/json"
     message = f"{(where or 'the body')[:200]}: {said[:300]}"
     status = 413 if large else 400
     return JSONResponse(error_body(message, status, "too_large" if large else "invalid_request", where), status)
+
+
+def _place(error: dict[str, Any], body: Any) -> str | None:  # noqa: ANN401
+    """Where in a body an error is, such as ``messages.0.content``; None: it is all of the body.
+
+    Pydantic names the types that it has tried too; these lead to nothing in the body and are left out.
+    """
+    kept, missing = [], error["type"] == "missing"
+    for number, part in enumerate(error["loc"][1:], 2):
+        inside = part in body if isinstance(body, dict) else isinstance(part, int) and isinstance(body, list)
+        if inside or (missing and number == len(error["loc"])):
+            kept.append(str(part))
+            body = body[part] if inside else None
+    return ".".join(kept) or None
 
 
 async def _http_error(request: Request, error: Any) -> Response:  # noqa: ANN401

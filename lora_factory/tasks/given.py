@@ -17,6 +17,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.image_files import ImageLike
 from lora_factory.utils.paths import local_path, task_names
+from lora_factory.utils.precision import own_precision
 from lora_factory.utils.safe_files import read_text
 from lora_factory.utils.yaml_files import read_values
 
@@ -153,6 +154,7 @@ def as_mixture(text: object) -> str | dict[str, float] | None:
     return mixture
 
 
+@own_precision()
 def as_vectors(conditions: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """A user's task vectors by modality, as tensors.
 

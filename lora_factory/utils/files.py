@@ -1,8 +1,8 @@
-"""Files and folders that are either whole or not there: temporary sibling, fsync, rename.
+"""Files and folders that are either whole or not there: temporary sibling or child, fsync, rename.
 
-A crash can leave siblings named ".tmp-*". They are never read, `safe_name` keeps them from being taken for real
-things, and deleting them is always safe. Where two folders cannot be exchanged in one step, a crash in the middle of a
-replacement leaves what was there as ".old-*", and nothing of this package deletes that.
+A crash can leave files and folders named ".tmp-*". They are never read, `safe_name` keeps them from being taken for
+real things, and deleting them is always safe. Where two folders cannot be exchanged in one step, a crash in the middle
+of a replacement leaves what was there as ".old-*", and nothing of this package deletes that.
 """
 
 from __future__ import annotations
@@ -123,16 +123,45 @@ def atomic_folder(
         temporary.mkdir()
         try:
             yield temporary
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    share_file(Path(folder, name))
-                    _fsync(Path(folder, name))
-                _fsync(Path(folder))
+            _settle(temporary)
             check_folder(named, kind, overwrite=overwrite, inputs=inputs)
             _put_in_place(temporary, path, kind)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`; its files are renamed into `folder` when the block ends well.
+
+    Files of the same names are replaced, and other files stay. Nothing is replaced before all new files are on the
+    disk. The temporary folder is removed, also when the block fails.
+
+    Args:
+        folder: The folder, which is made if it is missing.
+        last: The name of the file that is renamed after the others.
+
+    Raises:
+        StorageError: If the files cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_sibling(folder / "files")  # inside: only there is it on the same disk for certain
+        temporary.mkdir()
+        try:
+            with contextlib.suppress(OSError):
+                temporary.chmod(folder.stat().st_mode)
+            yield temporary
+            _settle(temporary)
+            for path in sorted(temporary.rglob("*"), key=lambda path: path.name == last):
+                if path.is_file():
+                    place = folder / path.relative_to(temporary)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _fsync(folder)
 
 
 def share_file(path: Path) -> None:
@@ -154,6 +183,15 @@ def remove_folder(path: str | Path, kind: FolderKind) -> None:
         aside = _temporary_sibling(real)
         real.rename(aside)
         shutil.rmtree(aside)
+
+
+def _settle(folder: Path) -> None:
+    """Share all files of a folder and make them durable."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            share_file(Path(place, name))
+            _fsync(Path(place, name))
+        _fsync(Path(place))
 
 
 def _temporary_sibling(path: Path, kind: str = "tmp") -> Path:

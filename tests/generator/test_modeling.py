@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +106,55 @@ def test_round_trip_is_exact(
     torch.testing.assert_close(weights(loaded, **options), weights(generator, **options), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [1_000, 20_000], ids=["in the config", "in the weights"])
+def test_a_full_disk_leaves_the_generator_that_is_saved_over(
+    folder: Path, core_generator: CVAELoRAGenerator, tmp_path: Path, limit: int
+) -> None:
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # as a full disk
+    try:
+        for place in (folder, tmp_path / "new"):
+            with pytest.raises(StorageError, match="cannot write"):
+                core_generator.save_pretrained(place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for place in (folder, tmp_path / "new"):
+        core_generator.save_pretrained(place)
+        assert same_state(CVAELoRAGenerator.from_pretrained(place), core_generator)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_save_does_not_write_again_goes_only_where_it_is_old_weights(
+    folder: Path, core_generator: CVAELoRAGenerator
+) -> None:
+    (folder / "notes.txt").write_text("mine")
+    kept = {"config.json", "notes.txt"}
+    core_generator.save_pretrained(folder, variant="fp16")
+    assert {path.name for path in folder.iterdir()} == {*kept, "model.safetensors", "model.fp16.safetensors"}
+    (folder / "model.fp16.safetensors").unlink()
+    state = {
+        name: value + 1 if value.is_floating_point() else value for name, value in core_generator.state_dict().items()
+    }
+    core_generator.save_pretrained(folder, state_dict=dict(state), max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {*index["weight_map"].values()}
+    assert len(shards) > 1 and {path.name for path in folder.iterdir()} == {
+        *kept,
+        *shards,
+        "model.safetensors.index.json",
+    }
+    saved = {name: value for shard in shards for name, value in load_file(folder / shard).items()}
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+    core_generator.save_pretrained(folder, is_main_process=False)
+    assert {path.name for path in folder.iterdir()} == {*kept, *shards, "model.safetensors.index.json"}
+    core_generator.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {*kept, "model.safetensors"}
+    assert same_state(CVAELoRAGenerator.from_pretrained(folder), core_generator)
+
+
 def test_config_round_trip(generator: CVAELoRAGenerator, tmp_path: Path) -> None:
     generator.save_pretrained(tmp_path / "generator")
     config = AutoConfig.from_pretrained(tmp_path / "generator")
@@ -166,6 +217,42 @@ def test_half_precision_generates_too(folder: Path, core_generator: CVAELoRAGene
     half = CVAELoRAGenerator.from_pretrained(folder, dtype=torch.bfloat16)
     expected = weights(core_generator)
     assert (weights(half) - expected).norm() < 0.05 * expected.norm()
+
+
+def written(generator: CVAELoRAGenerator, base: Path, folder: Path) -> dict[str, Any]:
+    """All that a generator makes, by the call that makes it."""
+    drawn, mixed = {"temperature": 1.0, "seed": 3}, {TEXT: 0.7, "Python source code": 0.3}
+    saved = [generator.save_adapter(TEXT, folder / "one", **drawn)]
+    saved += generator.save_adapters({"a": TEXT, "b": "Python source code"}, folder / "many", rank=1)
+    return {
+        "generate_state_dict": generator.generate_state_dict(mixed, **drawn),
+        "numbers": generator.generate_state_dict(conditions={"text": [0.1 + number / 300 for number in range(32)]}),
+        "generate_adapters": [*generator.generate_adapters([TEXT, "Python source code"], **drawn)],
+        "generate_adapter": get_peft_model_state_dict(generator.generate_adapter(TEXT, base, rank=2)),
+        "explain": generator.explain(TEXT),
+        "files": {path.relative_to(folder): path.read_bytes() for one in saved for path in one.iterdir()},
+    }
+
+
+@pytest.mark.parametrize("how", [torch.bfloat16, torch.float16, torch.float64, "autocast"], ids=str)
+def test_the_precision_of_the_caller_changes_nothing(
+    generator: CVAELoRAGenerator, pico_model_folder: Path, tmp_path: Path, how: torch.dtype | str
+) -> None:
+    expected = written(generator, pico_model_folder, tmp_path / "plain")
+    if isinstance(how, str):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = written(generator, pico_model_folder, tmp_path / "other")
+            assert torch.is_autocast_enabled("cpu")
+    else:
+        torch.set_default_dtype(how)
+        try:
+            made = written(generator, pico_model_folder, tmp_path / "other")
+            assert torch.get_default_dtype() == how
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert made.pop("files") == expected.pop("files")
+    assert made.pop("explain") == expected.pop("explain")
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
 
 
 def test_temperature_zero_needs_no_seed(generator: CVAELoRAGenerator) -> None:

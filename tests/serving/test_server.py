@@ -28,6 +28,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.models.decoding import Prompt, chat_tokens, decode
 from lora_factory.models.inputs import text_tokens
 from lora_factory.models.loading import load_base_model
+from lora_factory.serving import engine
 from lora_factory.serving.launch import check_address
 
 TEXTS = ("Permission is hereby granted", "def add(left, right)", "The old man reads a letter")
@@ -262,6 +263,59 @@ def test_orders_that_are_none_are_refused(server: Running, body: Any, status: in
     response = server.client.post("/adapters", json=body)
     assert response.status_code == status, response.text
     assert error_of(response)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised = []
+
+    def counted(tokenizer: Any, prompt: Any, **options: Any) -> list[int]:
+        tokenised.append(prompt)
+        return text_tokens(tokenizer, prompt, **options)
+
+    monkeypatch.setattr(engine, "text_tokens", counted)
+    monkeypatch.setattr(engine, "chat_tokens", counted)
+    long = "ab " * 300_000
+    turns = [{"role": "user", "content": long[:450_000]}, {"role": "user", "content": long[:450_000]}]
+    answers = [
+        complete(server, prompt=long),
+        server.client.post("/v1/chat/completions", json={"model": "pico-chat", "messages": turns}),
+    ]
+    for answer in answers:
+        assert answer.status_code == 400
+        assert "the prompt has 900,000 characters, but the model reads" in error_of(answer)
+    assert not tokenised
+    assert complete(server, prompt="Hello").status_code == 200 and tokenised == ["Hello"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "where", "message"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", ""),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant"}]}, "messages.0.content", "Field required"),
+        ("/v1/chat/completions", {"messages": {"role": "user"}}, "messages", "valid list"),
+        ("/v1/completions", {"prompt": "x", "stop": ""}, "stop", "at least 1"),
+        ("/v1/completions", {"prompt": "x", "stop": ["a", ""]}, "stop", ""),
+        ("/v1/completions", {"prompt": "x", "stream_options": {"file": "x"}}, "stream_options.file", "leave it out"),
+        ("/v1/completions", {"max_tokens": 1}, "prompt", "Field required"),
+        ("/adapters", {"examples": ["a", {"prompt": 5, "completion": "b"}]}, "examples.1", ""),
+    ],
+)
+def test_errors_name_the_fields_of_the_body(
+    server: Running, path: str, body: dict[str, Any], where: str, message: str
+) -> None:
+    answer = server.client.post(path, json=body if path == "/adapters" else {"model": "pico-chat", **body})
+    assert answer.status_code == 400
+    assert error_of(answer).startswith(f"{where}: ") and message in error_of(answer)
+    assert answer.json()["error"]["param"] == where
+
+
+def test_a_body_that_is_not_sent_as_json_is_told_how(server: Running) -> None:
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        answer = server.client.post("/adapters", content=b'{"text": "Legal notices"}', headers={"Content-Type": kind})
+        assert answer.status_code == 400
+        assert "send Content-Type: application/json" in error_of(answer)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 10_000, b"{}" * 9, b"\0"])
