@@ -416,8 +416,17 @@ class ImageInputs:
 
 
 def model_inputs(model: PreTrainedModel | PeftModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> ModelInputs:
-    """Choose the inputs for a model: images with texts when there is a processor, else texts."""
+    """Choose the inputs for a model: images with texts when there is a processor, else texts.
+
+    Raises:
+        LoraFactoryError: When a model with a processor has no output embeddings: features of examples consist of them.
+    """
     if isinstance(reader, ProcessorMixin):
+        if base_of(model).get_output_embeddings() is None:
+            raise LoraFactoryError(
+                f"a {type(base_of(model)).__name__} has no output embeddings, which are needed to learn tasks with "
+                "images; give another base model, for example florence-community/Florence-2-base"
+            )
         return ImageInputs(reader, bool(model.config.is_encoder_decoder))
     return Seq2SeqInputs(reader) if model.config.is_encoder_decoder else CausalInputs(reader)
 

@@ -194,7 +194,7 @@ def mean_loss(
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
     logits = forward(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
     if labels.ndim > 1 and not decodes:
-        labels = next_token_labels(labels)
+        logits, labels = logits[:, -labels.shape[1] :], next_token_labels(labels)  # GIT's begin with the image's
     losses = label_losses(logits, labels)
     scored = (labels != IGNORED).reshape(count, -1).sum(1)
     return (losses.reshape(count, -1).sum(1) / scored).mean()

@@ -1,13 +1,21 @@
-"""Pico decoders that read images, with their processors."""
+"""Pico models that read images, with their processors."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_models import make_tokenizer
 from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
     CLIPImageProcessor,
+    GitConfig,
+    GitForCausalLM,
+    GitProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -99,6 +107,31 @@ def paligemma() -> tuple[PreTrainedModel, ProcessorMixin]:
         hidden_size=32,
     )
     return _built(PaliGemmaForConditionalGeneration, config), processor
+
+
+def git() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """States of five image tokens come before those of the text, which has no token for the image."""
+    tokenizer = make_tokenizer(WORDS, image=True)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = GitConfig(vision_config=VISION, vocab_size=len(tokenizer), initializer_range=0.2, **SIZES, **special)
+    processor = GitProcessor(CLIPImageProcessor(size=SIDE, crop_size=SIDE), tokenizer)
+    return _built(GitForCausalLM, config), processor
+
+
+def blip() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Has its output embeddings in a model inside it."""
+    tokenizer = make_tokenizer(WORDS, image=True)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"vocab_size": len(tokenizer), "sep_token_id": tokenizer.eos_token_id, "encoder_hidden_size": 32}
+    config = BlipConfig(text_config={**SIZES, **special, **text}, vision_config=VISION)
+    return _built(BlipForConditionalGeneration, config), BlipProcessor(BlipImageProcessor(size=SIDE), tokenizer)
+
+
+def save(parts: tuple[PreTrainedModel, ProcessorMixin], folder: Path) -> Path:
+    """Model and processor in one folder."""
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
 
 
 def _built(kind: Any, config: PreTrainedConfig) -> PreTrainedModel:

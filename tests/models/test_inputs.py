@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.image_bases import WORDS, llava, paligemma, qwen2_vl
+from helpers.image_bases import WORDS, blip, git, llava, paligemma, qwen2_vl, save
 from PIL import Image
 from tiny_models import tiny_florence, tiny_t5
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments
+from lora_factory.collection.check import check_collection
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError
@@ -48,10 +49,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "pico-llava"
-    for part in llava():
-        part.save_pretrained(folder)
-    return folder
+    return save(llava(), tmp_path_factory.mktemp("models") / "pico-llava")
 
 
 def detection_rows(label: str = "dog", count: int = 8) -> list[ImageExample]:
@@ -149,15 +147,14 @@ def test_a_decoder_alone_answers_after_image_and_question(llava_folder: Path, tm
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "make", [None, llava, qwen2_vl, paligemma], ids=["florence", "llava", "qwen2-vl", "paligemma"]
-)
+@pytest.mark.parametrize("make", [None, llava, qwen2_vl, paligemma, git])
 def test_an_answers_token_is_predicted_without_those_behind_it(make, florence_folder: Path) -> None:
     model, reader = make() if make else (load_base_model(florence_folder)[0], load_processor(florence_folder))
     inputs, image = model_inputs(model, reader), Image.new("RGB", (56, 28), "red")
     rows = inputs.encode([ImageExample(image, "Say it:", answer) for answer in ("one two", "one three")], SMALL)
     batch = inputs.collate(rows, CPU)
-    logits, labels = model(**batch).logits, batch["labels"]
+    labels = batch["labels"]
+    logits = model(**batch).logits[:, -labels.shape[1] :]  # GIT's begin with the image's
     first = int((labels[0] != labels[1]).nonzero()[0])  # its logits are one to the left in a decoder alone
     last = first if inputs.is_encoder_decoder else first - 1
     torch.testing.assert_close(logits[0, : last + 1], logits[1, : last + 1])
@@ -177,6 +174,13 @@ def test_sequence_to_sequence_models_learn_the_answer(t5_folder: Path, tmp_path:
     first, last = zoo.record("echo", "seed-0").validation_losses
     assert last < first
     assert zoo.layout.lora_config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_a_model_whose_examples_have_no_features_is_refused(tmp_path: Path) -> None:
+    folder = save(blip(), tmp_path / "blip")
+    for call in (check_collection, lambda *given: collect_adapters(*given[:2], tmp_path / "zoo", given[2])):
+        with pytest.raises(LoraFactoryError, match="a BlipForConditionalGeneration has no output embeddings"):
+            call([detection_task("dog")], folder, SMALL)
 
 
 def test_tasks_must_fit_the_model(florence_folder: Path, pico_model_folder: Path, tmp_path: Path) -> None:
