@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import CollectArguments
 from lora_factory.collection.progress import make_accelerator
 from lora_factory.collection.trainer import LoRATrainer, TrainingTask, open_trainer
+from lora_factory.errors import LoraFactoryError
 from lora_factory.models.inputs import TokenSequence
 from lora_factory.tasks.task_file import as_tasks, check_tasks
 
@@ -107,5 +109,17 @@ def _seconds_per_step(trainer: LoRATrainer, rows: list[TokenSequence]) -> float:
     """The mean time of a step after the first, on some training sequences."""
     batches = trainer.batches(rows, seed=0)
     times: list[float] = []
-    trainer.fit(batches, [rows[:1]], [MEASURED_STEPS], "measure", on_step=lambda *_: times.append(time.perf_counter()))
+
+    def note(*_: object) -> None:
+        times.append(time.perf_counter())
+
+    try:
+        trainer.fit(batches, [rows[:1]], [MEASURED_STEPS], "measure", on_step=note)
+    except LoraFactoryError:
+        raise
+    except Exception as error:  # the base model's own code or its processor's: whatever it raises, runs would fail so
+        raise LoraFactoryError(
+            f"this {type(base_of(trainer.model)).__name__} cannot learn such tasks: {type(error).__name__}: {error}; "
+            "mend that, or give another base_model (--base-model)"
+        ) from error
     return (times[-1] - times[0]) / (len(times) - 1)

@@ -25,7 +25,6 @@ from lora_factory.collection.optimise import MAX_GRAD_NORM, take_steps
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.classifiers import load_image_classifier
 from lora_factory.models.inputs import (
-    IGNORED,
     CausalInputs,
     ModelInputs,
     TokenSequence,
@@ -36,7 +35,7 @@ from lora_factory.models.inputs import (
     shuffled_batches,
 )
 from lora_factory.models.loading import load_base_model, load_processor
-from lora_factory.models.losses import fast_attention, label_losses, next_token_labels
+from lora_factory.models.losses import fast_attention, mean_loss
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.utils.checkpoint import RunCheckpoint, RunState
@@ -374,11 +373,7 @@ class LoRATrainer:
 
     def _forward(self, batch: list[TokenSequence]) -> torch.Tensor:
         inputs = self.inputs.collate(batch, self.accelerator.device)
-        if not isinstance(self.inputs, CausalInputs):
-            return self.wrapped(**inputs).loss
-        labels = next_token_labels(inputs.pop("labels"))  # what the model itself does with them takes longer
-        logits = self.wrapped(**inputs, use_cache=False).logits
-        return label_losses(logits, labels).sum() / (labels != IGNORED).sum()
+        return mean_loss(self.wrapped, self.model.config, inputs)
 
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:

@@ -249,9 +249,11 @@ def _read(base: Base, rows: Sequence[Any]) -> Tensor:
     inputs = base.inputs.collate(rows, base.model.device)
     outputs = base.model(**inputs, output_hidden_states=True, use_cache=False)
     states, labels, logits = outputs.get("decoder_hidden_states"), inputs["labels"], outputs.logits
-    if states is None:  # a decoder alone predicts the token that follows
-        states, labels, logits = outputs.hidden_states, labels[:, 1:], logits[:, :-1]
-    hidden, answered = states[-1][:, : labels.shape[1]], labels != IGNORED
+    read = slice(None)
+    if states is None:  # a decoder alone predicts the token that follows; GIT has the image's states before the text's
+        read, states = slice(-labels.shape[1], -1), outputs.hidden_states
+        labels, logits = labels[:, 1:], logits[:, read]
+    hidden, answered = states[-1][:, read], labels != IGNORED
     scored_logits = (row[counted] for row, counted in zip(logits, answered, strict=True))
     embeddings = base.model.get_output_embeddings().weight
     return _summary(hidden, answered, scored_logits, labels, answered, embeddings)

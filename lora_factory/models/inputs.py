@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PaliGemmaProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_factory.adapters.live_models import base_of
 from lora_factory.arguments import TokenOptions
@@ -405,17 +405,28 @@ class ImageInputs:
         tails = pad_tokens(answers, device, self.tokenizer.pad_token_id or 0)
         answer = padded(answers, IGNORED, device)
         labels = torch.cat([torch.full(shape, IGNORED, device=device), answer], 1)
+        # Token types of an answer. To PaliGemma, 0 is what every token may see, such as the prompt; to others, a text.
+        types = torch.full_like(answer, isinstance(self.processor, PaliGemmaProcessor))
         continued = {
-            name: torch.cat([value, tails.get(name, torch.zeros_like(answer)).to(value.dtype)], 1)
+            name: torch.cat([value, tails.get(name, types).to(value.dtype)], 1)
             for name, value in inputs.items()
-            if value.shape == shape  # token types as well: an answer's are 0
+            if value.shape == shape
         }
         return inputs | continued | {"labels": labels}
 
 
 def model_inputs(model: PreTrainedModel | PeftModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> ModelInputs:
-    """Choose the inputs for a model: images with texts when there is a processor, else texts."""
+    """Choose the inputs for a model: images with texts when there is a processor, else texts.
+
+    Raises:
+        LoraFactoryError: When a model with a processor has no output embeddings: features of examples consist of them.
+    """
     if isinstance(reader, ProcessorMixin):
+        if base_of(model).get_output_embeddings() is None:
+            raise LoraFactoryError(
+                f"a {type(base_of(model)).__name__} has no output embeddings, which are needed to learn tasks with "
+                "images; give another base model, for example florence-community/Florence-2-base"
+            )
         return ImageInputs(reader, bool(model.config.is_encoder_decoder))
     return Seq2SeqInputs(reader) if model.config.is_encoder_decoder else CausalInputs(reader)
 

@@ -166,21 +166,35 @@ def query_losses(
     inputs = base.inputs.collate([row for rows in queries for row in rows], base.model.device)
     if count == 1 or not (single_experts(base.layout) or _images_differ(inputs)):
         with adapters(slice(None)):
-            yield _mean_loss(base.model, inputs, count)
+            yield mean_loss(base.model, base.model.config, inputs, count)
         return
     for task, rows in enumerate(queries):
         with adapters(slice(task, task + 1)):
-            yield _mean_loss(base.model, base.inputs.collate(rows, base.model.device), 1) / count
+            yield mean_loss(base.model, base.model.config, base.inputs.collate(rows, base.model.device)) / count
 
 
-def _mean_loss(model: Any, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:  # noqa: ANN401
-    """Mean over ``count`` equal shares of a batch of the mean loss per scored token."""
-    labels, decodes = inputs["labels"], bool(getattr(model.config, "is_encoder_decoder", False))
+def mean_loss(
+    forward: Callable[..., Any],
+    config: object,
+    inputs: Mapping[str, torch.Tensor],
+    count: int = 1,
+) -> torch.Tensor:
+    """Mean over equal shares of a batch of the mean loss per scored token (per image, for a classifier).
+
+    What a model itself computes from labels takes longer, and not every one does.
+
+    Args:
+        forward: The model, maybe in a wrapper.
+        config: The model's configuration.
+        inputs: A batch with labels, as ``ModelInputs.collate`` makes it.
+        count: Number of shares.
+    """
+    labels, decodes = inputs["labels"], bool(getattr(config, "is_encoder_decoder", False))
     if not decodes:  # an encoder-decoder makes its inputs of the labels
-        del inputs["labels"]
-    logits = model(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = forward(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
     if labels.ndim > 1 and not decodes:
-        labels = next_token_labels(labels)
+        logits, labels = logits[:, -labels.shape[1] :], next_token_labels(labels)  # GIT's begin with the image's
     losses = label_losses(logits, labels)
     scored = (labels != IGNORED).reshape(count, -1).sum(1)
     return (losses.reshape(count, -1).sum(1) / scored).mean()

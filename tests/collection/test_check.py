@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.images import brightness_task, save_classifier
 from helpers.runs import tasks
+from transformers import ViTImageProcessor
 
 from lora_factory.arguments import CollectArguments
 from lora_factory.cli import commands as cli
@@ -39,6 +42,20 @@ def test_a_fault_in_the_last_task_is_named(pico_model_folder: Path, tmp_path: Pa
     gone = Task("gone", ("Nothing.",), DataSource(str(tmp_path / "gone.jsonl")))
     with pytest.raises(LoraFactoryError, match=r"task 'gone' cannot be used: .*gone\.jsonl"):
         check_collection([*tasks("poems"), gone], pico_model_folder, SETTINGS)
+
+
+def test_a_step_that_fails_is_reported_with_the_models_class(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    with pytest.raises(
+        LoraFactoryError, match=r"this ViTForImageClassification cannot learn such tasks: ValueError: .*16\*16.*8\*8"
+    ):
+        check_collection([brightness_task("bright", wanted=True)], folder, SETTINGS)
+
+
+def test_an_error_of_our_own_stays_as_it_is(pico_model_folder: Path) -> None:
+    with pytest.raises(LoraFactoryError, match=r"^measure: the loss"):
+        check_collection(tasks("poems"), pico_model_folder, replace(SETTINGS, learning_rate=1e30))
 
 
 def test_tasks_come_in_any_form(pico_model_folder: Path, tmp_path: Path) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import PreTrainedModel, ViTForImageClassification, ViTImageProcessor
 
 from lora_factory.tasks.examples import ImageExample
 from lora_factory.tasks.images import ImageTask, LabelledImage
 from lora_factory.tasks.task import Task
 
 
-def save_classifier(folder: Path, *, channels: int = 3) -> Path:
-    """A ViT of two layers of width 16 for images of 8 x 8 pixels, with the classes no and yes."""
-    config = ViTConfig(
+def save_classifier(
+    folder: Path, *, channels: int = 3, kind: type[PreTrainedModel] = ViTForImageClassification, **options: Any
+) -> Path:
+    """A ViT of two layers of width 16 for images of 8 x 8 pixels, with the classes no and yes; or one of its kind."""
+    config = kind.config_class(
         image_size=8,
         patch_size=4,
         num_channels=channels,
@@ -28,10 +30,11 @@ def save_classifier(folder: Path, *, channels: int = 3) -> Path:
         initializer_range=0.2,
         id2label={0: "no", 1: "yes"},
         label2id={"no": 0, "yes": 1},
+        **options,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ViTForImageClassification(config).save_pretrained(folder)
+        kind(config).save_pretrained(folder)
     processor = ViTImageProcessor(
         size={"height": 8, "width": 8}, image_mean=[0.5] * channels, image_std=[0.5] * channels
     )

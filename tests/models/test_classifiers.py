@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers.hub import ask
 from helpers.images import bright_or_dark, brightness_task, picture, save_classifier
 from hub_server.local import LocalHub
 from peft import PeftModel
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, DeiTForImageClassificationWithTeacher
 
 from lora_factory import AdapterZoo, CVAELoRAGenerator, train_generator
 from lora_factory.arguments import CollectArguments, TrainArguments
@@ -165,6 +166,19 @@ def test_one_adapter_for_all_tasks(classifier: Path) -> None:
     vector = train_multitask(trainer, same, seed=0, steps=30)
     trainer.slot.load(vector)
     assert image_accuracy(trainer.model, trainer.inputs, TASKS[0].examples("test")) == 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": DeiTForImageClassificationWithTeacher}, {"problem_type": "multi_label_classification"}],
+    ids=["none", "of several labels"],
+)
+def test_classes_are_learned_whatever_loss_the_model_has_itself(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = save_classifier(tmp_path / "base", **options)
+    zoo = collect_adapters(TASKS[:1], folder, tmp_path / "zoo", COLLECT)
+    assert zoo.record("bright", "seed-0").validation_losses[-1] < 0.3
+    adapted = PeftModel.from_pretrained(load_image_classifier(folder)[0], zoo.folder / "bright" / "seed-0")
+    assert accuracy(adapted, folder, TASKS[0]) == 1.0
 
 
 def test_a_class_that_the_model_has_not(classifier: Path) -> None:

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.image_bases import WORDS, blip, git, llava, paligemma, qwen2_vl, save
 from PIL import Image
-from tiny_models import make_tokenizer, tiny_florence, tiny_t5
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-)
+from tiny_models import tiny_florence, tiny_t5
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from lora_factory.arguments import CollectArguments
+from lora_factory.collection.check import check_collection
 from lora_factory.collection.collect import collect_adapters
 from lora_factory.collection.trainer import LoRATrainer
 from lora_factory.errors import LoraFactoryError
@@ -31,7 +24,6 @@ from lora_factory.tasks.examples import Example, ImageExample
 from lora_factory.tasks.task import Task
 
 CPU = torch.device("cpu")
-WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]
 SMALL = CollectArguments(
     target_modules="all-linear",
     steps=12,
@@ -57,44 +49,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder alone that reads images, with a chat template."""
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "pico-llava", make_tokenizer(WORDS, image=True)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        pad_token_id=1,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=4,
-        vision_feature_layer=-1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlavaForConditionalGeneration(config).save_pretrained(folder)
-    template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %} "
-    )
-    LlavaProcessor(
-        CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    ).save_pretrained(folder)
-    return folder
+    return save(llava(), tmp_path_factory.mktemp("models") / "pico-llava")
 
 
 def detection_rows(label: str = "dog", count: int = 8) -> list[ImageExample]:
@@ -191,6 +146,21 @@ def test_a_decoder_alone_answers_after_image_and_question(llava_folder: Path, tm
     assert last < first
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", [None, llava, qwen2_vl, paligemma, git])
+def test_an_answers_token_is_predicted_without_those_behind_it(make, florence_folder: Path) -> None:
+    model, reader = make() if make else (load_base_model(florence_folder)[0], load_processor(florence_folder))
+    inputs, image = model_inputs(model, reader), Image.new("RGB", (56, 28), "red")
+    rows = inputs.encode([ImageExample(image, "Say it:", answer) for answer in ("one two", "one three")], SMALL)
+    batch = inputs.collate(rows, CPU)
+    labels = batch["labels"]
+    logits = model(**batch).logits[:, -labels.shape[1] :]  # GIT's begin with the image's
+    first = int((labels[0] != labels[1]).nonzero()[0])  # its logits are one to the left in a decoder alone
+    last = first if inputs.is_encoder_decoder else first - 1
+    torch.testing.assert_close(logits[0, : last + 1], logits[1, : last + 1])
+    assert not torch.allclose(logits[0, last + 1], logits[1, last + 1], atol=1e-3)
+
+
 def test_sequence_to_sequence_models_learn_the_answer(t5_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = load_base_model(t5_folder)
     inputs = model_inputs(model, tokenizer)
@@ -204,6 +174,13 @@ def test_sequence_to_sequence_models_learn_the_answer(t5_folder: Path, tmp_path:
     first, last = zoo.record("echo", "seed-0").validation_losses
     assert last < first
     assert zoo.layout.lora_config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_a_model_whose_examples_have_no_features_is_refused(tmp_path: Path) -> None:
+    folder = save(blip(), tmp_path / "blip")
+    for call in (check_collection, lambda *given: collect_adapters(*given[:2], tmp_path / "zoo", given[2])):
+        with pytest.raises(LoraFactoryError, match="a BlipForConditionalGeneration has no output embeddings"):
+            call([detection_task("dog")], folder, SMALL)
 
 
 def test_tasks_must_fit_the_model(florence_folder: Path, pico_model_folder: Path, tmp_path: Path) -> None:

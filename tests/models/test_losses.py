@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.image_bases import WORDS, qwen2_vl
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from tiny_models import make_tokenizer
@@ -12,11 +13,7 @@ from transformers import (
     NllbMoeForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
+    ProcessorMixin,
 )
 
 from lora_factory.adapters.layout import AdapterLayout
@@ -25,11 +22,8 @@ from lora_factory.models.inputs import TokenSequence
 from lora_factory.models.losses import FrozenBase, query_loss
 from lora_factory.tasks.examples import Example, ImageExample
 
-WORDS = ["Say it again: one two three"]
-IMAGE_TOKENS = ["<image>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
-
-def with_lora(model: PreTrainedModel, reader: PreTrainedTokenizerBase | Qwen2VLProcessor) -> FrozenBase:
+def with_lora(model: PreTrainedModel, reader: PreTrainedTokenizerBase | ProcessorMixin) -> FrozenBase:
     """A base whose every linear layer is adapted."""
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     weights, config = get_peft_model_state_dict(wrapped), wrapped.peft_config["default"]
@@ -38,29 +32,7 @@ def with_lora(model: PreTrainedModel, reader: PreTrainedTokenizerBase | Qwen2VLP
 
 def images() -> tuple[FrozenBase, list[list[TokenSequence]]]:
     """Qwen2-VL packs the patches of all images: 4 of a small one, 8 and 16 of larger ones."""
-    tokenizer = make_tokenizer(WORDS, image=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": IMAGE_TOKENS[1:]})
-    ids = dict(zip(IMAGE_TOKENS, tokenizer.convert_tokens_to_ids(IMAGE_TOKENS), strict=True))
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
-    config = Qwen2VLConfig(
-        text_config={**sizes, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "rope_parameters": rope},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
-        image_token_id=ids["<image>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{{ '<|vision_start|><image><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
-        "{% endfor %}{% endfor %} "
-    )
-    limits = {"min_pixels": 28 * 28, "max_pixels": 112 * 112}
-    processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(**limits), tokenizer, Qwen2VLVideoProcessor(**limits), chat_template=template
-    )
-    base = with_lora(Qwen2VLForConditionalGeneration(config), processor)
+    base = with_lora(*qwen2_vl())
     assert any("visual" in module.path for module in base.layout.modules)
     rows = [
         [ImageExample(Image.new("RGB", size, color), "Say it:", word) for size in shapes]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.image_bases import WORDS, git, save
 from helpers.images import boxes_task
 from tiny_models import tiny_florence, tiny_t5
 
@@ -20,7 +21,6 @@ from lora_factory.tasks.examples import Example
 from lora_factory.tasks.task import Task
 from lora_factory.training.train import train_generator
 
-WORDS = ["dog cat Locate the objects with category name in the image. Say it again: one two three"]
 SETTINGS = CollectArguments(
     steps=4,
     snapshots=2,
@@ -40,11 +40,12 @@ def echo_task(word: str) -> Task:
     return Task.from_examples(word, [f"Say {word}."], rows, rows[:2], rows[2:4])
 
 
-@pytest.fixture(scope="module", params=["encoder-decoder", "images"])
+@pytest.fixture(scope="module", params=["encoder-decoder", "images", "images first"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Task]]:
     folder = tmp_path_factory.mktemp("models") / "pico"
-    if request.param == "images":
-        return tiny_florence(folder, WORDS), [boxes_task(name) for name in ("dog", "cat")]
+    if request.param != "encoder-decoder":
+        saved = tiny_florence(folder, WORDS) if request.param == "images" else save(git(), folder)
+        return saved, [boxes_task(name) for name in ("dog", "cat")]
     return tiny_t5(folder, WORDS), [echo_task(name) for name in ("one", "two")]
 
 
