@@ -60,7 +60,10 @@ SET_BY_AUTO_MODEL = (
 )
 _AGAIN = "download it, or train it with lora-factory train or train_generator, again"
 _HEADER_BYTES = 1 << 20  # what a safetensors file may hold besides its tensors
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    "I64": torch.int64,
+}
 _REQUEST_SECONDS = 10.0
 
 
@@ -252,8 +255,8 @@ def read_config(path: Path) -> CVAELoRAConfig:
         )
     known = {"dtype", *CVAELoRAConfig.own_fields()}
     config = CVAELoRAConfig.from_dict({name: value for name, value in values.items() if name in known})
-    if values.get("dtype", "float32") not in ("float32", "float16", "bfloat16"):
-        raise LoraFactoryError(f"dtype={values['dtype']!r}: expected float32, float16 or bfloat16; {_AGAIN}")
+    if values.get("dtype", "float32") not in ("float64", "float32", "float16", "bfloat16"):
+        raise LoraFactoryError(f"dtype={values['dtype']!r}: expected float64, float32, float16 or bfloat16; {_AGAIN}")
     if config.layout is None or not config.modalities:
         raise LoraFactoryError(
             f"{path}: a generator's config needs layout and modalities; lora-factory train and train_generator write "

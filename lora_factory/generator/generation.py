@@ -117,6 +117,7 @@ class Made:
     refined_on: int = 0
 
 
+@own_precision()
 def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = None) -> Made:
     """Generate an adapter and, where examples are given, refine it on them.
 
@@ -131,30 +132,29 @@ def fulfil(generator: ConditionalVAE, order: Order, base: FrozenBase | None = No
     Raises:
         LoraFactoryError: When there is nothing to condition on, or something cannot be read.
     """
-    with own_precision():
-        check_rank(generator, order.rank)
-        given = dict(order.conditions or {})
-        if order.images is not None:
-            given |= generator.encode_images(order.images)
-        if order.examples is not None and base is not None:
-            heard = "hidden" in (generator.config.modalities or {})
-            if heard or not (order.text or given) or not order.refine_steps:
-                given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
-        vectors = _task_vectors(generator, order, given)
-        if order.texts:
-            _warn_of_strangers(generator, order.texts, vectors["text"])
-        layout, state_dict, lost = _of_rank(generator.layout, _weights(generator, order, vectors)[0], order.rank)
-        refined_on = 0
-        if order.examples is not None and order.refine_steps and base is not None:
-            from lora_factory.generator.refine import refine_state_dict
+    check_rank(generator, order.rank)
+    given = dict(order.conditions or {})
+    if order.images is not None:
+        given |= generator.encode_images(order.images)
+    if order.examples is not None and base is not None:
+        heard = "hidden" in (generator.config.modalities or {})
+        if heard or not (order.text or given) or not order.refine_steps:
+            given |= generator.encode_examples(order.examples, base.model, base.tokenizer)
+    vectors = _task_vectors(generator, order, given)
+    if order.texts:
+        _warn_of_strangers(generator, order.texts, vectors["text"])
+    layout, state_dict, lost = _of_rank(generator.layout, _weights(generator, order, vectors)[0], order.rank)
+    refined_on = 0
+    if order.examples is not None and order.refine_steps and base is not None:
+        from lora_factory.generator.refine import refine_state_dict
 
-            in_chat = generator.config.chat_template
-            base = replace(base, layout=layout)
-            written = state_dict
-            state_dict = refine_state_dict(base, written, order.examples, order.refine_steps, chat_template=in_chat)
-            if state_dict is not written:
-                refined_on = len(order.examples)
-        return Made(layout, state_dict, _summed(order, vectors), given, lost, refined_on)
+        in_chat = generator.config.chat_template
+        base = replace(base, layout=layout)
+        written = state_dict
+        state_dict = refine_state_dict(base, written, order.examples, order.refine_steps, chat_template=in_chat)
+        if state_dict is not written:
+            refined_on = len(order.examples)
+    return Made(layout, state_dict, _summed(order, vectors), given, lost, refined_on)
 
 
 def fulfil_texts(generator: ConditionalVAE, orders: Sequence[Order]) -> Iterator[Made]:

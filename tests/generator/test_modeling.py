@@ -213,6 +213,14 @@ def test_task_vectors_that_are_not_finite_are_refused(layout: AdapterLayout, pic
         generator.fit_conditions({"hidden": rows})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_precision_comes_back(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    saved = CVAELoRAGenerator.from_pretrained(folder, dtype=dtype)
+    saved.save_pretrained(tmp_path / "generator")
+    loaded = CVAELoRAGenerator.from_pretrained(tmp_path / "generator")
+    assert loaded.center.dtype == dtype and same_state(loaded, saved)
+
+
 def test_half_precision_generates_too(folder: Path, core_generator: CVAELoRAGenerator) -> None:
     half = CVAELoRAGenerator.from_pretrained(folder, dtype=torch.bfloat16)
     expected = weights(core_generator)
