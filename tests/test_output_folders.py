@@ -275,7 +275,11 @@ def test_what_appears_in_the_folder_meanwhile_stays(generator: CVAELoRAGenerator
 
 def test_an_impossible_path_is_one_clear_error(generator: CVAELoRAGenerator, zoo: AdapterZoo, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file" / "below", tmp_path / ("x" * 300), Path("/proc/nowhere/adapter")):
+    for path in (tmp_path / ("x" * 300), tmp_path.joinpath(*["x" * 200] * 25)):
+        for write in (generator.save_adapter, generator.save_pretrained):
+            with pytest.raises(LoraFactoryError, match="a name of more than 255 bytes, or has more than 4,095 bytes"):
+                write(path) if write == generator.save_pretrained else write(TEXT, path)
+    for path in (tmp_path / "file" / "below", Path("/proc/nowhere/adapter")):
         with pytest.raises(StorageError, match=re.escape(str(path)[:40])):
             generator.save_adapter(TEXT, path)
         with pytest.raises(StorageError, match=re.escape(str(path)[:40])):

@@ -28,6 +28,7 @@ from lora_factory.adapters.modules import check_types
 from lora_factory.errors import LoraFactoryError
 from lora_factory.generator.configuration import CVAELoRAConfig
 from lora_factory.hub.errors import explain
+from lora_factory.utils.paths import local_path
 from lora_factory.utils.printable import few
 from lora_factory.utils.safe_files import (
     MAX_CONFIG_BYTES,
@@ -105,6 +106,7 @@ class GeneratorSource:
                 f"{detour!r} holds an adapter_config.json, by which AutoModel loads {name!r} in its place; "
                 "load what you want with CVAELoRAGenerator.from_pretrained"
             )
+        local_path(name)  # refuses what is no path, and so no Hub id
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         dropped = {*HUB_OPTIONS, *SET_BY_AUTO_MODEL}
         return cls(os.path.expanduser(name), **hub), {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_factory.errors import LoraFactoryError
-from lora_factory.utils.paths import weights_identifier
+from lora_factory.utils.paths import local_path, weights_identifier
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +49,7 @@ class Encoder:
         self, name_or_path: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
     ) -> None:
         """Load the encoder."""
+        local_path(name_or_path)  # refuses what is no path
         name = os.path.expanduser(name_or_path)
         tower = self._open_clip if name.startswith(OPEN_CLIP) else self._transformers
         self._tower = tower(name, revision, torch.device(device or "cpu"))

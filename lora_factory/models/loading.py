@@ -41,6 +41,7 @@ from lora_factory.models.embedded import (
     embedded_base_model,
 )
 from lora_factory.utils.extras import require
+from lora_factory.utils.paths import local_path
 from lora_factory.utils.quiet import quiet_transformers
 from lora_factory.utils.safe_files import folder_here
 
@@ -250,7 +251,7 @@ def _local_source(name: str, revision: str | None) -> str:
     if name == EMBEDDED_BASE_MODEL and revision is None and not Path(name).is_dir():
         if _embedded_folder().is_dir() or _package_folder(_BASE_MODEL_PACKAGE):
             return str(embedded_base_model())
-    folder = Path(name).expanduser()
+    folder = local_path(name) if name else Path()
     if not name or not folder.is_dir():
         if not name or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise LoraFactoryError(f"no base model folder {name!r}; give an existing folder or a Hub id")

@@ -17,6 +17,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.boxes import Box
 from lora_factory.tasks.examples import DETECTION_PROMPT, ImageExample, StoredImage
 from lora_factory.tasks.text import SPLITS, DataSource, Split, answered, load_splits, texts_of
+from lora_factory.utils.paths import local_path
 from lora_factory.utils.safe_files import read_json_object, reading
 
 MAX_SIDE = 1_000_000  # pixels; wider than any image that is read
@@ -78,7 +79,7 @@ class CocoSource:
 
     def _split(self, split: Split, file: str, task: str) -> list[ImageExample]:
         coco = read_coco(file)
-        folder = Path(self.path[split] if isinstance(self.path, Mapping) else self.path).expanduser()
+        folder = local_path(self.path[split] if isinstance(self.path, Mapping) else self.path)
         if self.category not in coco.boxes:
             raise LoraFactoryError(
                 f"task {task!r}: {file} has no category {self.category!r}; it has {', '.join(coco.boxes)}"
@@ -237,7 +238,7 @@ def read_coco(path: str | Path) -> Coco:
     Raises:
         LoraFactoryError: No such file, or it is not in COCO's format.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     with reading(path, "give the JSON file of a COCO data set"):
         found = path.is_file()
     if not found:

@@ -15,7 +15,7 @@ from lora_factory.errors import LoraFactoryError
 from lora_factory.tasks.image_files import ImageLike, check_image, image_fingerprint, images_in
 from lora_factory.tasks.image_sources import RowSource, stored_image
 from lora_factory.tasks.text import SPLITS, Split, carve, load_splits, texts_of
-from lora_factory.utils.paths import safe_name
+from lora_factory.utils.paths import local_path, safe_name
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -109,7 +109,7 @@ class ImageTask:
         Raises:
             LoraFactoryError: When the folder is missing, or a class has no image.
         """
-        folder = Path(folder).expanduser()
+        folder = local_path(folder)
         folders = _folders(folder)
         parts = [[path for path in folders if path.name in names] for names in SPLIT_KEYWORDS.values()]
         if not parts[0] and sum(map(len, parts)) < len(folders):
@@ -211,7 +211,7 @@ class ImageClasses(RowSource):
         Raises:
             LoraFactoryError: The data cannot be found or read, a column is missing, or a class has no image.
         """
-        folder = Path(self.path).expanduser()
+        folder = local_path(self.path)
         if folder.is_dir() and not any(any(folder.glob(name)) for name in _ROW_FILES):
             task = ImageTask.from_folder(name, descriptions, folder, license=license)
         else:

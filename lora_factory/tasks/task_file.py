@@ -20,6 +20,7 @@ from lora_factory.tasks.task import Task
 from lora_factory.tasks.text import LOCAL_FORMATS, SPLITS, DataSource
 from lora_factory.utils.files import write_json, write_text
 from lora_factory.utils.folders import check_task_file
+from lora_factory.utils.paths import local_path
 from lora_factory.utils.printable import meant
 from lora_factory.utils.yaml_files import read_values
 
@@ -53,7 +54,7 @@ def load_tasks(path: str | Path) -> list[Task | ImageTask]:
     Raises:
         LoraFactoryError: No such file, nothing in it, or a task that is incomplete; the message says what to write.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in _TASK_FILE_ENDINGS and file.is_file())
         if not files:
@@ -101,7 +102,7 @@ def save_tasks(tasks: Sequence[Task], path: str | Path) -> None:
     Raises:
         LoraFactoryError: Another file ending, or a file that is there and was not written by this function.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.suffix.lower() not in _TASK_FILE_ENDINGS:
         raise LoraFactoryError(f"task file {path} must end in {', '.join(_TASK_FILE_ENDINGS)}")
     examples = [path.parent / task.name / f"{split}.jsonl" for task in tasks if task.data is None for split in SPLITS]

@@ -33,7 +33,6 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _ROW_FORMATS = ("json", "csv", "parquet")
 LOCAL_FORMATS = (*_ROW_FORMATS, "text")
 _OWN_FORMATS = ("json", "csv", "text")  # read by `read_rows`: the readers of `datasets` guess types and change cells
-_MAX_NAME_BYTES = 255  # of a file or folder, on all file systems in common use
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class DataSource:
                 raise LoraFactoryError(
                     f"{key}={value!r} of a data source must be a text that is not empty; put it in quotes"
                 )
-        _check_path(self.path)
+        local_path(self.path)  # refuses what no file system takes, before anything looks for it
         if (self.prompt_column is None) != (self.completion_column is None):
             raise LoraFactoryError("prompt_column and completion_column go together: give both, or text_column alone")
         if self.text_column is None and self.prompt_column is None:
@@ -300,26 +299,13 @@ def _files_of_splits(given: Any) -> dict[str, list[str]]:  # noqa: ANN401
         split: [os.fspath(names)] if isinstance(names, str | os.PathLike) else names
         for split, names in by_split.items()
     }
-    for names in files.values():
-        if isinstance(names, Sequence):
-            for name in names:
-                _check_path(name)
     for split, names in files.items():
         named = isinstance(split, str) and isinstance(names, Sequence) and names
         if not named or not all(isinstance(name, str | os.PathLike) and os.fspath(name) for name in names):
             raise LoraFactoryError(f"data_files={given!r} must name files, for example {{train: [a.jsonl, b.jsonl]}}")
+        for name in names:
+            local_path(name)
     return {split: [os.fspath(name) for name in names] for split, names in files.items()}
-
-
-def _check_path(path: object) -> None:
-    """Refuse what no file system takes, before anything looks for it."""
-    if isinstance(path, str | os.PathLike):
-        text = os.fspath(path)
-        if "\0" in text or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in Path(text).parts):
-            raise LoraFactoryError(
-                f"path {text[:80]!r} holds a NUL character, or a name of more than {_MAX_NAME_BYTES} bytes; give a"
-                " file, a folder or a Hub id"
-            )
 
 
 def _below(folder: Path, name: str) -> str:

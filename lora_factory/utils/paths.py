@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_factory.errors import LoraFactoryError
 
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095  # what file systems in common use take
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -18,12 +19,18 @@ def local_path(path: str | Path) -> Path:
     """Return a path that a user named, with ``~`` and ``~user`` replaced by the home folder.
 
     Raises:
-        LoraFactoryError: When it is no text or path, is empty, holds a NUL character, or names an unknown user.
+        LoraFactoryError: When it is no text or path, is empty, names an unknown user, or is no path for any file
+            system: it holds a NUL character or half of a surrogate pair, or is too long.
     """
-    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+    if not isinstance(path, str | os.PathLike) or not str(path):
         raise LoraFactoryError(f"{path!r} is no path; name a file or folder")
     try:
-        os.fsencode(path)
+        long = len(os.fsencode(path)) > _MAX_PATH_BYTES
+        if long or "\0" in str(path) or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in Path(path).parts):
+            raise LoraFactoryError(
+                f"path {str(path)[:80]!r} holds a NUL character, or a name of more than {_MAX_NAME_BYTES} bytes, or "
+                f"has more than {_MAX_PATH_BYTES:,} bytes; give a file, a folder or a Hub id"
+            )
         return Path(path).expanduser()
     except UnicodeEncodeError as error:
         raise LoraFactoryError(f"{str(path)!a} holds half of a surrogate pair and is no path; rename it") from error

@@ -22,6 +22,12 @@ from lora_factory.adapters.folder import load_adapter
 from lora_factory.arguments import CollectArguments, DemoArguments, ImportArguments, TrainArguments
 from lora_factory.cli import commands as cli
 from lora_factory.cli import options as cli_options
+from lora_factory.models.image_encoders import ImageEncoder
+from lora_factory.models.loading import load_base_model
+from lora_factory.models.text_encoders import TextEncoder
+from lora_factory.tasks.image_files import images_in
+from lora_factory.tasks.image_sources import read_coco
+from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task_file import load_tasks
 
 COMMANDS = (
@@ -83,6 +89,60 @@ def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "119")
     monkeypatch.setenv("NO_COLOR", "1")
+
+
+LONG = "Legal notices of a company that sells software. " * 7  # a text where a folder or a Hub id is expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--generator", LONG, "--text", "a", "--output-dir", "o"],
+        ["explain", "--generator", LONG, "--text", "a"],
+        ["serve", "--generator", LONG],
+        ["try", "--generator", LONG, "--text", "a", "--prompt", "b"],
+        ["zoo", "list", "--zoo", LONG],
+        ["zoo", "merge", LONG, "--output-dir", "o"],
+        ["train", "--zoo", LONG, "--output-dir", "o"],
+        ["train", "--tasks", LONG, "--base-model", "b", "--output-dir", "o"],
+        ["collect", "--tasks", LONG, "--base-model", "b", "--output-dir", "o"],
+        ["collect", "--tasks", "tasks.yaml", "--base-model", LONG, "--output-dir", "o"],
+        ["check", "--tasks", "tasks.yaml", "--base-model", LONG],
+        ["evaluate", "--tasks", "tasks.yaml", "--adapter", LONG],
+        ["evaluate", "--tasks", "tasks.yaml", "--generator", LONG, "--text", "a"],
+        ["export", "--adapter", LONG, "--output", "o"],
+        ["push", "--generator", LONG, "--repo-id", "me/x"],
+    ],
+    ids=lambda words: " ".join("LONG" if word == LONG else word for word in words),
+)
+def test_a_text_in_the_place_of_a_path_is_one_clear_error(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.yaml").write_text("tasks:\n- {name: a, descriptions: [a], data: rows.jsonl}\n")
+    Path("rows.jsonl").write_text('{"text": "a b"}\n{"text": "c d"}\n{"text": "e f"}\n')
+    assert cli.main(words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a name of more than 255 bytes" in said and "give a file, a folder or a Hub id" in said
+
+
+def test_a_text_in_the_place_of_a_path_is_one_clear_error_in_python() -> None:
+    for read in (
+        CVAELoRAGenerator.from_pretrained,
+        AdapterZoo,
+        load_tasks,
+        load_base_model,
+        load_adapter,
+        TextEncoder,
+        ImageEncoder,
+        images_in,
+        read_coco,
+        lambda path: ImageTask.from_folder("a", ["a"], path),
+    ):
+        with pytest.raises(
+            LoraFactoryError, match=r"a name of more than 255 bytes.*give a file, a folder or a Hub id"
+        ):
+            read(LONG)
 
 
 def test_overview_reads_as_meant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def test_damaged_rows_are_named(tmp_path: Path, name: str, content: bytes, words
 
 @pytest.mark.parametrize("path", ["a\0b.csv", "x" * 5000, "x" * 300 + ".jsonl"])
 def test_impossible_paths(path: str) -> None:
-    with pytest.raises(LoraFactoryError, match="NUL character, or a name of more than 255"):
+    with pytest.raises(LoraFactoryError, match="NUL character, or a name of more than 255 bytes"):
         DataSource(path)
 
 

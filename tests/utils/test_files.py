@@ -53,6 +53,16 @@ def test_safe_name_refuses(name):
         safe_name(name)
 
 
+@pytest.mark.parametrize("path", ["x" * 256, "é" * 128, "a/" + "x" * 300 + "/b", "ab/" * 1400, "a\0b"])
+def test_a_path_that_no_file_system_takes_is_refused(path):
+    with pytest.raises(
+        LoraFactoryError, match="NUL character, or a name of more than 255 bytes, or has more than 4,095"
+    ):
+        local_path(path)
+    for fits in ("x" * 255, "é" * 127, "ab/" * 1300):
+        assert str(local_path(fits)) == fits.rstrip("/")
+
+
 @given(st.text(max_size=120))
 def test_a_safe_name_stays_inside_its_folder(name):
     try:
