@@ -107,7 +107,7 @@ def sha256_file(path: str | Path) -> str:
 
 def weights_digest(folder: str | Path) -> str | None:
     """SHA-256 (hex) of a folder's safetensors files; None where there is no folder, as of a Hub id, or none in it."""
-    files = sorted(Path(folder).glob("*.safetensors")) if str(folder) else []
+    files = sorted(local_path(folder).glob("*.safetensors")) if str(folder) else []
     return sha256_text("".join(map(sha256_file, files))) if files else None
 
 
