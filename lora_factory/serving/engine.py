@@ -111,7 +111,6 @@ class Engine:
         self.adapters, self._metrics = adapters, metrics
         self._batch_size, self._room, self._most = batch_size, queue, max_new_tokens
         self._positions = positions(adapters.model)
-        self._token_characters = max(map(len, adapters.tokenizer.get_vocab()))
         self._waiting: deque[Job] = deque()
         self._changed, self._closing = Condition(), False
         self._thread = Thread(target=self._run, name="lora-factory-engine", daemon=True)
@@ -235,13 +234,7 @@ class Engine:
         tokenizer = self.adapters.tokenizer
         if (work.max_new_tokens or 0) > self._most:
             raise LoraFactoryError(f"{work.max_new_tokens} tokens are too many; ask for {self._most} or less")
-        texts = [work.prompt] if isinstance(work.prompt, str) else [message["content"] for message in work.prompt]
-        size = sum(map(len, texts))
-        if self._positions and size > self._positions * self._token_characters:  # others would wait for its tokens
-            raise LoraFactoryError(
-                f"the prompt has {size:,} characters, but the model reads {self._positions} tokens of at most "
-                f"{self._token_characters} characters; give a shorter prompt"
-            )
+        self._check_length(work.prompt)
         if isinstance(work.prompt, str):
             tokens = text_tokens(tokenizer, work.prompt, begins=True)
         else:
@@ -250,6 +243,22 @@ class Engine:
         prompt = Prompt(tokens, work.max_new_tokens or min(self._most, room), **work.sampling)
         check_prompt(prompt, self._positions)
         return prompt
+
+    def _check_length(self, prompt: str | Sequence[Mapping[str, str]]) -> None:
+        """Refuse a prompt that is far too long by the tokens of its beginning, since others wait for all its tokens.
+
+        Raises:
+            LoraFactoryError: When its beginning has more than twice as many tokens as the model reads.
+        """
+        text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        size = 16 * (self._positions or len(text))
+        while size < len(text):
+            if len(text_tokens(self.adapters.tokenizer, text[:size], begins=False)) > 2 * (self._positions or 0):
+                raise LoraFactoryError(
+                    f"the prompt has {len(text):,} characters, and its first {size:,} are already more than twice the "
+                    f"{self._positions} tokens that the model reads; give a shorter prompt"
+                )
+            size *= 2
 
     def _slot(self, work: Ask) -> str:
         if work.adapter is None:

@@ -285,7 +285,7 @@ async def _invalid(request: Request, error: Any) -> Response:  # noqa: ANN401
     large = first["type"] in ("string_too_long", "too_long")
     said = "is not supported; leave it out" if first["type"] == "extra_forbidden" else str(first["msg"])
     if isinstance(error.body, bytes):
-        said = "was not read, since it is not sent as JSON; send Content-Type: application/json"
+        said = "it was not sent as JSON; send Content-Type: application/json"
     message = f"{(where or 'the body')[:200]}: {said[:300]}"
     status = 413 if large else 400
     return JSONResponse(error_body(message, status, "too_large" if large else "invalid_request", where), status)
