@@ -29,6 +29,7 @@ _REFUSED_OPTIONS = {
     "modules_to_save": "it stores whole modules, which are no LoRA weights; train with modules_to_save=None",
     "trainable_token_indices": "it stores embedding rows, which are no LoRA weights; train without it",
     "target_parameters": "it stacks the experts' weights in one tensor; use target_modules",
+    "ensure_weight_tying": "it gives tied modules one A and B; train with ensure_weight_tying=False",
     "lora_bias": "it trains a bias in B; train with lora_bias=False",
     "use_qalora": "it pools the input of A; train with use_qalora=False",
     "use_bdlora": "it makes A or B block-diagonal; train without it",

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from lora_factory.errors import LoraFactoryError
 from lora_factory.models.clip import TWO_TOWERS, Encoder, OpenClipImage
@@ -21,13 +21,26 @@ from lora_factory.utils.paths import cache_folder, weights_identifier
 from lora_factory.utils.progress import progress_bar
 
 
+class _AnyImageModel:
+    """Loads an image model; of a CLIP or SigLIP that was saved as a classifier, the image tower: it has no other."""
+
+    @staticmethod
+    def from_pretrained(source: str, **options: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        config = AutoConfig.from_pretrained(source, revision=options["revision"], trust_remote_code=False)
+        classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+        if not (classifies and config.model_type in TWO_TOWERS):
+            return AutoModel.from_pretrained(source, **options)
+        model, report = AutoModelForImageClassification.from_pretrained(source, **options)
+        return model.vision_model, report
+
+
 class _ImageModel:
     """An image model of transformers: CLIP's or SigLIP's image tower, else the first and the mean hidden state."""
 
     def __init__(self, name: str, revision: str | None, device: torch.device) -> None:
         self._model, self._processor = load_pretrained(
             name,
-            (AutoModel, AutoImageProcessor),
+            (_AnyImageModel, AutoImageProcessor),
             "image encoder",
             "an image model with its image processor, or open_clip:<model>:<pretrained tag>",
             revision=revision,

@@ -67,9 +67,14 @@ def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.cat(losses).view(labels.shape)
 
 
-def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Labels moved to the positions whose logits predict them: one to the left, the last ignored."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+def next_token_labels(labels: torch.Tensor, length: int) -> torch.Tensor:
+    """Labels at the positions whose logits predict them: one to the left, the last ignored.
+
+    Args:
+        labels: Of the tokens of texts.
+        length: Logits of a row; GIT's begin with those of the image, which are ignored.
+    """
+    return functional.pad(labels[:, 1:], (length - labels.shape[1], 1), value=IGNORED)
 
 
 class Base(Protocol):
@@ -194,7 +199,7 @@ def mean_loss(
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
     logits = forward(**inputs, **({"use_cache": False} if labels.ndim > 1 else {})).logits
     if labels.ndim > 1 and not decodes:
-        logits, labels = logits[:, -labels.shape[1] :], next_token_labels(labels)  # GIT's begin with the image's
+        labels = next_token_labels(labels, logits.shape[1])
     losses = label_losses(logits, labels)
     scored = (labels != IGNORED).reshape(count, -1).sum(1)
     return (losses.reshape(count, -1).sum(1) / scored).mean()

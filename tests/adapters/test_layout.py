@@ -282,6 +282,7 @@ def test_no_lora_weights_at_all_are_refused(small):
         {"modules_to_save": ["lm_head"]},
         {"bias": "all"},
         {"bias": "lora_only"},
+        {"ensure_weight_tying": True},
         {"lora_bias": True},
         {"trainable_token_indices": [1]},
         {"target_parameters": ["experts.up"]},

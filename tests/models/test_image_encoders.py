@@ -16,12 +16,15 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     CLIPConfig,
+    CLIPForImageClassification,
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    PreTrainedModel,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
+    SiglipForImageClassification,
     SiglipImageProcessor,
     SiglipModel,
     ViTImageProcessor,
@@ -150,6 +153,20 @@ def test_hidden_states_of_a_classifier(tmp_path: Path, channels: int) -> None:
         hidden = model.vit(pixels).last_hidden_state[0]
         expected = torch.cat([hidden[0], hidden.mean(0)])
         torch.testing.assert_close(vector, expected / expected.norm(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [CLIPForImageClassification, SiglipForImageClassification])
+def test_hidden_states_of_a_classifier_that_was_a_tower(tmp_path: Path, kind: type[PreTrainedModel]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**sizes, "vocab_size": 10}, {**sizes, "image_size": 16, "patch_size": 8}
+    model = kind(kind.config_class(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path)
+    hidden = model.vision_model(**processor(IMAGES, return_tensors="pt")).last_hidden_state
+    expected = functional.normalize(torch.cat([hidden[:, 0], hidden.mean(1)], dim=-1), dim=-1)
+    torch.testing.assert_close(ImageEncoder(tmp_path).encode(IMAGES), expected)
 
 
 def test_convolutional_networks_have_no_first_token(tmp_path: Path) -> None:
