@@ -39,10 +39,10 @@ from lora_factory.models.losses import fast_attention, mean_loss
 from lora_factory.tasks.images import ImageTask
 from lora_factory.tasks.task import Task
 from lora_factory.utils.checkpoint import RunCheckpoint, RunState
-from lora_factory.utils.paths import recorded_name, weights_digest
+from lora_factory.utils.paths import recorded_name
 from lora_factory.utils.versions import versions
 from lora_factory.zoo.run_record import RunRecord
-from lora_factory.zoo.store import BASE_WEIGHTS, AdapterZoo
+from lora_factory.zoo.store import BASE_WEIGHTS, AdapterZoo, weights_digest
 
 TrainingTask = Task | ImageTask
 WARMUP_RATIO = 0.1  # of the steps, in which the learning rate rises; then it falls in a cosine

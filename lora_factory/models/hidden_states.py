@@ -203,21 +203,22 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_fingerprint(base: Base) -> str:
-    """A hash over all that a base reads examples with: its model, and the files of its tokenizer or processor.
+# How a tokenizer was loaded or last called, which its files hold beside what it is.
+_OF_A_CALL = frozenset("backend is_local local_files_only name_or_path".split())
+_OF_A_CALL |= {"padding", "padding_side", "truncation", "truncation_side", "model_max_length"}
 
-    Padding and truncation, which a tokenizer keeps from its last call, are left out.
-    """
+
+def base_fingerprint(base: Base) -> str:
+    """A hash over all that a base reads examples with: its model, and the files of its tokenizer or processor."""
     facts = [model_fingerprint(base_of(base.model))]
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as folder:
         if base.tokenizer is not None:  # image classifiers have none
             base.tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
-            if path.name == "tokenizer.json":
-                content = json.loads(path.read_text(encoding="utf-8"))
-                facts.append(json.dumps({**content, "padding": None, "truncation": None}))
-            elif path.is_file():
-                facts.append(f"{path.name} {path.read_bytes()!r}")
+            content: Any = path.read_bytes() if path.is_file() else None
+            if path.suffix == ".json" and isinstance(values := json.loads(content), dict):
+                content = sorted((name, json.dumps(value)) for name, value in values.items() if name not in _OF_A_CALL)
+            facts.append(f"{path.name} {content!r}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 

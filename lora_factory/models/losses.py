@@ -124,8 +124,9 @@ def fast_attention(base: Base, rows: int, length: int) -> Iterator[None]:
         length: Tokens of a row at most.
     """
     model: Any = base_of(base.model)
-    kernel = model.config._attn_implementation
-    slow = (model.device.type, model.dtype, kernel) == ("cpu", torch.bfloat16, "sdpa")
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    kernels = {part._attn_implementation for part in parts if part is not None}
+    slow = (model.device.type, model.dtype, kernels) == ("cpu", torch.bfloat16, {"sdpa"})
     if not (slow and isinstance(base.inputs, CausalInputs) and rows * length**2 <= _ATTENTION_SIZE):
         yield
         return
@@ -133,7 +134,7 @@ def fast_attention(base: Base, rows: int, length: int) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(kernel)
+        model.set_attn_implementation("sdpa")
 
 
 def query_loss(

@@ -342,7 +342,7 @@ def load_splits(source: DataSource, task: str) -> dict[Split, Rows]:
                 builder = datasets.load_dataset_builder(place, data_files=files, cache_dir=cache)
                 if _form_of(builder) == "parquet":  # of which `datasets` cannot read a file without rows
                     every = _files_of(builder)
-                    if (full := _without_empty(every, task)) != every:
+                    if (full := _without_empty(every, source, task)) != every:
                         files = {split: [glob.escape(name) for name in names] for split, names in full.items()}
                 available = datasets.load_dataset(place, data_files=files, cache_dir=cache, **how)
     elif Path(source.path).is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
@@ -360,7 +360,7 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
     options: dict[str, Any] = {"streaming": True} if source.streaming else {"keep_in_memory": True}
     with tempfile.TemporaryDirectory(prefix="lora_factory-") as cache, _quiet(), _teaching_errors(source, task):
         if source.format == "parquet":
-            full = _without_empty(files, task)
+            full = _without_empty(files, source, task)
             escaped: Any = {split: [glob.escape(name) for name in names] for split, names in full.items()}
             return datasets.DatasetDict.from_parquet(escaped, cache_dir=cache, **options)
         form = str(source.format)
@@ -370,15 +370,16 @@ def _load_local(source: DataSource, files: dict[str, list[str]], task: str) -> M
         }
 
 
-def _without_empty(files: dict[str, list[str]], task: str) -> dict[str, list[str]]:
-    """Files by split, without those of Parquet that have no row, of which a split may not be all."""
+def _without_empty(files: dict[str, list[str]], source: DataSource, task: str) -> dict[str, list[str]]:
+    """Files by split, without those of Parquet that have no row; a split that is read must have others."""
     full = {
         split: [name for name in names if format_of(name) != "parquet" or parquet.read_metadata(name).num_rows]
         for split, names in files.items()
     }
-    if bare := [files[split][0] for split, names in full.items() if not names]:
-        raise LoraFactoryError(f"task {task!r}: {bare[0]} has no row; write at least one")
-    return full
+    bare = [split for split, names in full.items() if not names]
+    if wanted := [split for split in bare if not source.splits or split in source.splits.values()]:
+        raise LoraFactoryError(f"task {task!r}: {files[wanted[0]][0]} has no row; write at least one")
+    return {split: names for split, names in full.items() if names}
 
 
 def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]] | None:
@@ -403,6 +404,8 @@ def _own_files(source: DataSource, task: str) -> tuple[str, dict[str, list[str]]
             form, files = next(iter(formats)), {}  # the splits have several formats
         else:
             form, files = _form_of(builder), _files_of(builder)
+            if _has_signs(folder):  # these are links that go with the cache
+                files = {split: [os.path.realpath(name) for name in names] for split, names in files.items()}
     formats |= {kind: Path(name).name for name in every if (kind := format_of(name)) == form}
     if form in formats and len(formats) > 1:
         raise LoraFactoryError(
@@ -429,7 +432,7 @@ def _form_of(builder: datasets.DatasetBuilder) -> str:
 def _files_of(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
     """The files of every split of a folder."""
     found = builder.config.data_files or {}
-    return {str(split): [str(Path(name).resolve()) for name in names] for split, names in found.items()}
+    return {str(split): [os.path.abspath(name) for name in names] for split, names in found.items()}
 
 
 def _check_data_files(source: DataSource, task: str) -> None:

@@ -245,7 +245,7 @@ def zoo_factory(
     gradient_checkpointing: bool = False,
 ) -> LoRATrainer:
     """The base model with one slot of ``layout``, and the settings that the zoo's runs were made with."""
-    zoo.check_base()
+    zoo.check_base(base_model)
     settings = replace(settings_of(zoo), gradient_checkpointing=gradient_checkpointing)
     source, revision = base_source(zoo.layout, base_model)
     name = zoo.layout.base_model

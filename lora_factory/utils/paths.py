@@ -105,12 +105,6 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_digest(folder: str | Path) -> str | None:
-    """SHA-256 (hex) of a folder's safetensors files; None where there is no folder, as of a Hub id, or none in it."""
-    files = sorted(local_path(folder).glob("*.safetensors")) if str(folder) else []
-    return sha256_text("".join(map(sha256_file, files))) if files else None
-
-
 def sha256_text(text: str) -> str:
     """Return the SHA-256 of a text in UTF-8, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,9 +19,16 @@ from lora_factory.adapters.folder import ADAPTER_FILE, CONFIG_FILE, save_adapter
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.errors import LoraFactoryError, NewerFormatError, UnreadableError
 from lora_factory.utils.files import atomic_folder, write_json, write_text
-from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text, weights_digest
+from lora_factory.utils.paths import local_path, safe_name, sha256_file, sha256_text
 from lora_factory.utils.printable import facts_html, facts_line, few, natural_key
-from lora_factory.utils.safe_files import MAX_CONFIG_BYTES, checked_file, other_kind, read_json_object, readable
+from lora_factory.utils.safe_files import (
+    MAX_CONFIG_BYTES,
+    checked_file,
+    other_kind,
+    read_json_object,
+    readable,
+    reading,
+)
 from lora_factory.utils.versions import check_format
 from lora_factory.zoo.run_record import FORMAT_VERSION, RunRecord
 
@@ -294,21 +302,24 @@ class AdapterZoo:
                 problems.append(str(error))
         return problems
 
-    def check_base(self) -> None:
-        """Find out whether a base model that is a folder still has the weights that the runs were trained on.
+    def check_base(self, base_model: str | Path | None = None) -> None:
+        """Find out whether a base model that is a folder has the weights that the runs were trained on.
+
+        Args:
+            base_model: the folder; by default the one that the zoo names.
 
         Raises:
             LoraFactoryError: if it has others.
         """
         records = [self.record(task, run) for task in self.tasks for run in self.runs(task)]
         known = {digest: record for record in records if (digest := record.arguments.get(BASE_WEIGHTS))}
-        now = weights_digest(self.layout.base_model) if known else None
+        folder = base_model or self.layout.base_model
+        now = weights_digest(folder) if known else None
         for digest, record in known.items():
             if now not in (None, digest):
                 raise LoraFactoryError(
-                    f"{record.task}/{record.run} of the zoo {self.folder} was trained on other weights of "
-                    f"{self.layout.base_model}, whose files were replaced since; put those back, or collect into "
-                    "another folder"
+                    f"{record.task}/{record.run} of the zoo {self.folder} was trained on other weights than those in "
+                    f"{folder}; put the old ones back, or collect into another folder"
                 )
 
     def fingerprint(self) -> str:
@@ -388,7 +399,7 @@ class AdapterZoo:
 
     def _state(self, task: str, run: str) -> tuple[int, int] | None:
         """What changes when a run is replaced; None where there is none."""
-        with contextlib.suppress(FileNotFoundError), readable(self.folder / task / run):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), readable(self.folder / task / run):
             status = (self.folder / safe_name(task) / safe_name(run) / RECORD_FILE).stat()
             return status.st_ino, status.st_mtime_ns
         return None
@@ -450,6 +461,24 @@ class AdapterZoo:
             )
         self._whole_files[path] = state
         return path
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """SHA-256 (hex) of a base model's weights, however they are split into files; None where no folder has any.
+
+    Raises:
+        LoraFactoryError: if a file is damaged.
+    """
+    paths = sorted(local_path(folder).glob("model*.safetensors")) if str(folder) else []
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as opened, reading(folder, "restore the base model"):
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+        places = {name: file for file in files for name in file.keys()}
+        for name in sorted(places):
+            weight = places[name].get_tensor(name)
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if paths else None
 
 
 def _located(path: Path, error: LoraFactoryError) -> str:

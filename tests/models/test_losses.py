@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import huggingface_hub.constants
 import pytest
 import torch
 from helpers.image_bases import WORDS, qwen2_vl
@@ -9,6 +12,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from tiny_models import make_tokenizer
 from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
     NllbMoeConfig,
     NllbMoeForConditionalGeneration,
     PreTrainedModel,
@@ -18,8 +23,9 @@ from transformers import (
 
 from lora_factory.adapters.layout import AdapterLayout
 from lora_factory.arguments import TokenOptions
+from lora_factory.models.hidden_states import base_fingerprint
 from lora_factory.models.inputs import TokenSequence
-from lora_factory.models.losses import FrozenBase, query_loss
+from lora_factory.models.losses import FrozenBase, fast_attention, query_loss
 from lora_factory.tasks.examples import Example, ImageExample
 
 
@@ -54,6 +60,19 @@ def experts() -> tuple[FrozenBase, list[list[TokenSequence]]]:
     return base, [list(base.inputs.encode(examples, TokenOptions())) for examples in rows]
 
 
+@pytest.mark.parametrize("leave", [ValueError, KeyboardInterrupt])
+def test_fast_attention_leaves_a_model_of_several_parts_as_it_was(leave: type[BaseException]) -> None:
+    base, _ = images()
+    base.model.to(torch.bfloat16)
+    base.model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+    config, reader = base.model.config, FrozenBase(base.model, base.tokenizer.tokenizer, base.layout)
+    parts = [config, config.text_config, config.vision_config]
+    before = [part._attn_implementation for part in parts]
+    with pytest.raises(leave), fast_attention(reader, 2, 16):
+        raise leave
+    assert [part._attn_implementation for part in parts] == before
+
+
 @pytest.mark.parametrize("make", [images, experts])
 def test_tasks_that_cannot_be_told_apart_in_a_batch_are_read_one_by_one(make) -> None:
     torch.manual_seed(0)
@@ -66,3 +85,18 @@ def test_tasks_that_cannot_be_told_apart_in_a_batch_are_read_one_by_one(make) ->
     assert abs((sum(alone) - sum(swapped)).item()) > 1e-3, "the adapters make a difference"
     (gradient,) = torch.autograd.grad(together, adapters)
     torch.testing.assert_close(gradient, torch.autograd.grad(sum(alone) / 2, adapters)[0])
+
+
+def test_a_base_is_the_same_however_its_tokenizer_was_loaded_and_called(
+    pico_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint(**options: object) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(pico_model_folder, **options)
+        tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
+        return base_fingerprint(FrozenBase(model, tokenizer, base.layout))
+
+    base, model = images()[0], LlamaForCausalLM.from_pretrained(pico_model_folder)
+    first = fingerprint()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not huggingface_hub.constants.HF_HUB_OFFLINE)
+    assert fingerprint() == first == fingerprint(padding_side="left", local_files_only=True)
+    assert fingerprint(eos_token="a") != first

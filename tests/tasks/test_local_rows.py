@@ -97,6 +97,18 @@ def test_rows_that_nobody_labelled_are_left_out(tmp_path: Path) -> None:
     assert load_examples(source, "t")["train"] == [Example("x", "yes"), Example("z", "no")]
 
 
+def test_a_split_without_rows_that_nobody_asks_for_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "rows").mkdir()
+    for name, texts in (("train-0", ["x", "y", "z"]), ("train-1", []), ("test", [])):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, "string")}), tmp_path / "blobs" / name)
+        (tmp_path / "rows" / f"{name}.parquet").symlink_to(tmp_path / "blobs" / name)  # as in the Hub's cache
+    rows = load_examples(DataSource(str(tmp_path / "rows"), splits={"train": "train"}), "t")
+    assert sum(map(len, rows.values())) == 3
+    with pytest.raises(LoraFactoryError, match=r"test\.parquet has no row"):
+        load_examples(DataSource(str(tmp_path / "rows")), "t")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_without_rows(tmp_path: Path, streaming: bool) -> None:
     features = datasets.Features({"text": datasets.Value("string")})

@@ -189,6 +189,14 @@ def test_of_two_processes_that_make_a_zoo_one_does(layout, tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "zoo").iterdir()] == ["zoo.json"]
 
 
+def test_a_file_among_the_tasks_is_no_task(zoo):
+    (zoo.folder / "notes").write_text("mine")
+    for read in (zoo.final, lambda *names: zoo.snapshots(names[0], names[1])):
+        with pytest.raises(LoraFactoryError, match="has no run 'seed-0' of task 'notes'"):
+            read("notes", "seed-0")
+    assert zoo.problems("notes", "seed-0") and zoo.tasks == AdapterZoo(zoo.folder).tasks
+
+
 def test_a_zoo_stays_the_same_where_the_working_folder_changes(zoo, tmp_path, monkeypatch):
     monkeypatch.chdir(zoo.folder.parent)
     near = AdapterZoo(zoo.folder.name)
