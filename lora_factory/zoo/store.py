@@ -311,8 +311,13 @@ class AdapterZoo:
         Raises:
             LoraFactoryError: if it has others.
         """
-        records = [self.record(task, run) for task in self.tasks for run in self.runs(task)]
-        known = {digest: record for record in records if (digest := record.arguments.get(BASE_WEIGHTS))}
+        known: dict[str, RunRecord] = {}
+        for task in self.tasks:
+            for run in self._run_names(task):
+                with contextlib.suppress(LoraFactoryError):  # a damaged record is named by those who need the run
+                    record = self.record(task, run)
+                    if isinstance(digest := record.arguments.get(BASE_WEIGHTS), str):
+                        known[digest] = record
         folder = base_model or self.layout.base_model
         now = weights_digest(folder) if known else None
         for digest, record in known.items():
